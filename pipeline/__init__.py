@@ -1,0 +1,1 @@
+"""Where and when: recipes, fingerprints, plans, executors and the command line."""

@@ -1,0 +1,207 @@
+"""The ``teachercache`` command. It parses, calls, prints; heavy imports happen inside commands."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from schemas.errors import TeacherCacheError
+
+if TYPE_CHECKING:
+    from pipeline.plan import PlannedStep
+    from pipeline.progress import ConsoleReporter
+    from pipeline.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run a large teacher once, keep what it knows in Arrow shards, train students from them.",
+)
+student_app = typer.Typer(no_args_is_help=True, help="Make student models.")
+app.add_typer(student_app, name="student")
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a value of the recipe: --set steps.signals.encoding.k=32. Repeatable.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run the command line: one line and a non-zero exit code for whatever a user can cause."""
+    try:
+        app()
+    except TeacherCacheError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def _reporting() -> "Iterator[ConsoleReporter]":
+    """Give a reporter; however the run ends, the terminal gets its cursor back."""
+    from pipeline.progress import ConsoleReporter
+
+    try:
+        with closing(ConsoleReporter(console)) as reporter:
+            yield reporter
+    except KeyboardInterrupt:  # caught here, because typer ends a command without a word
+        print("interrupted: finished shards are kept, run again to go on", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(130) from None
+
+
+def _plan(path: Path, overrides: list[str]) -> "tuple[Recipe, list[PlannedStep]]":
+    from pipeline.plan import make_plan
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    return recipe, make_plan(recipe)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show what would run, what is done and why, and the rows, bytes and disk it comes to."""
+    from pipeline import report
+
+    loaded, steps = _plan(recipe, overrides)
+    report.print_plan(console, loaded, steps, as_json=as_json)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Do all of a recipe that is not done yet, then print what came of it.
+
+    Safe to run again at any time: finished shards are kept, a killed run loses at most the shard in
+    hand of each worker.
+    """
+    from pipeline import report
+    from pipeline.run import run_plan
+
+    loaded, steps = _plan(recipe, overrides)
+    _quiet_libraries()
+    with _reporting() as reporter:
+        run_plan(steps, loaded.execution, reporter)
+    report.print_results(console, steps)
+
+
+@app.command()
+def status(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show how far each step is: shards, rows, bytes per token, rejected rows by reason."""
+    from pipeline import report
+
+    _, steps = _plan(recipe, overrides)
+    report.print_status(console, steps, as_json=as_json)
+
+
+@app.command()
+def verify(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Table or checkpoint folders, or a whole root.")
+    ],
+) -> None:
+    """Check finished tables and checkpoints: checksums, schema, row and position counts."""
+    from pipeline.verify import verify_folders
+
+    problems = verify_folders(folders, console)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A finished table folder.")],
+    row: Annotated[int, typer.Option(min=0, help="Which row to show first.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
+    positions: Annotated[int, typer.Option(min=1, help="Positions of each row.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Tokens of each distribution.")] = 5,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Model folder whose tokenizer turns ids into text.")
+    ] = None,
+) -> None:
+    """Read rows as a person would: text, entropy, the likeliest tokens with their probabilities."""
+    from pipeline.inspect_rows import inspect_rows
+
+    inspect_rows(
+        console, folder, first=row, count=rows, positions=positions, top=top, tokenizer=tokenizer
+    )
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    step: Annotated[str, typer.Option(help="The training step to run.")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run one training step of a recipe from finished shards; no teacher is loaded."""
+    from pipeline import report
+    from pipeline.run import run_plan, training_step
+
+    loaded, steps = _plan(recipe, overrides)
+    _quiet_libraries()
+    chosen = training_step(steps, step)
+    with _reporting() as reporter:
+        run_plan(chosen, loaded.execution, reporter)
+    report.print_results(console, chosen)
+
+
+@app.command()
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="A model folder.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Documents folder, then its signal table. Give it twice.")
+    ],
+    split: Annotated[str, typer.Option(help="Which rows: heldout or train.")] = "heldout",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a student on cached rows: cross-entropy, KL to the teacher, top-1 agreement."""
+    from pipeline import report
+    from stages.student.evaluation import evaluate as measure
+
+    _quiet_libraries()
+    metrics = measure(student, data, split=split, batch_size=batch_size)
+    report.print_metrics(console, str(student), metrics, as_json=as_json)
+
+
+@student_app.command("init")
+def student_init(
+    teacher: Annotated[Path, typer.Option("--from", help="The teacher's model folder.")],
+    layers: Annotated[str, typer.Option(help="A number (evenly spaced) or a list such as 0,3,29.")],
+    output: Annotated[Path, typer.Argument(help="Where to save the student.")],
+) -> None:
+    """Make a student from a teacher: its tokenizer, embeddings, head and some of its layers."""
+    from schemas.errors import ConfigError
+    from stages.student.init import init_student
+
+    parts = layers.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--layers is '{layers}', expected a number or a list such as 0,3,29")
+    numbers = [int(part) for part in parts]
+    _quiet_libraries()
+    info = init_student(teacher, output, numbers[0] if len(numbers) == 1 else numbers)
+    console.print_json(
+        json.dumps(
+            {"student": str(output), "layers": list(info.layers), "parameters": info.num_parameters}
+        )
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' own progress bars and banners out of the log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,121 @@
+"""Names by content: everything that changes bytes goes into a hash, and nothing else does.
+
+A value without stable bytes (a set, a path object, a float that is not finite, an object's default
+repr) raises instead of being hashed by accident.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ConfigError, StoreError
+from schemas.shards import sha256_of, write_text
+from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.user_cache import user_cache
+
+ADDRESS_DIGITS = 12
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# What a config file says about its own origin, which moves no weight and no logit.
+_CONFIG_NOISE = ("_name_or_path", "transformers_version")
+
+
+def canonical_json(value: Any) -> str:
+    """Return one text for one value; raises TypeError for a value without stable bytes."""
+    _check_stable(value, "identity")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 of a step's whole identity."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def _check_stable(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{path} has the key {key!r}; keys must be text")
+            _check_stable(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_stable(item, f"{path}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{path} is {value}: only finite numbers have stable bytes")
+    elif value is not None and not isinstance(value, str | int | bool):
+        raise TypeError(f"{path} is a {type(value).__name__}, which has no stable bytes")
+
+
+def model_identity(folder: Path, *, dtype: str, engine: str) -> dict[str, Any]:
+    """Return what makes a model answer as it does: weights, config, tokenizer, dtype and engine.
+
+    Weight files are hashed whole, once: the result is remembered by path, size and time.
+    """
+    config = _model_config(folder)
+    weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+    if not weights:
+        raise ConfigError(f"{folder} has no weight file (*.safetensors or *.bin)")
+    return {
+        "config": {key: value for key, value in config.items() if key not in _CONFIG_NOISE},
+        "weights": {path.name: remembered_sha256(path) for path in weights},
+        "tokenizer": tokenizer_fingerprint(folder),
+        "dtype": dtype,
+        "engine": engine,
+    }
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} is not a model folder: it has no config.json; give the path of a folder "
+            f"saved by transformers"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; save the model again") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object; save the model again")
+    return config
+
+
+def vocab_size_of(folder: Path) -> int:
+    """Return how many logits a model gives: its config's vocabulary, the text part's if nested."""
+    return _size_in_config(folder, "vocab_size")
+
+
+def hidden_size_of(folder: Path) -> int:
+    """Return the width of a model's final hidden state."""
+    return _size_in_config(folder, "hidden_size", "n_embd", "d_model")
+
+
+def _size_in_config(folder: Path, *names: str) -> int:
+    config = _model_config(folder)
+    for holder in (config, config.get("text_config") or {}):
+        for name in names:
+            if isinstance(holder.get(name), int):
+                return int(holder[name])
+    raise ConfigError(f"{folder}/config.json gives no {names[0]}: expected a language model")
+
+
+def remembered_sha256(path: Path) -> str:
+    """Return a file's sha256, hashing it only when its path, size or times are new.
+
+    The time of the last change of any kind counts too: a copy that keeps the time of writing
+    (``cp -p``, ``rsync -t``) over a file of the same size moves only that one.
+    """
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    memory = user_cache() / "sha256" / name
+    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
+        return known
+    found = sha256_of(path)
+    with contextlib.suppress(StoreError):  # a cache that cannot be written costs time, no more
+        write_text(memory, found + "\n")
+    return found

@@ -1,0 +1,106 @@
+"""A readable look at rows: the text, and at each position what the teacher thought."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from schemas.dataset import known_table
+from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.errors import ConfigError
+from schemas.manifest import Manifest, read_manifest
+from schemas.shards import read_shard
+from schemas.table import Table
+from schemas.teacher_logits import ThresholdLogits, TopKLogits
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def inspect_rows(
+    console: Console,
+    folder: Path,
+    *,
+    first: int,
+    count: int,
+    positions: int,
+    top: int,
+    tokenizer: Path | None,
+) -> None:
+    """Print rows ``first`` .. ``first + count - 1`` of a finished table."""
+    manifest = read_manifest(folder)
+    table = known_table(manifest, folder)
+    decode = _decoder(tokenizer)
+    console.print(
+        f"{manifest.table} {manifest.variant} version {manifest.version}, "
+        f"{manifest.num_rows} rows, vocabulary {manifest.vocab_size}, "
+        f"fingerprint {manifest.fingerprint[:12]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    rows = list(islice(_rows_from(folder, manifest, table, first), count))
+    if not rows:
+        raise ConfigError(f"{folder} has {manifest.num_rows} rows, there is no row {first}")
+    for index, (split, row) in enumerate(rows, start=first):
+        console.print(f"\nrow {index}  sample_id {row.sample_id}  split {split}", highlight=False)
+        if hasattr(row, "input_ids_T"):
+            _print_text(console, row.input_ids_T, decode)
+        else:
+            console.print(_positions_table(row, positions=positions, top=top, decode=decode))
+
+
+def _rows_from(folder: Path, manifest: Manifest, table: Table[Any], first: int) -> Any:
+    skipped = 0
+    for shard in manifest.shards:
+        if skipped + shard.num_rows <= first:
+            skipped += shard.num_rows
+            continue
+        for batch in read_shard(folder / shard.file).to_batches():
+            for row in table.rows(batch):
+                if skipped >= first:
+                    yield shard.split, row
+                skipped += 1
+
+
+def _decoder(tokenizer: Path | None) -> Decode:
+    if tokenizer is None:
+        return lambda ids: " ".join(str(int(token)) for token in ids)
+    from transformers import AutoTokenizer  # only when text is asked for
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda ids: str(loaded.decode([int(token) for token in ids]))
+
+
+def _print_text(console: Console, input_ids_T: Any, decode: Decode) -> None:
+    text = decode(input_ids_T)
+    console.print(f"{len(input_ids_T)} tokens: {text!r}", markup=False, highlight=False)
+
+
+def _positions_table(row: Any, *, positions: int, top: int, decode: Decode) -> RichTable:
+    view = RichTable("predicts", "entropy", "log p(next)", "the teacher's tokens (probability)")
+    entries = _entries(row)
+    for j in range(min(positions, row.num_positions)):
+        kept = sorted(entries[j], key=lambda entry: -entry[1])[:top]
+        words = "  ".join(f"{decode([token])!r} {weight:.3f}" for token, weight in kept)
+        view.add_row(
+            f"token {row.first_target + j}",
+            f"{float(row.entropies_P[j]):.2f}",
+            f"{float(row.next_token_logprobs_P[j]):.2f}",
+            words or "hidden state only (exact encoding)",
+        )
+    return view
+
+
+def _entries(row: Any) -> list[list[tuple[int, float]]]:
+    """Return (token id, weight) pairs for each position; none for the exact encoding."""
+    if isinstance(row, ThresholdLogits):
+        weights_PK = unpack_threshold(row.token_ids_PK, row.num_head_P, row.head_codes_E)
+    elif isinstance(row, TopKLogits):
+        weights_PK = unpack_top_k(row.logprobs_PK, row.rest_logprobs_P)[0]
+    else:
+        return [[] for _ in range(row.num_positions)]
+    ids_PK = np.asarray(row.token_ids_PK).tolist()
+    return [list(zip(i, w, strict=True)) for i, w in zip(ids_PK, weights_PK.tolist(), strict=True)]

@@ -1,0 +1,267 @@
+"""A recipe's plan: what each step is called by content, where it lies, and what is left to do.
+
+A step's fingerprint is the hash of its identity: stage, stage version, configuration without its
+references, the table it writes, and the identities of its inputs and models in place of their
+names. So renaming a step moves nothing, and changing anything that moves bytes moves its folder.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.fingerprint import (
+    ADDRESS_DIGITS,
+    fingerprint_of,
+    hidden_size_of,
+    model_identity,
+    vocab_size_of,
+)
+from pipeline.recipe import ModelRef, Recipe, Step
+from schemas.errors import ConfigError, IdentityMismatch, StoreError
+from schemas.manifest import MANIFEST, Manifest, read_manifest
+from stages.checkpoint import read_checkpoint
+from stages.ingest.text import IngestStage
+from stages.stage import ModelSpec
+from stages.student.config import StudentInitStage, TrainStage
+from stages.teacher_logits import ExactEncoding, TeacherLogitsStage, ThresholdEncoding
+from stages.tokenizer_identity import tokenizer_fingerprint
+
+State = Literal["done", "partial", "pending"]
+EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model a step uses: its folder, how to run it, and what names it by content."""
+
+    folder: Path
+    dtype: str
+    engine: Literal["vllm", "transformers"]
+    identity: Mapping[str, Any]
+    tokenizer: str
+
+    def spec(self) -> ModelSpec:
+        """The model as stages see it; its folder has to exist by now."""
+        width = hidden_size_of(self.folder)
+        return ModelSpec(self.folder, self.dtype, self.engine, width)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step of a plan, with all its references resolved."""
+
+    name: str
+    stage: Step
+    identity: Mapping[str, Any]
+    fingerprint: str
+    folder: Path
+    inputs: "tuple[PlannedStep, ...]" = ()
+    models: Mapping[str, Model] = field(default_factory=dict)
+
+    @property
+    def writes_table(self) -> bool:
+        """Whether the step writes shards (else a checkpoint)."""
+        return isinstance(self.stage, IngestStage | TeacherLogitsStage)
+
+    @property
+    def tokenizer(self) -> str:
+        """The fingerprint of the tokenizer whose ids the step's rows or checkpoint are about."""
+        if isinstance(self.stage, IngestStage):
+            return str(self.identity["config"]["tokenizer"])
+        return next(iter(self.models.values())).tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step is, and why it is not done. Unknown counts are None."""
+
+    state: State
+    why: str
+    shards_done: int = 0
+    num_shards: int | None = None
+    num_rows: int | None = None
+    num_positions: int | None = None
+    num_bytes: int | None = None
+    estimated: bool = False
+
+
+def make_plan(recipe: Recipe) -> list[PlannedStep]:
+    """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference."""
+    planned: dict[str, PlannedStep] = {}
+    for name, stage in recipe.steps.items():
+        planned[name] = _plan_step(name, stage, recipe, planned)
+    return list(planned.values())
+
+
+def _plan_step(
+    name: str, stage: Step, recipe: Recipe, planned: Mapping[str, PlannedStep]
+) -> PlannedStep:
+    place = f"steps.{name}"
+    config = stage.model_dump(mode="json", exclude={"stage", *stage.NOT_HASHED})
+    identity: dict[str, Any] = {"stage": stage.stage, "version": stage.VERSION}
+    inputs: tuple[PlannedStep, ...] = ()
+    models: dict[str, Model] = {}
+    match stage:
+        case IngestStage():
+            folder = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
+            stage = stage.model_copy(update={"tokenizer": str(folder)})
+            config["tokenizer"] = tokenizer_fingerprint(folder)
+            config["source"] = stage.source_identity()
+            identity["vocab_size"] = vocab_size_of(folder)
+        case TeacherLogitsStage():
+            inputs = (_table_step(stage.input, planned, f"{place}.input"),)
+            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
+        case StudentInitStage():
+            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
+        case TrainStage():
+            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
+            models = {stage.student: _model(stage.student, recipe, planned, f"{place}.student")}
+    _refuse_other_tokenizer(models, inputs, place)
+    if isinstance(stage, IngestStage | TeacherLogitsStage):
+        identity["table"] = [stage.table.name, stage.table.version, stage.table.variant]
+    identity["config"] = config
+    identity["inputs"] = [step.fingerprint for step in inputs]
+    identity["models"] = [dict(model.identity) for model in models.values()]
+    fingerprint = fingerprint_of(identity)
+    group = (
+        stage.table.name if isinstance(stage, IngestStage | TeacherLogitsStage) else "checkpoints"
+    )
+    folder = recipe.execution.root / group / fingerprint[:ADDRESS_DIGITS]
+    return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models)
+
+
+def _tokenizer_folder(reference: str, recipe: Recipe, place: str) -> Path:
+    if reference not in recipe.models:
+        return Path(reference).expanduser()
+    if recipe.models[reference].path is None:
+        raise ConfigError(
+            f"{place}: model '{reference}' is made by a step, expected a model folder: name the "
+            f"model whose tokenizer that step keeps"
+        )
+    return recipe.models[reference].folder
+
+
+def _refuse_other_tokenizer(
+    models: Mapping[str, Model], inputs: Sequence[PlannedStep], place: str
+) -> None:
+    for name, model in models.items():
+        for source in inputs:
+            if source.tokenizer != model.tokenizer:
+                raise IdentityMismatch(
+                    f"{place}: step '{source.name}' holds ids of tokenizer "
+                    f"{source.tokenizer[:12]}, model '{name}' has {model.tokenizer[:12]}: make "
+                    f"the documents with that model's own tokenizer"
+                )
+
+
+def _table_step(reference: str, planned: Mapping[str, PlannedStep], place: str) -> PlannedStep:
+    step = planned.get(reference)
+    if step is None or not step.writes_table:
+        tables = [name for name, other in planned.items() if other.writes_table]
+        raise ConfigError(
+            f"{place}: '{reference}' is not an earlier step that writes a table; "
+            f"there are: {', '.join(tables) or 'none'}"
+        )
+    return step
+
+
+def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], place: str) -> Model:
+    if reference in planned and reference not in recipe.models:
+        return _checkpoint_model(ModelRef(step=reference, dtype="float32"), planned, place)
+    ref = recipe.models.get(reference)
+    if ref is None:
+        known = [*recipe.models, *(n for n, step in planned.items() if not step.writes_table)]
+        raise ConfigError(
+            f"{place}: '{reference}' is neither under 'models' nor an earlier checkpoint; "
+            f"there are: {', '.join(known) or 'none'}"
+        )
+    if ref.step is not None:
+        return _checkpoint_model(ref, planned, f"models.{reference}.step")
+    identity = model_identity(ref.folder, dtype=ref.dtype, engine=ref.engine)
+    return Model(ref.folder, ref.dtype, ref.engine, identity, str(identity["tokenizer"]))
+
+
+def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: str) -> Model:
+    step = planned.get(ref.step or "")
+    if step is None or step.writes_table:
+        raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
+    identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
+    return Model(step.folder, ref.dtype, ref.engine, identity, step.tokenizer)
+
+
+def finished_manifest(step: PlannedStep) -> Manifest | None:
+    """Return the manifest of a finished table step, else None."""
+    if not (step.folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(step.folder)
+    if manifest.fingerprint != step.fingerprint:
+        raise StoreError(
+            f"{step.folder} holds fingerprint {manifest.fingerprint[:16]}, the recipe's step "
+            f"'{step.name}' is {step.fingerprint[:16]}: move that folder away and run again"
+        )
+    return manifest
+
+
+def progress_of(step: PlannedStep) -> Progress:
+    """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
+    if not step.writes_table:
+        done = read_checkpoint(step.folder) is not None
+        why = "its checkpoint is complete" if done else "no checkpoint with this fingerprint"
+        return Progress("done" if done else "pending", why)
+    manifest = finished_manifest(step)
+    if manifest is not None:
+        return Progress(
+            state="done",
+            why="its manifest is complete",
+            shards_done=len(manifest.shards),
+            num_shards=len(manifest.shards),
+            num_rows=manifest.num_rows,
+            num_positions=manifest.num_positions,
+            num_bytes=manifest.num_bytes,
+        )
+    return _unfinished(step)
+
+
+def _unfinished(step: PlannedStep) -> Progress:
+    finished = len(list(step.folder.glob("shard-*.json"))) if step.folder.is_dir() else 0
+    state: State = "partial" if finished else "pending"
+    why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
+    source = finished_manifest(step.inputs[0]) if step.inputs else None
+    if source is None:
+        waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
+        return Progress(state, why + waits, finished)
+    positions = source.num_tokens - source.num_rows
+    assert isinstance(step.stage, TeacherLogitsStage)
+    model = next(iter(step.models.values()))
+    num_bytes = None
+    if (model.folder / "config.json").is_file():  # else an earlier step has yet to make the model
+        per_position = estimated_bytes(step.stage, source.vocab_size, model)
+        num_bytes = math.ceil(positions * per_position) + EMPTY_SHARD_BYTES * len(source.shards)
+    return Progress(
+        state=state,
+        why=why,
+        shards_done=finished,
+        num_shards=len(source.shards),
+        num_rows=source.num_rows,
+        num_positions=positions,
+        num_bytes=num_bytes,
+        estimated=True,
+    )
+
+
+def estimated_bytes(stage: TeacherLogitsStage, vocab_size: int, model: Model) -> float:
+    """Return about how many bytes on disk one position takes; real text came within a tenth.
+
+    Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
+    byte, and the two float16 columns hardly at all.
+    """
+    id_bytes = 0.9 * math.log2(vocab_size) / 8
+    match stage.encoding:
+        case ThresholdEncoding(k=k):
+            return k * (id_bytes + 0.3) + 4.5
+        case ExactEncoding():
+            return 2.0 * hidden_size_of(model.folder) * 0.95 + 4.5
+        case encoding:
+            return encoding.k * (id_bytes + 1.8) + 6.0

@@ -1,0 +1,134 @@
+"""What a run prints while it works: a bar on a terminal, plain log lines elsewhere."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline import plan as planning
+from pipeline.plan import PlannedStep
+from schemas.manifest import ShardRecord
+
+LINE_EVERY_S = 10.0
+
+
+@dataclass
+class ConsoleReporter:
+    """Rows, tokens per second, bytes per token and time left, for one step at a time."""
+
+    console: Console
+    _bars: Progress | None = None
+    _task: TaskID | None = None
+    _label: str = ""
+    _clock: float = 0.0
+    _last_line: float = 0.0
+    _expected: int = 0
+    _before: int = 0
+    _records: list[ShardRecord] = field(default_factory=list)
+
+    def step_started(self, step: PlannedStep, progress: planning.Progress) -> None:
+        """Say what begins, or that it is done already."""
+        self._label = step.name
+        self._clock = self._last_line = time.monotonic()
+        self._records, self._expected, self._before = [], 0, 0
+        if progress.state == "done":
+            self._say(f"done already ({step.stage.stage}): {progress.why}, {step.folder}")
+        else:
+            self._say(f"{step.stage.stage}: {progress.why}; writing {step.folder}")
+
+    def said(self, line: str) -> None:
+        """Pass a line on, now and then."""
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self._say(line)
+
+    def shards_expected(self, num_shards: int, records: Sequence[ShardRecord]) -> None:
+        """Begin to count shards."""
+        self._expected, self._before = num_shards, len(records)
+        if records:
+            self._say(f"{len(records)} of {num_shards} shards are finished already")
+        self._start_bar(num_shards, len(records))
+
+    def shard_finished(self, record: ShardRecord) -> None:
+        """Count one more shard and say how fast it goes."""
+        self._records.append(record)
+        self._advance(1, self._rates(), self._before + len(self._records), self._expected, "shards")
+
+    def trained(self, values: dict[str, Any]) -> None:
+        """Show a training step's loss, or the numbers of an evaluation."""
+        event = values.get("event", "step")
+        if event == "start":
+            self._before = int(values.get("step", 0))
+            self._start_bar(int(values["max_steps"]), self._before)
+        elif event == "step":
+            text = f"loss {values['loss']:.3f}, {values.get('tokens_per_s', 0.0):.0f} tokens/s"
+            self._advance(1, text, int(values["step"]), int(values["max_steps"]), "steps")
+        else:
+            numbers = [f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)]
+            self._say(f"{event}: {', '.join(numbers)}")
+
+    def step_finished(self, step: PlannedStep) -> None:
+        """Close the bar and say what the step came to."""
+        self.close()
+        seconds = time.monotonic() - self._clock
+        detail = f", {self._rates()}" if self._records else ""
+        self._say(f"finished in {seconds:.1f} s{detail}")
+
+    def close(self) -> None:
+        """Take the bar off the terminal, which also gives its cursor back."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _rates(self) -> str:
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        rows = sum(record.num_rows for record in self._records)
+        tokens = sum(record.num_tokens for record in self._records)
+        positions = sum(record.num_positions for record in self._records) or tokens
+        size = sum(record.num_bytes for record in self._records)
+        rejects = sum(sum(record.rejects.values()) for record in self._records)
+        rejected = f", {rejects} rejected" if rejects else ""
+        per_token = f"{size / max(positions, 1):.1f} B/token"
+        return f"{rows} rows, {tokens / seconds:.0f} tokens/s, {per_token}{rejected}"
+
+    def _start_bar(self, total: int, done: int) -> None:
+        if not self.console.is_terminal:
+            return
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+        self._task = self._bars.add_task(self._label, total=total, completed=done, text="")
+        self._bars.start()
+
+    def _advance(self, count: int, text: str, done: int, total: int, unit: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line < LINE_EVERY_S and done != total:
+            return
+        self._last_line = now
+        made = max(done - self._before, count)
+        left_s = (now - self._clock) / made * (total - done)
+        self._say(f"{done}/{total} {unit}, {text}, about {left_s:.0f} s left")
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[{self._label}] {text}", markup=False, highlight=False, soft_wrap=True)

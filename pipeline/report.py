@@ -1,0 +1,206 @@
+"""Tables a person reads: the plan, how far it is, and what came of it."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.recipe import Recipe
+from schemas.manifest import read_notes
+from stages.checkpoint import read_checkpoint
+from stages.student.config import TrainStage
+
+
+def print_plan(
+    console: Console, recipe: Recipe, steps: Sequence[PlannedStep], *, as_json: bool
+) -> None:
+    """Show each step: what it is, whether it is done and why, what it will come to."""
+    found = [(step, progress_of(step)) for step in steps]
+    if as_json:
+        console.print_json(json.dumps([_as_dict(step, progress) for step, progress in found]))
+        return
+    table = Table("step", "stage", "state", "why", "shards", "rows", "bytes", title=recipe.name)
+    for step, progress in found:
+        about = "about " if progress.estimated else ""
+        table.add_row(
+            step.name,
+            step.stage.stage,
+            progress.state,
+            progress.why,
+            _of(progress),
+            _count(progress.num_rows),
+            "-" if progress.num_bytes is None else about + human_bytes(progress.num_bytes),
+        )
+    console.print(table)
+    left = sum(p.num_bytes or 0 for _, p in found if p.state != "done")
+    free = shutil.disk_usage(_existing(recipe.execution.root)).free
+    console.print(
+        f"root {recipe.execution.root}: {human_bytes(free)} free, "
+        f"about {human_bytes(left)} to write",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for step, _ in found:
+        console.print(f"{step.name}: {step.folder}", highlight=False, soft_wrap=True)
+
+
+def print_status(console: Console, steps: Sequence[PlannedStep], *, as_json: bool) -> None:
+    """Show how far each step is and what it holds."""
+    found = [(step, progress_of(step)) for step in steps]
+    if as_json:
+        console.print_json(json.dumps([_as_dict(step, progress) for step, progress in found]))
+        return
+    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected")
+    for step, progress in found:
+        per_position = "-"
+        if progress.num_positions and progress.num_bytes is not None:
+            per_position = f"{progress.num_bytes / progress.num_positions:.1f}"
+        table.add_row(
+            step.name,
+            progress.state,
+            _of(progress),
+            _count(progress.num_rows),
+            _count(progress.num_positions),
+            per_position,
+            _rejects(step),
+        )
+    console.print(table)
+
+
+def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
+    """Show what a finished run came to: students before and after, size, speed, places."""
+    trained = [step for step in steps if isinstance(step.stage, TrainStage)]
+    if trained:
+        console.print(_students_table(trained))
+    tables = [step for step in steps if step.writes_table]
+    if tables:
+        console.print(_tables_table(tables))
+    for step in steps:
+        console.print(f"{step.name}: {step.folder}", highlight=False, soft_wrap=True)
+
+
+def print_metrics(
+    console: Console, name: str, metrics: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """Show the numbers of one evaluation."""
+    if as_json:
+        console.print_json(json.dumps({"student": name, **metrics}))
+        return
+    table = Table("metric", "value", title=name)
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _students_table(steps: Sequence[PlannedStep]) -> Table:
+    table = Table(
+        "student",
+        "held-out cross-entropy",
+        "KL to teacher",
+        "top-1 agreement",
+        title="held-out rows",
+    )
+    results = [(step, read_checkpoint(step.folder)) for step in steps]
+    seen: set[tuple[str, ...]] = set()
+    for step, record in results:
+        if record is None:
+            continue
+        before = tuple(_metric_cells(record.metrics["before"]))
+        if before not in seen:
+            seen.add(before)
+            start = next(iter(step.models))
+            table.add_row(f"{start}, untrained", *before)
+    for step, record in results:
+        if record is not None:
+            table.add_row(step.name, *_metric_cells(record.metrics["after"]))
+    return table
+
+
+def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
+    names = ("cross_entropy", "kl_to_teacher", "top1_agreement")
+    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in names]
+
+
+def _tables_table(steps: Sequence[PlannedStep]) -> Table:
+    table = Table("table", "rows", "tokens", "bytes", "B/token", "positions/s", "rejected")
+    tokens_of_text, bytes_of_all = 0, 0
+    for step in steps:
+        manifest = finished_manifest(step)
+        if manifest is None:
+            continue
+        size = folder_bytes(step.folder)
+        tokens_of_text = max(tokens_of_text, manifest.num_tokens)
+        bytes_of_all += size
+        seconds = _seconds(step.folder, [shard.name for shard in manifest.shards])
+        table.add_row(
+            f"{step.name} ({manifest.variant or manifest.table})",
+            _count(manifest.num_rows),
+            _count(manifest.num_tokens),
+            human_bytes(size),
+            f"{size / manifest.num_tokens:.1f}",
+            f"{manifest.num_positions / seconds:.0f}"
+            if manifest.num_positions and seconds
+            else "-",
+            _rejects(step),
+        )
+    if tokens_of_text:
+        total = f"{bytes_of_all / tokens_of_text:.1f}"
+        table.add_row("total on disk", "", "", human_bytes(bytes_of_all), total, "", "")
+    return table
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of every file of a step: shards, records, rejects, manifest."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _seconds(folder: Path, names: Sequence[str]) -> float:
+    notes = [read_notes(folder, name) for name in names]
+    return float(sum(note["notes"]["seconds"] for note in notes if note is not None))
+
+
+def _rejects(step: PlannedStep) -> str:
+    manifest = finished_manifest(step) if step.writes_table else None
+    if manifest is None:
+        return "-"
+    return ", ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "0"
+
+
+def _as_dict(step: PlannedStep, progress: Progress) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "stage": step.stage.stage,
+        "fingerprint": step.fingerprint,
+        "folder": str(step.folder),
+        **asdict(progress),
+    }
+
+
+def _of(progress: Progress) -> str:
+    total = "?" if progress.num_shards is None else str(progress.num_shards)
+    return f"{progress.shards_done}/{total}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def human_bytes(size: float) -> str:
+    """Return a size with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

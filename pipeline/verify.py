@@ -1,0 +1,108 @@
+"""Check finished tables and checkpoints: nothing missing, no byte changed, every row readable."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from schemas.dataset import known_table
+from schemas.errors import ConfigError, TeacherCacheError
+from schemas.manifest import MANIFEST, Manifest, ShardRecord, damaged_shards, read_manifest
+from schemas.shards import read_shard
+from schemas.table import Table
+from stages.checkpoint import CHECKPOINT, damaged_files, read_record
+
+
+def verify_folders(folders: Sequence[Path], console: Console) -> list[str]:
+    """Verify each table or checkpoint at or below ``folders``; print and return what is wrong."""
+    problems: list[str] = []
+    for folder in _finished_folders(folders):
+        found = verify_folder(folder)
+        problems.extend(found)
+        verdict = "ok" if not found else f"{len(found)} problems"
+        console.print(f"{folder}: {verdict}", markup=False, highlight=False, soft_wrap=True)
+        for problem in found:
+            console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        console.print(
+            f"to mend a table, delete its {MANIFEST} and run its recipe again (shards that verify "
+            f"are kept); to mend a checkpoint, delete its folder and run again",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return problems
+
+
+def _finished_folders(folders: Sequence[Path]) -> list[Path]:
+    found = sorted(
+        {
+            path.parent
+            for folder in folders
+            for name in (MANIFEST, CHECKPOINT)
+            for path in folder.rglob(name)
+        }
+    )
+    if not found:
+        places = ", ".join(map(str, folders))
+        raise ConfigError(f"nothing finished at or below {places}: no {MANIFEST} or {CHECKPOINT}")
+    return found
+
+
+def verify_folder(folder: Path) -> list[str]:
+    """Return one line for each thing wrong with one finished table or checkpoint."""
+    try:
+        if (folder / CHECKPOINT).is_file():
+            return damaged_files(folder, read_record(folder))
+        manifest = read_manifest(folder)
+    except TeacherCacheError as error:
+        return [str(error)]
+    damaged = damaged_shards(folder, manifest)
+    if damaged:
+        return damaged
+    try:
+        table = known_table(manifest, folder)
+    except TeacherCacheError as error:
+        return [str(error)]
+    return [
+        line
+        for shard in manifest.shards
+        for line in _shard_problems(folder, manifest, shard, table)
+    ]
+
+
+def _shard_problems(
+    folder: Path, manifest: Manifest, shard: ShardRecord, table: Table[Any]
+) -> Iterator[str]:
+    path = folder / shard.file
+    content = read_shard(path)
+    expected = {b"table": manifest.table, b"version": str(manifest.version)}
+    found = content.schema.metadata or {}
+    for key, value in expected.items():
+        if found.get(key, b"").decode() != value:
+            yield f"{path} says {key.decode()} {found.get(key, b'').decode()}, expected {value}"
+    if content.num_rows != shard.num_rows:
+        yield f"{path} has {content.num_rows} rows, its record says {shard.num_rows}"
+    try:
+        positions, tokens, ids = _count(content, table)
+    except (ValueError, TeacherCacheError) as error:
+        yield f"{path}: {error}"
+        return
+    if positions != shard.num_positions or tokens != shard.num_tokens:
+        yield (
+            f"{path} has {tokens} tokens and {positions} positions, its record says "
+            f"{shard.num_tokens} and {shard.num_positions}"
+        )
+    if len(ids) != content.num_rows:
+        yield f"{path} has {content.num_rows - len(ids)} repeated sample_ids"
+
+
+def _count(content: pa.Table, table: Table[Any]) -> tuple[int, int, set[str]]:
+    positions, tokens, ids = 0, 0, set()
+    for batch in content.to_batches():
+        for row in table.rows(batch):
+            positions += row.num_positions
+            tokens += row.num_tokens
+            ids.add(row.sample_id)
+    return positions, tokens, ids

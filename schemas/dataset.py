@@ -1,0 +1,185 @@
+"""Open finished tables for training: rows at random, joined by ``sample_id``, checked first.
+
+``open_dataset`` is the one door between the cache and any trainer, ours or another. It reads Arrow
+shards through a memory map and keeps the last few decompressed record batches; a row costs one
+batch (16 rows) of decompression when it is not among them. Rows are joined by ``sample_id``, never
+by position; a row that some table lacks (it was rejected there) is left out and counted.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from .documents import DOCUMENTS
+from .errors import IdentityMismatch, SchemaMismatch, StoreError
+from .manifest import Manifest, damaged_shards, read_manifest
+from .shards import ROWS_PER_BATCH
+from .table import Table
+from .teacher_logits import ENCODINGS
+
+I64Array = npt.NDArray[np.int64]
+TABLES: dict[tuple[str, str], Table[Any]] = {
+    (table.name, table.variant): table for table in (DOCUMENTS, *ENCODINGS.values())
+}
+CACHED_BATCHES = 64
+
+
+def open_dataset(
+    folders: Sequence[Path | str], *, split: str | None = None, verify: bool = True
+) -> "CachedDataset":
+    """Open one or more complete tables as one data set of joined rows.
+
+    ``split`` keeps only that split's shards. ``verify`` re-hashes every shard first (about 1 GB/s);
+    pass False where ``teachercache verify`` has just run. Raises StoreError for an unfinished or
+    damaged table, SchemaMismatch for another version, IdentityMismatch for another tokenizer.
+    """
+    parts = [_open_table(Path(folder), split=split, verify=verify) for folder in folders]
+    first = parts[0]
+    for part in parts[1:]:
+        if part.manifest.tokenizer != first.manifest.tokenizer:
+            raise IdentityMismatch(
+                f"{part.folder} holds ids of tokenizer {part.manifest.tokenizer[:12]}, "
+                f"{first.folder} of {first.manifest.tokenizer[:12]}: make both with one tokenizer"
+            )
+    return CachedDataset(parts)
+
+
+class CachedDataset:
+    """A map-style data set: ``dataset[i]`` is the joined columns of one row, as numpy arrays."""
+
+    def __init__(self, parts: "Sequence[_OpenTable]") -> None:
+        """Join the tables by sample_id, in the order of the first."""
+        self.manifests = tuple(part.manifest for part in parts)
+        self.folders = tuple(part.folder for part in parts)
+        self._parts = tuple(parts)
+        self._rows, self.num_missing = _join([part.sample_ids() for part in parts])
+        if not len(self._rows):
+            raise IdentityMismatch(
+                f"no row of {parts[0].folder} has a partner in "
+                f"{', '.join(map(str, self.folders[1:]))}: were they made from the same input?"
+            )
+
+    def __len__(self) -> int:
+        """The number of rows that every table has."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the columns of row ``index``, those of later tables added to the first's."""
+        row: dict[str, Any] = {}
+        for part, at in zip(self._parts, self._rows[index], strict=True):
+            row.update(part.row(int(at)))
+        return row
+
+    def epoch_order(
+        self, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> I64Array:
+        """Return this rank's row indices of one epoch, from its ``start``-th on (to resume).
+
+        The permutation depends on ``seed`` and ``epoch`` alone; ranks take every world_size-th row
+        of it, so together they see each row once.
+        """
+        order = np.random.default_rng((seed, epoch)).permutation(len(self))
+        return order[rank::world_size][start:].astype(np.int64)
+
+
+@dataclass
+class _OpenTable:
+    """One table's shards: where each row lies, and the record batches read last."""
+
+    folder: Path
+    manifest: Manifest
+    table: Table[Any]
+    files: list[str]
+    first_row: I64Array
+
+    def __post_init__(self) -> None:
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._batches: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = ("folder", "manifest", "table", "files", "first_row")
+        return {name: getattr(self, name) for name in fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def sample_ids(self) -> npt.NDArray[np.bytes_]:
+        """All keys, in row order; reads that one column only."""
+        only_ids = pa.ipc.IpcReadOptions(
+            included_fields=[list(self.table.columns).index("sample_id")]
+        )
+        keys: list[str] = []
+        for name in self.files:
+            with pa.memory_map(str(self.folder / name)) as source:
+                column = pa.ipc.open_file(source, options=only_ids).read_all().column(0)
+                keys.extend(column.to_pylist())
+        return np.asarray(keys, dtype="S24")
+
+    def row(self, at: int) -> dict[str, Any]:
+        """Return the columns of one row."""
+        shard = int(np.searchsorted(self.first_row, at, side="right")) - 1
+        batch, offset = divmod(at - int(self.first_row[shard]), ROWS_PER_BATCH)
+        return self._batch(shard, batch)[offset]
+
+    def _batch(self, shard: int, batch: int) -> list[dict[str, Any]]:
+        key = (shard, batch)
+        if key not in self._batches:
+            decoded = self._reader(shard).get_batch(batch)
+            names = list(self.table.columns)
+            columns = [self.table.column_values(decoded, name) for name in names]
+            rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            self._batches[key] = rows
+            if len(self._batches) > CACHED_BATCHES:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(key)
+        return self._batches[key]
+
+    def _reader(self, shard: int) -> pa.ipc.RecordBatchFileReader:
+        if shard not in self._readers:
+            source = pa.memory_map(str(self.folder / self.files[shard]))
+            self._readers[shard] = pa.ipc.open_file(source)
+        return self._readers[shard]
+
+
+def _open_table(folder: Path, *, split: str | None, verify: bool) -> _OpenTable:
+    manifest = read_manifest(folder)
+    table = known_table(manifest, folder)
+    if verify and (problems := damaged_shards(folder, manifest)):
+        raise StoreError(f"{problems[0]} ({len(problems)} in all): run the recipe again to mend it")
+    shards = [shard for shard in manifest.shards if split in (None, shard.split) and shard.num_rows]
+    if not shards:
+        raise StoreError(f"{folder} has no row in split '{split}'")
+    starts = np.cumsum([0, *(shard.num_rows for shard in shards)])[:-1].astype(np.int64)
+    return _OpenTable(folder, manifest, table, [shard.file for shard in shards], starts)
+
+
+def known_table(manifest: Manifest, folder: Path) -> Table[Any]:
+    """Return the declaration of a manifest's table; raises SchemaMismatch for another version."""
+    table = TABLES.get((manifest.table, manifest.variant))
+    if table is None or table.version != manifest.version:
+        known = "none" if table is None else f"version {table.version}"
+        raise SchemaMismatch(
+            f"{folder} is table {manifest.table} ({manifest.variant or 'plain'}) version "
+            f"{manifest.version}, this code reads {known}: make it again or use the other version"
+        )
+    return table
+
+
+def _join(keys: Sequence[npt.NDArray[np.bytes_]]) -> tuple[I64Array, int]:
+    """Return [rows, tables] positions of the keys all tables have, and how many the first lost."""
+    columns = [np.arange(len(keys[0]), dtype=np.int64)]
+    kept = np.ones(len(keys[0]), dtype=bool)
+    for other in keys[1:]:
+        order = np.argsort(other, kind="stable")
+        at = np.searchsorted(other, keys[0], sorter=order)
+        at = order[np.minimum(at, len(order) - 1)]
+        kept &= other[at] == keys[0]
+        columns.append(at.astype(np.int64))
+    return np.stack(columns, axis=1)[kept], int((~kept).sum())

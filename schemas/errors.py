@@ -1,0 +1,47 @@
+"""Errors a user can cause, each with the exit code the command line gives it.
+
+Messages are one readable line: what was got, what was expected, which file or sample, and what to
+do about it. A fault only we can cause is an ``assert``, never one of these.
+"""
+
+
+class TeacherCacheError(Exception):
+    """Base of every error that the command line prints as one line instead of a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(TeacherCacheError):
+    """The recipe, a command-line value or an input file is wrong: running again cannot help."""
+
+    exit_code = 2
+
+
+class SchemaMismatch(TeacherCacheError):
+    """A shard's columns or table version are not the ones this code reads."""
+
+    exit_code = 2
+
+
+class IdentityMismatch(TeacherCacheError):
+    """Signals and student do not belong together: another tokenizer, vocabulary or input."""
+
+    exit_code = 2
+
+
+class StoreError(TeacherCacheError):
+    """A shard, record or manifest is missing, torn, damaged, locked, or cannot be written."""
+
+    exit_code = 1
+
+
+class RejectLimitError(TeacherCacheError):
+    """More rows of a shard were rejected than the recipe allows."""
+
+    exit_code = 3
+
+
+class EngineError(TeacherCacheError):
+    """The model engine cannot be started, disagrees with its reference, or has died."""
+
+    exit_code = 70

@@ -1,0 +1,162 @@
+"""A table is declared once, as a dataclass of annotated fields; all else is derived from it.
+
+From one declaration come the Arrow schema (with dimensions, units and meaning in its metadata),
+the writer's codec and the reader's check. Rows hold numpy arrays whose names end in their
+dimensions; on disk they are plain Arrow lists, so polars, ``datasets`` and pyarrow read a shard
+without this package:
+
+=====  =================================  ==========================
+dims   Arrow type                         in memory
+=====  =================================  ==========================
+``""``  the column's type                 a Python scalar
+``P``  ``list<type>``                     1-D array, ragged over rows
+``PK`` ``list<fixed_size_list<type>[K]>`` 2-D array [P, K], K fixed
+=====  =================================  ==========================
+
+Token ids take 16 bits where the vocabulary allows it and 32 where it does not, so a table has to
+be bound to a vocabulary size (and to K) before it can be written; reading needs no binding.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Annotated, Any, Final, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from .errors import SchemaMismatch
+
+Row = TypeVar("Row")
+TOKEN_ID: Final = "token_id"  # a column type: uint16 or uint32, by the size of the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What one field of a row is: its Arrow element type, meaning, dimensions and unit."""
+
+    dtype: pa.DataType | str
+    doc: str
+    dims: str = ""
+    unit: str = ""
+
+
+def token_id_type(vocab_size: int) -> pa.DataType:
+    """Return the narrowest unsigned type that holds every id below ``vocab_size``."""
+    return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+
+
+class Table(Generic[Row]):
+    """The declaration of one table: its row class, name, version and (if any) variant."""
+
+    def __init__(self, row: type[Row], *, name: str, version: int, variant: str = "") -> None:
+        """Read the columns off the annotated fields of ``row``."""
+        self.row = row
+        self.name = name
+        self.version = version
+        self.variant = variant
+        hints = get_type_hints(row, include_extras=True)
+        self.columns = {field.name: _column_of(hints[field.name]) for field in fields(row)}  # type: ignore[arg-type]
+
+    def bind(self, *, vocab_size: int, sizes: Mapping[str, int] | None = None) -> "BoundTable[Row]":
+        """Fix the token id width and the fixed dimensions (such as ``K``) for writing."""
+        return BoundTable(self, vocab_size, dict(sizes or {}))
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[Row]:
+        """Yield the rows of ``batch``; raises SchemaMismatch where its columns are not ours."""
+        columns = [self.column_values(batch, name) for name in self.columns]
+        for values in zip(*columns, strict=True):
+            yield self.row(**dict(zip(self.columns, values, strict=True)))
+
+    def column_values(self, batch: pa.RecordBatch, name: str) -> list[Any]:
+        """Return one column of ``batch`` as a list with one scalar or array per row."""
+        index = batch.schema.get_field_index(name)
+        if index < 0:
+            raise SchemaMismatch(
+                f"table {self.name} has no column '{name}'; this shard holds "
+                f"{', '.join(batch.schema.names)}: it was written by another version"
+            )
+        return _decode(batch.column(index), self.columns[name])
+
+
+class BoundTable(Generic[Row]):
+    """A table ready to be written: every Arrow type is known."""
+
+    def __init__(self, table: Table[Row], vocab_size: int, sizes: dict[str, int]) -> None:
+        """Derive the Arrow schema; ``sizes`` maps a fixed dimension letter to its size."""
+        self.table = table
+        self.vocab_size = vocab_size
+        self.sizes = sizes
+        metadata = {"table": table.name, "version": str(table.version), "variant": table.variant}
+        self.schema = pa.schema(
+            [self._field(name, column) for name, column in table.columns.items()],
+            metadata=metadata | {"vocab_size": str(vocab_size)},
+        )
+
+    def _field(self, name: str, column: Column) -> pa.Field:
+        dtype = token_id_type(self.vocab_size) if column.dtype == TOKEN_ID else column.dtype
+        for letter in reversed(column.dims[1:]):
+            dtype = pa.list_(pa.field("item", dtype, nullable=False), self.sizes[letter])
+        if column.dims:
+            dtype = pa.list_(pa.field("item", dtype, nullable=False))
+        notes = {"doc": column.doc, "dims": column.dims, "unit": column.unit}
+        metadata = {key: value for key, value in notes.items() if value}
+        return pa.field(name, dtype, nullable=False, metadata=metadata)
+
+    def to_batch(self, rows: Iterable[Row]) -> pa.RecordBatch:
+        """Encode rows; a value that does not fit its column raises ValueError, never wraps."""
+        kept = list(rows)
+        arrays = [
+            _encode([getattr(row, field.name) for row in kept], field.type) for field in self.schema
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+
+def _column_of(hint: Any) -> Column:
+    assert get_origin(hint) is Annotated, f"{hint} is not Annotated[..., Column(...)]"
+    columns = [value for value in get_args(hint)[1:] if isinstance(value, Column)]
+    assert len(columns) == 1, f"{hint} needs exactly one Column"
+    return columns[0]
+
+
+def _encode(values: list[Any], dtype: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(dtype):
+        return pa.array(values, type=dtype)
+    offsets = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    item = dtype.value_type
+    arrays = [np.asarray(value) for value in values]
+    flat = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.zeros(0)
+    child = _narrow(flat, item.value_type if pa.types.is_fixed_size_list(item) else item)
+    if pa.types.is_fixed_size_list(item):
+        for array in arrays:
+            if array.ndim != 2 or array.shape[1] != item.list_size:
+                raise ValueError(f"got shape {array.shape}, expected [*, {item.list_size}]")
+        child = pa.FixedSizeListArray.from_arrays(child, type=item)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), child, type=dtype)
+
+
+def _narrow(flat_N: npt.NDArray[Any], dtype: pa.DataType) -> pa.Array:
+    target = np.dtype(dtype.to_pandas_dtype())
+    if target.kind in "ui" and flat_N.size:
+        limits = np.iinfo(target)
+        low, high = int(flat_N.min()), int(flat_N.max())
+        if low < limits.min or high > limits.max:
+            raise ValueError(f"values {low}..{high} do not fit {target}: ids would wrap")
+    narrowed_N = np.ascontiguousarray(flat_N, dtype=target)
+    return pa.Array.from_buffers(dtype, len(narrowed_N), [None, pa.py_buffer(narrowed_N)])
+
+
+def _decode(array: pa.Array, column: Column) -> list[Any]:
+    if not column.dims:
+        return array.to_pylist()  # type: ignore[no-any-return]
+    offsets = array.offsets.to_numpy()
+    flat = array.values
+    width = 1
+    if pa.types.is_fixed_size_list(flat.type):
+        width = flat.type.list_size
+        values = flat.values.to_numpy(zero_copy_only=False).reshape(-1, width)
+    else:
+        values = flat.to_numpy(zero_copy_only=False)
+    return [values[a:b] for a, b in pairwise(offsets.tolist())]

@@ -1,0 +1,129 @@
+"""Table ``teacher_logits``: what the teacher predicts at each position, in one of three encodings.
+
+Values are log-probabilities of the *raw* distribution: natural log, temperature 1, after whatever
+the model's own config does to its logits (soft-capping, scaling), before any sampling processor.
+Entry j of a row is the distribution over the token at index ``first_target + j`` given all tokens
+before it. The first token of a document has no context and no entry.
+
+``next_token_logprobs_P`` and ``entropies_P`` describe the full distribution, whatever is kept of
+it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``).
+
+Dimensions: P = scored positions, K = kept entries, E = head entries, D = hidden width.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from .table import TOKEN_ID, Column, Table
+
+Array = npt.NDArray[Any]
+SampleId = Annotated[str, Column(pa.string(), "joins documents.sample_id")]
+FirstTarget = Annotated[int, Column(pa.int32(), "index in input_ids of the token entry 0 predicts")]
+NextTokenLogprobs = Annotated[
+    Array, Column(pa.float16(), "log p(actual next token)", dims="P", unit="nats")
+]
+Entropies = Annotated[Array, Column(pa.float16(), "entropy of the teacher", dims="P", unit="nats")]
+
+
+class _Scored:
+    """What every encoding's row can count."""
+
+    __slots__ = ()
+    first_target: int
+    next_token_logprobs_P: Array
+
+    @property
+    def num_positions(self) -> int:
+        """Scored positions of the row."""
+        return len(self.next_token_logprobs_P)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens up to and including the last one scored."""
+        return self.first_target + self.num_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdLogits(_Scored):
+    """A row in ``threshold`` encoding (see ``schemas.distribution``): unbiased, K entries."""
+
+    sample_id: SampleId
+    first_target: FirstTarget
+    token_ids_PK: Annotated[
+        Array, Column(TOKEN_ID, "head by falling probability, then sampled tail", dims="PK")
+    ]
+    num_head_P: Annotated[Array, Column(pa.uint8(), "how many of the K are the head", dims="P")]
+    head_codes_E: Annotated[
+        Array, Column(pa.uint8(), "broken-stick fractions of the head entries", dims="E")
+    ]
+    next_token_logprobs_P: NextTokenLogprobs
+    entropies_P: Entropies
+
+    def __post_init__(self) -> None:
+        """Check that lengths agree; raises ValueError naming the sample."""
+        _check_positions(self, len(self.token_ids_PK), len(self.num_head_P))
+        if int(self.num_head_P.sum(dtype=np.int64)) != len(self.head_codes_E):
+            raise ValueError(f"sample {self.sample_id}: head codes do not match the head counts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKLogits(_Scored):
+    """A row in ``top_k`` encoding: the K largest, and the mass of all others in one number."""
+
+    sample_id: SampleId
+    first_target: FirstTarget
+    token_ids_PK: Annotated[Array, Column(TOKEN_ID, "by falling probability", dims="PK")]
+    logprobs_PK: Annotated[
+        Array, Column(pa.float16(), "full-vocabulary log-probs", dims="PK", unit="nats")
+    ]
+    rest_logprobs_P: Annotated[
+        Array, Column(pa.float16(), "log of the mass outside the K", dims="P", unit="nats")
+    ]
+    next_token_logprobs_P: NextTokenLogprobs
+    entropies_P: Entropies
+
+    def __post_init__(self) -> None:
+        """Check that lengths agree; raises ValueError naming the sample."""
+        _check_positions(self, len(self.token_ids_PK), len(self.rest_logprobs_P))
+        if self.logprobs_PK.shape != self.token_ids_PK.shape:
+            raise ValueError(f"sample {self.sample_id}: log-probs and token ids differ in shape")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactLogits(_Scored):
+    """A row in ``exact`` encoding: the final hidden state; the head lies once beside the shards."""
+
+    sample_id: SampleId
+    first_target: FirstTarget
+    hidden_PD: Annotated[Array, Column(pa.float16(), "input of the language head", dims="PD")]
+    next_token_logprobs_P: NextTokenLogprobs
+    entropies_P: Entropies
+
+    def __post_init__(self) -> None:
+        """Check that lengths agree; raises ValueError naming the sample."""
+        _check_positions(self, len(self.hidden_PD), len(self.hidden_PD))
+
+
+AnyLogits = ThresholdLogits | TopKLogits | ExactLogits
+
+
+def _check_positions(row: AnyLogits, *lengths: int) -> None:
+    expected = len(row.next_token_logprobs_P)
+    found = {*lengths, len(row.entropies_P)}
+    if found != {expected} or row.first_target < 1:
+        raise ValueError(
+            f"sample {row.sample_id}: {expected} next-token log-probs beside "
+            f"{sorted(found)} entries, "
+            f"first_target {row.first_target}"
+        )
+
+
+NAME, VERSION = "teacher_logits", 1
+THRESHOLD = Table(ThresholdLogits, name=NAME, version=VERSION, variant="threshold")
+TOP_K = Table(TopKLogits, name=NAME, version=VERSION, variant="top_k")
+EXACT = Table(ExactLogits, name=NAME, version=VERSION, variant="exact")
+ENCODINGS: dict[str, Table[Any]] = {table.variant: table for table in (THRESHOLD, TOP_K, EXACT)}

@@ -1,0 +1,188 @@
+"""Encode full-vocabulary logits as rows of ``teacher_logits``: torch, batched, CPU or GPU.
+
+What each encoding keeps, and why ``threshold`` is unbiased, is in ``schemas.distribution``; this
+file is the half that sees all V logits. No step loops over positions.
+
+Cost: one exponential and about eight light passes over [P, V]. The vocabulary is seen in pieces of
+up to 64 ids: the K largest lie in the K pieces with the largest maxima, and a running sum is needed
+over pieces and inside the few that are drawn from, not over all V. On a CPU a pass costs several
+times as much once [P, V] has left the cache, so positions are taken ``cache_slices`` at a time: for
+SmolLM2-135M, on one core, 0.2 ms of processor time a position, where whole sequences, a top-k and a
+running sum over all V took 0.7 ms (November 2026).
+
+The tail is sampled in token id order. Ids of a byte-pair vocabulary rise with rarity, so a
+systematic sample in that order is stratified by frequency: on 600 positions of SmolLM2-135M
+against a distilled student its cross-entropy error was 0.125 nats, against 0.155 in order of
+probability and 0.197 in random order (November 2026).
+
+Dimensions: P = positions, V = vocabulary, K = kept entries, N = pieces of B ids each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MAX_BLOCK_BYTES = 256 << 20  # no [P, V] float32 block is larger; part of what fixes the last bits
+_CACHE_BYTES = 8 << 20  # 42 positions of 49,152 logits
+_PIECE = 64
+_NEARLY_ONE = (
+    1.0 - 1e-5
+)  # p this close below tau joins the head, so a tail entry is never drawn twice
+
+
+def cache_slices(logits_PV: Tensor) -> Iterator[slice]:
+    """Cut positions into runs whose logits stay in a CPU's cache; a GPU takes them all at once."""
+    num_positions, vocab_size = logits_PV.shape
+    size = num_positions if logits_PV.is_cuda else max(1, _CACHE_BYTES // (4 * vocab_size))
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Unnormalised probabilities and what every row of the table carries about them."""
+
+    exp_PV: Tensor
+    max_P: Tensor
+    total_P: Tensor
+    next_token_logprobs_P: Tensor
+    entropies_P: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether every position has a distribution at all."""
+        return bool(torch.isfinite(self.total_P).all() & torch.isfinite(self.entropies_P).all())
+
+
+def measure(logits_PV: Tensor, next_token_ids_P: Tensor) -> Measured:
+    """Exponentiate logits once; ``logits_PV`` (float32) is overwritten.
+
+    Logits of -inf are probability zero. The entropy is log Z - sum p z.
+    """
+    max_P = logits_PV.amax(dim=-1)
+    logits_PV.sub_(max_P[:, None]).clamp_(min=-200.0)  # e^-200 is 0 in float32
+    next_logits_P = logits_PV.gather(1, next_token_ids_P[:, None])[:, 0]
+    exp_PV = logits_PV.exp()
+    total_P = exp_PV.sum(dim=-1)
+    log_total_P = total_P.log()
+    mean_logit_P = torch.linalg.vecdot(exp_PV, logits_PV) / total_P
+    return Measured(
+        exp_PV=exp_PV,
+        max_P=max_P,
+        total_P=total_P,
+        next_token_logprobs_P=next_logits_P - log_total_P,
+        entropies_P=(log_total_P - mean_logit_P).clamp_(min=0.0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdSample:
+    """K token ids a position, head first; ``fractions_PK`` is f_i of each entry (see above)."""
+
+    token_ids_PK: Tensor
+    num_head_P: Tensor
+    fractions_PK: Tensor
+
+
+def threshold_sample(measured: Measured, offsets_P: Tensor, *, k: int) -> ThresholdSample:
+    """Draw exactly ``k`` entries of each distribution; ``measured.exp_PV`` is overwritten.
+
+    ``offsets_P`` in [0, 1) is the one uniform of the systematic sample. With h head entries,
+    tau_h = (mass outside the head) / (k - h); the head is complete at the first h whose next
+    largest p is below tau_h. Masses are summed from the small end in float64, so a position of
+    probability 1 - 1e-7 keeps its true remainder.
+    """
+    exp_PV = measured.exp_PV
+    top_PK, ids_PK = _largest(exp_PV, k)
+    exp_PV.scatter_(1, ids_PK, 0.0)
+    beyond_P = _pieces(exp_PV).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+    entry_K = torch.arange(k, device=exp_PV.device)
+    left_PK = beyond_P[:, None] + top_PK.double().flip(1).cumsum(1).flip(1)
+    tau_PK = left_PK / (k - entry_K)
+    in_head_PK = (top_PK >= tau_PK * _NEARLY_ONE).cumprod(1).bool()
+    num_head_P = in_head_PK.sum(1)
+    exp_PV.scatter_(1, ids_PK, torch.where(in_head_PK, 0.0, top_PK))
+    tail_ids_PK = _systematic(exp_PV, k - num_head_P, offsets_P, k)
+    slot_PK = (entry_K - num_head_P[:, None]).clamp(min=0)
+    fractions_PK = torch.where(left_PK > 0, top_PK / left_PK, 0.0)
+    return ThresholdSample(
+        token_ids_PK=torch.where(in_head_PK, ids_PK, tail_ids_PK.gather(1, slot_PK)),
+        num_head_P=num_head_P,
+        fractions_PK=torch.where(in_head_PK, fractions_PK, 0.0),
+    )
+
+
+def _systematic(mass_PV: Tensor, num_drawn_P: Tensor, offsets_P: Tensor, k: int) -> Tensor:
+    """Return [P, k] ids whose first ``num_drawn_P`` are one draw each per equal share of mass.
+
+    A point of the running mass is found by its piece, then by its place inside the piece.
+    """
+    mass_PNB = _pieces(mass_PV)
+    running_PN = mass_PNB.sum(dim=-1).double().cumsum(dim=-1)
+    share_P1 = running_PN[:, -1:] / num_drawn_P[:, None].clamp(min=1)
+    points_PK = (offsets_P[:, None] + torch.arange(k, device=mass_PV.device)) * share_P1
+    pieces_PK = _first_above(running_PN, points_PK)
+    before_PK = functional.pad(running_PN, (1, 0)).gather(1, pieces_PK)
+    drawn_PKB = mass_PNB.gather(1, pieces_PK[:, :, None].expand(-1, -1, mass_PNB.shape[2]))
+    running_PKB = drawn_PKB.double().cumsum(dim=-1)
+    places_PK = _first_above(running_PKB, (points_PK - before_PK)[:, :, None])[:, :, 0]
+    return pieces_PK * mass_PNB.shape[2] + places_PK
+
+
+def _first_above(running: Tensor, points: Tensor) -> Tensor:
+    """Return where a running sum (last dimension) first exceeds each point, inside its last mass.
+
+    Such an entry has mass of its own; where there is no mass at all, the last entry is returned.
+    """
+    last = torch.nextafter(running[..., -1:], torch.zeros_like(running[..., -1:]))
+    found = torch.searchsorted(running, torch.minimum(points, last), right=True)
+    return found.clamp_(max=running.shape[-1] - 1)
+
+
+def _largest(values_PV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest values of each position, by falling value, and their ids."""
+    values_PNB = _pieces(values_PV)
+    num_pieces, size = values_PNB.shape[1:]
+    if num_pieces <= 2 * k:
+        found = values_PV.topk(k, dim=-1)
+        return found.values, found.indices
+    pieces_PK = values_PNB.amax(dim=-1).topk(k, dim=-1).indices
+    among_PKB = values_PNB.gather(1, pieces_PK[:, :, None].expand(-1, -1, size))
+    largest_PK, places_PK = among_PKB.flatten(1).topk(k, dim=-1)
+    ids_PK = pieces_PK.gather(1, places_PK // size) * size + places_PK % size
+    return largest_PK, ids_PK
+
+
+def _pieces(values_PV: Tensor) -> Tensor:
+    """View the vocabulary as [N, B]; one piece where its size has no divisor from 8 to 64."""
+    vocab_size = values_PV.shape[1]
+    size = next((b for b in range(_PIECE, 7, -1) if vocab_size % b == 0), vocab_size)
+    return values_PV.view(len(values_PV), -1, size)
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The K largest log-probs a position, by falling value, and the log of the mass of the rest."""
+
+    token_ids_PK: Tensor
+    logprobs_PK: Tensor
+    rest_logprobs_P: Tensor
+
+
+def top_k(measured: Measured, *, k: int) -> TopK:
+    """Keep the ``k`` largest; ``measured.exp_PV`` is overwritten.
+
+    The rest is summed from the entries themselves: one minus the kept mass would lose it to
+    rounding (a peer's residual goes negative that way).
+    """
+    top_PK, ids_PK = _largest(measured.exp_PV, k)
+    measured.exp_PV.scatter_(1, ids_PK, 0.0)
+    log_total_P = measured.total_P.log()
+    return TopK(
+        token_ids_PK=ids_PK,
+        logprobs_PK=top_PK.log() - log_total_P[:, None],
+        rest_logprobs_P=measured.exp_PV.sum(dim=-1).log() - log_total_P,
+    )

@@ -1,0 +1,1 @@
+"""Engines run a model and give back its final hidden states."""

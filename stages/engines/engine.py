@@ -1,0 +1,83 @@
+"""The Engine protocol, and the one way to open an engine.
+
+An engine gives final hidden states (after the last norm: what the head reads), not log-probs: the
+head runs here, in blocks of positions, and one encoding of the result serves both engines.
+
+Dimensions: T = tokens of a sequence, D = hidden width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from schemas.errors import ConfigError
+from stages.engines.head_check import check_head, probe_sequences, reference_of
+from stages.engines.options import EngineOptions
+from stages.engines.sequences import TokenIds
+from stages.engines.transformers_engine import TransformersEngine
+from stages.engines.vllm_engine import VllmEngine
+from stages.language_head import LanguageHead, head_features, read_config
+
+EngineKind = Literal["vllm", "transformers"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine(Protocol):
+    """A loaded model. ``max_length`` is in tokens; ``device`` holds the head and the results."""
+
+    @property
+    def kind(self) -> str:
+        """``vllm`` or ``transformers``."""
+
+    max_length: int
+    device: torch.device
+    head: LanguageHead
+
+    def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
+        """Yield [T, D] in the model's dtype for each sequence, in the order given.
+
+        Raises EngineError for a sequence that is empty, too long or outside the vocabulary, and
+        when the engine has died.
+        """
+
+    def close(self) -> None:
+        """Free the model and its memory; a closed engine cannot be used again."""
+
+
+@contextmanager
+def open_engine(
+    kind: EngineKind, model_path: Path, *, dtype: str, options: EngineOptions
+) -> Iterator[Engine]:
+    """Load an ordinary transformers folder into an engine, check its head, free it on exit.
+
+    Raises ConfigError for a folder or setting that cannot work, EngineError if the engine does not
+    start or its log-probs disagree with transformers.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    device = _device(options)
+    head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
+    reference = reference_of(
+        model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
+    )
+    engine_class = VllmEngine if kind == "vllm" else TransformersEngine
+    engine: Engine = engine_class(model_path, dtype=DTYPES[dtype], device=device, options=options)
+    try:
+        probes = probe_sequences(engine.head.vocab_size)
+        fitting = [ids_T[: engine.max_length] for ids_T in probes]
+        check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+        yield engine
+    finally:
+        engine.close()
+
+
+def _device(options: EngineOptions) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise ConfigError("engine.device is 'cuda', but torch sees no GPU: use 'auto' or 'cpu'")
+    return torch.device("cuda" if has_gpu and options.device != "cpu" else "cpu")

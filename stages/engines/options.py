@@ -1,0 +1,30 @@
+"""Where and how wide an engine runs. Part of a recipe's execution: never hashed, and no torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineOptions(BaseModel):
+    """Settings of both engines; ``None`` leaves a choice to the engine.
+
+    ``kv_cache_memory_bytes`` is per device, in place of ``gpu_memory_utilization`` (on a CPU: 2
+    GiB). ``max_num_batched_tokens`` bounds one forward pass. ``enforce_eager`` unset means compiled
+    on a GPU, eager on a CPU: there compiling took 90 s and gained 10 % (SmolLM2-135M, 2 cores).
+    ``cache_dir`` keeps the references of the start-up check (default: the user's cache folder).
+    The transformers engine reads ``device``, ``max_model_len``, ``max_num_batched_tokens`` and
+    ``cache_dir``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    enable_chunked_prefill: bool | None = None
+    enforce_eager: bool | None = None
+    cache_dir: Path | None = None

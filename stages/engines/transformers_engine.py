@@ -1,0 +1,112 @@
+"""The transformers engine: for machines without vLLM, and for audits of it.
+
+Sequences are sorted by length and padded on the right, where a causal model cannot see the padding
+from real tokens; results come back in the order given. Only the base model runs: no [T, V] logits.
+
+Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from schemas.errors import EngineError
+from stages.engines.options import EngineOptions
+from stages.engines.sequences import TokenIds, check_sequences, windows
+from stages.language_head import LanguageHead, read_config
+
+_BATCH_TOKENS = 4096
+
+
+class TransformersEngine:
+    """An ``AutoModelForCausalLM`` without its head; see ``Engine`` for what the members promise."""
+
+    kind = "transformers"
+
+    def __init__(
+        self, model_path: Path, *, dtype: torch.dtype, device: torch.device, options: EngineOptions
+    ) -> None:
+        """Load the model. Raises EngineError if transformers cannot."""
+        config = read_config(model_path).get_text_config()
+        self.device = device
+        self.max_length = _max_length(config.max_position_embeddings, options.max_model_len)
+        self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
+        self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
+        self._model: Any = _load(model_path, dtype, device)
+
+    def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
+        """Yield [T, D] for each sequence, in the order given."""
+        vocab_size = self.head.vocab_size
+        check_sequences(sequences, max_length=self.max_length, vocab_size=vocab_size)
+        bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
+        for window in windows(sequences, bytes_per_token=bytes_per_token):
+            yield from self._run(window)
+
+    def close(self) -> None:
+        """Free the model and its memory."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, window: Sequence[TokenIds]) -> list[Tensor]:
+        """Return the window's hidden states; views of the batches they were computed in."""
+        results: dict[int, Tensor] = {}
+        for batch in _batches([len(ids_T) for ids_T in window], self._batch_tokens):
+            hidden_BTD = self._forward([window[index] for index in batch])
+            for row, index in enumerate(batch):
+                results[index] = hidden_BTD[row, : len(window[index])]
+        return [results[index] for index in range(len(window))]
+
+    @torch.no_grad()
+    def _forward(self, sequences: Sequence[TokenIds]) -> Tensor:
+        if self._model is None:
+            raise EngineError("the transformers engine is closed: open it again")
+        longest = max(len(ids_T) for ids_T in sequences)
+        input_ids_BT = torch.zeros((len(sequences), longest), dtype=torch.long)
+        mask_BT = torch.zeros_like(input_ids_BT)
+        for row, ids_T in enumerate(sequences):
+            input_ids_BT[row, : len(ids_T)] = torch.from_numpy(ids_T.astype("int64"))
+            mask_BT[row, : len(ids_T)] = 1
+        output = self._model(
+            input_ids=input_ids_BT.to(self.device),
+            attention_mask=mask_BT.to(self.device),
+            use_cache=False,
+        )
+        hidden_BTD = output.last_hidden_state
+        assert isinstance(hidden_BTD, Tensor)
+        return hidden_BTD
+
+
+def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=True)
+        return model.base_model.eval().to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EngineError(
+            f"transformers cannot load {model_path} on {device}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _max_length(model_length: int, wanted: int | None) -> int:
+    return model_length if wanted is None else min(model_length, wanted)
+
+
+def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of like lengths, longest first; a batch padded to its first fits."""
+    batch: list[int] = []
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for index in longest_first:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,85 @@
+"""What ingest hands on once the heavy work is done: shards of known size, counts, and the rows.
+
+``prepared.json`` is written last: where it exists, everything it speaks of is on the disk.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.documents import SPLITS, Document
+from schemas.errors import StoreError
+from schemas.shards import write_text
+
+from .sequences import range_path, read_sequences
+
+PREPARED = "prepared.json"
+TRAIN = SPLITS[0]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceShard:
+    """One shard to be: its split (``train`` or ``heldout``) and its number of rows."""
+
+    split: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSource:
+    """All shards, train before held-out, and what became of every document that was read.
+
+    ``rejects`` counts by reason; ``duplicate_sequence`` and ``packing_remainder`` count rows, all
+    others documents. ``truncated`` documents were cut to the row length and kept.
+    ``rows_by_range`` counts, for each split, the rows of each file of rows.
+    """
+
+    shards: tuple[SourceShard, ...]
+    rejects: dict[str, int]
+    documents_read: int
+    truncated: int
+    rows_by_range: dict[str, tuple[int, ...]]
+
+
+def cut_shards(rows: dict[str, int], rows_per_shard: int) -> tuple[SourceShard, ...]:
+    """Return shards of ``rows_per_shard`` rows, the last of each split with what is left."""
+    return tuple(
+        SourceShard(split, min(rows_per_shard, rows[split] - start))
+        for split in SPLITS
+        for start in range(0, rows[split], rows_per_shard)
+    )
+
+
+def write_prepared(work_dir: Path, prepared: PreparedSource) -> None:
+    """Mark ``work_dir`` as complete."""
+    write_text(work_dir / PREPARED, json.dumps(asdict(prepared), indent=1) + "\n")
+
+
+def read_prepared(work_dir: Path) -> PreparedSource | None:
+    """Return what was prepared in ``work_dir``; None where that is not complete."""
+    path = work_dir / PREPARED
+    if not path.is_file():
+        return None
+    body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    shards = tuple(SourceShard(**shard) for shard in body.pop("shards"))
+    rows_by_range = {name: tuple(rows) for name, rows in body.pop("rows_by_range").items()}
+    return PreparedSource(shards=shards, rows_by_range=rows_by_range, **body)
+
+
+def read_shard_rows(work_dir: Path, index: int) -> Iterator[Document]:
+    """Yield the rows of one shard, in order; raises StoreError where nothing is prepared."""
+    prepared = read_prepared(work_dir)
+    if prepared is None:
+        raise StoreError(f"{work_dir} holds no complete ingest: run the recipe again")
+    shard = prepared.shards[index]
+    earlier = prepared.shards[:index]
+    start = sum(other.rows for other in earlier if other.split == shard.split)
+    stop = start + shard.rows
+    for number, held in enumerate(prepared.rows_by_range[shard.split]):
+        first, last = max(start, 0), min(stop, held)
+        if first < last:
+            before = 0 if shard.split == TRAIN else prepared.rows_by_range[TRAIN][number]
+            yield from read_sequences(range_path(work_dir, number), before + first, before + last)
+        start, stop = start - held, stop - held

@@ -1,0 +1,83 @@
+"""Stage ``ingest``: text from files or the hub -> the ``documents`` table of token ids.
+
+This file is the stage's configuration and reads what is prepared, so that ``plan`` and ``status``
+start without ``datasets`` and ``transformers``; ``stages.ingest.preparation`` is the work.
+
+``pack`` joins documents, each followed by the end-of-sequence token, and cuts the stream into rows
+of exactly ``length`` tokens; the last piece of each split, shorter than that, is dropped and
+counted as ``packing_remainder``. ``truncate`` makes one row of each document's first ``length``
+tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from schemas.documents import DOCUMENTS, Document
+from schemas.table import BoundTable, Table
+from stages.ingest.prepared import PreparedSource, read_shard_rows
+from stages.ingest.source import InputIdentity, Source
+from stages.stage import StageConfig, StageContext
+
+OnProgress = Callable[[str], None]
+SEGMENT_BYTES = 32 << 20  # of text held in memory at a time; changes no byte of the output
+
+
+class IngestStage(StageConfig):
+    """Read ``source``, clean, de-duplicate, split by content hash, tokenise, pack or truncate.
+
+    ``tokenizer`` is a model folder. ``min_chars`` and ``max_chars`` bound a document's normalised
+    text; ``max_chars`` also bounds memory, as a document is tokenised whole. ``max_rows`` keeps a
+    sample of that many rows, train and held-out in proportion.
+    """
+
+    VERSION: ClassVar[int] = 1
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ()
+
+    stage: Literal["ingest"]
+    source: Source
+    tokenizer: str
+    length: int = Field(ge=2)
+    mode: Literal["pack", "truncate"]
+    heldout_fraction: float = Field(ge=0.0, lt=1.0)
+    min_chars: int = Field(default=1, ge=1)
+    max_chars: int = Field(default=10_000_000, ge=1)
+    rows_per_shard: int = Field(default=1024, ge=1)
+    max_rows: int | None = Field(default=None, ge=2)
+
+    @property
+    def table(self) -> Table[Any]:
+        """The table this stage writes."""
+        return DOCUMENTS
+
+    def bind(self, context: StageContext) -> BoundTable[Any]:
+        """Token id width from the model's vocabulary."""
+        return DOCUMENTS.bind(vocab_size=context.vocab_size)
+
+    def source_identity(self) -> list[InputIdentity]:
+        """Return what names the input by content: name, size and sha256 of each file, in order."""
+        return self.source.identity()
+
+    def prepare(
+        self,
+        work_dir: Path,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        on_progress: OnProgress | None = None,
+    ) -> PreparedSource:
+        """Do all the work, in ``work_dir``; returns at once where it is done already.
+
+        ``on_progress`` is given a line of text each time a piece of the work is on disk.
+
+        Resumes after an interruption, and starts afresh when the configuration or an input file
+        (by size and time of change) is another one. Not for two processes at once.
+        """
+        from stages.ingest.preparation import Preparation  # loads datasets, polars, transformers
+
+        return Preparation(self, work_dir, segment_bytes, on_progress).run()
+
+    def read(self, work_dir: Path, index: int) -> Iterator[Document]:
+        """Yield the rows of shard ``index`` of a prepared ``work_dir``."""
+        yield from read_shard_rows(work_dir, index)

@@ -1,0 +1,182 @@
+"""The work of ``teacher_logits``: engine -> hidden states -> language head -> encoding -> rows.
+
+The engine gives final hidden states; the language head turns them into logits one sequence at a
+time, in blocks of positions, and the encoding keeps what the recipe asks for. A whole input shard
+goes to the engine as one unit and in one order, so that a re-run meets the same batches.
+
+Positions: a document of T tokens has T - 1 scored positions; the hidden state at index t predicts
+token t + 1, so entry j comes from index j and ``first_target`` is 1.
+
+Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from schemas.distribution import quantise_sticks, round_mantissa, uniforms
+from schemas.documents import DOCUMENTS, Document
+from schemas.errors import ConfigError
+from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from stages.encoding import (
+    MAX_BLOCK_BYTES,
+    Measured,
+    cache_slices,
+    measure,
+    threshold_sample,
+    top_k,
+)
+from stages.engines.engine import Engine, open_engine
+from stages.language_head import LanguageHead
+from stages.stage import Rejected, StageContext, Work
+from stages.teacher_logits import (
+    ExactEncoding,
+    TeacherLogitsStage,
+    ThresholdEncoding,
+    TopKEncoding,
+)
+
+FLOAT16_MAX = 65504.0
+# Blocks up to 25 MB (SmolLM2) stay in the process between uses; the pages of larger ones come from
+# the kernel each time, which took a third of all processor time. Products lose nothing at 128.
+_CPU_BLOCK_POSITIONS = 128
+
+
+@contextmanager
+def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
+    """Start the engine of ``stage.model``; the work scores one shard of documents."""
+    model = context.models[stage.model]
+    opened = open_engine(model.engine, model.path, dtype=model.dtype, options=context.engine)
+    with opened as engine:
+        if isinstance(stage.encoding, ExactEncoding):
+            engine.head.save(context.folder)
+
+        def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
+            if engine.max_length == context.engine.max_model_len:
+                _require_room(shard, engine.max_length)
+            return score_documents(stage, engine, shard)
+
+        yield work
+
+
+def _require_room(shard: pa.Table, max_model_len: int) -> None:
+    """Raise ConfigError for a row that only the engine's setting keeps out.
+
+    That setting is no part of a table's name: to reject by it would give one name two contents.
+    """
+    longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
+    if longest > max_model_len:
+        raise ConfigError(
+            f"execution.engine.max_model_len is {max_model_len}, a document has {longest} tokens: "
+            f"raise it, or leave it out to reject only what exceeds the model's own window"
+        )
+
+
+def score_documents(
+    stage: TeacherLogitsStage, engine: Engine, shard: pa.Table
+) -> Iterable[AnyLogits | Rejected]:
+    """Yield one row, or one rejection, for each document of ``shard``, in order."""
+    documents = [document for batch in shard.to_batches() for document in DOCUMENTS.rows(batch)]
+    fits = [len(document.input_ids_T) <= engine.max_length for document in documents]
+    sequences = [d.input_ids_T for d, ok in zip(documents, fits, strict=True) if ok]
+    hidden = engine.hidden_states(sequences)
+    for document, ok in zip(documents, fits, strict=True):
+        if ok:
+            yield _encode(stage, engine.head, document, next(hidden))
+        else:
+            reason = f"longer than the model's window of {engine.max_length} tokens"
+            yield Rejected(document.sample_id, reason)
+
+
+def _encode(
+    stage: TeacherLogitsStage, head: LanguageHead, document: Document, hidden_TD: Tensor
+) -> AnyLogits | Rejected:
+    """Encode one document's positions, block by block."""
+    targets = np.asarray(document.input_ids_T[1:], np.int64)
+    targets_P = torch.from_numpy(targets).to(hidden_TD.device)
+    hidden_PD = hidden_TD[:-1]
+    if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
+        return Rejected(document.sample_id, "hidden state outside float16")
+    encoder = _Encoder(stage, document.sample_id, len(targets))
+    step = positions_per_block(head)
+    for start in range(0, len(targets), step):
+        logits_PV = head.logits(hidden_PD[start : start + step])
+        for part in cache_slices(logits_PV):
+            at = slice(start + part.start, start + part.stop)
+            measured = measure(logits_PV[part], targets_P[at])
+            if not measured.finite:
+                return Rejected(document.sample_id, "non-finite logits")
+            encoder.add(measured, hidden_PD[at], at.start)
+    return encoder.row()
+
+
+def positions_per_block(head: LanguageHead) -> int:
+    """Return how many positions' logits are made at a time."""
+    most = head.positions_per_chunk(MAX_BLOCK_BYTES)
+    return min(most, _CPU_BLOCK_POSITIONS) if head.weight_VD.device.type == "cpu" else most
+
+
+def _fits_float16(hidden_PD: Tensor) -> bool:
+    return bool((hidden_PD.abs() <= FLOAT16_MAX).all())
+
+
+class _Encoder:
+    """Collects the blocks of one document and makes its row."""
+
+    def __init__(self, stage: TeacherLogitsStage, sample_id: str, num_positions: int) -> None:
+        self.encoding = stage.encoding
+        self.sample_id = sample_id
+        self.columns: dict[str, list[np.ndarray[Any, Any]]] = {}
+        if isinstance(self.encoding, ThresholdEncoding):
+            key = hashlib.blake2b(f"{stage.seed}:{sample_id}".encode(), digest_size=8).digest()
+            count = self.encoding.k + 1  # one for the systematic sample, k for rounding sticks
+            self.uniforms_PN = uniforms(int.from_bytes(key, "little"), num_positions, count)
+
+    def add(self, measured: Measured, hidden_PD: Tensor, start: int) -> None:
+        """Encode the block that begins at position ``start``."""
+        self._keep("next_token_logprobs_P", measured.next_token_logprobs_P)
+        self._keep("entropies_P", measured.entropies_P)
+        match self.encoding:
+            case ThresholdEncoding(k=k):
+                self._add_threshold(measured, start, k)
+            case TopKEncoding(k=k):
+                kept = top_k(measured, k=k)
+                self._keep("token_ids_PK", kept.token_ids_PK)
+                self._keep("logprobs_PK", kept.logprobs_PK)
+                self._keep("rest_logprobs_P", kept.rest_logprobs_P)
+            case ExactEncoding():
+                self._keep("hidden_PD", hidden_PD.to(torch.float16))
+
+    def _add_threshold(self, measured: Measured, start: int, k: int) -> None:
+        uniforms_PN = self.uniforms_PN[start : start + len(measured.total_P)]
+        offsets_P = torch.from_numpy(uniforms_PN[:, 0].copy()).to(measured.exp_PV.device)
+        sample = threshold_sample(measured, offsets_P, k=k)
+        num_head_P = sample.num_head_P.cpu().numpy()
+        codes_PK = quantise_sticks(sample.fractions_PK.cpu().numpy(), uniforms_PN[:, 1:])
+        self._keep("token_ids_PK", sample.token_ids_PK)
+        self.columns.setdefault("num_head_P", []).append(num_head_P.astype(np.uint8))
+        in_head_PK = np.arange(k) < num_head_P[:, None]
+        self.columns.setdefault("head_codes_E", []).append(codes_PK[in_head_PK])
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.columns.setdefault(name, []).append(values.cpu().numpy())
+
+    def row(self) -> AnyLogits:
+        """All blocks as one row of the encoding's table."""
+        arrays = {name: np.concatenate(blocks) for name, blocks in self.columns.items()}
+        match self.encoding:
+            case ThresholdEncoding():
+                for name in ("next_token_logprobs_P", "entropies_P"):
+                    arrays[name] = round_mantissa(arrays[name])
+                return ThresholdLogits(sample_id=self.sample_id, first_target=1, **arrays)
+            case TopKEncoding():
+                return TopKLogits(sample_id=self.sample_id, first_target=1, **arrays)
+            case ExactEncoding():
+                return ExactLogits(sample_id=self.sample_id, first_target=1, **arrays)

@@ -1,0 +1,163 @@
+"""How good a student is on held-out rows, against the text and against the cached teacher.
+
+All means are over scored tokens, in nats. ``kl_to_teacher`` is exact for ``exact``, an unbiased
+estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers of one table only.
+``top1_agreement`` counts the positions where the cache tells the teacher's likeliest token.
+
+Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from schemas.dataset import CachedDataset, open_dataset
+from stages.language_head import LanguageHead
+from stages.student.chunked_loss import chunked_loss
+from stages.student.loader import Collator, SignalRows, encoding_of
+from stages.student.objectives.kd import Teacher, teacher_of
+from stages.student.student_model import (
+    check_student,
+    last_layer_of,
+    load_student,
+    scored_hidden_states,
+    student_head,
+    student_vocab_size,
+)
+from stages.student.train_config import TrainOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DtypeName = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Sums over positions that an evaluation reports; it has no gradient."""
+
+    SUMS: ClassVar[tuple[str, ...]] = ("cross_entropy", "kl", "agreed", "compared")
+
+    next_token_ids_N: Tensor
+    teacher: Teacher | None
+
+    @property
+    def extra_blocks(self) -> int:
+        """What the teacher's encoding makes."""
+        return self.teacher.EXTRA_BLOCKS if self.teacher else 0
+
+    def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
+        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        assert not with_grad, "an evaluation has no gradient"
+        cross_entropy = -logprobs_CV.gather(1, self.next_token_ids_N[rows, None]).sum()
+        if self.teacher is None:
+            return torch.stack([cross_entropy, *cross_entropy.new_zeros(3)])
+        teacher_C = self.teacher.top_token_ids(rows)
+        agreed = (logprobs_CV.argmax(dim=1) == teacher_C).sum()
+        kl = self.teacher.kl_(logprobs_CV, rows, None).sum()
+        return torch.stack([cross_entropy, kl, agreed.to(kl), (teacher_C >= 0).sum().to(kl)])
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows to evaluate on, and the part of them that this process takes."""
+
+    dataset: CachedDataset
+    teacher_head: LanguageHead | None
+    options: TrainOptions
+    dtype: DtypeName
+    rank: int = 0
+    world_size: int = 1
+
+
+def evaluate(
+    student: Path,
+    data: Sequence[Path],
+    *,
+    split: str = "heldout",
+    batch_size: int = 8,
+    dtype: DtypeName = "float32",
+    options: TrainOptions | None = None,
+) -> dict[str, float]:
+    """Load a student and measure it on one split; raises what training would raise."""
+    options = replace(options or TrainOptions(), eval_batch_size=batch_size)
+    device = device_of(options)
+    dataset = open_dataset(data, split=split, verify=options.verify)
+    model = load_student(student, device=device)
+    check_student(student, dataset, student_vocab_size(model))
+    head = teacher_head_of(dataset, device)
+    return measure_student(model, HeldOut(dataset, head, options, dtype))
+
+
+def device_of(options: TrainOptions) -> torch.device:
+    """Return where to run: the GPU where there is one, unless told otherwise."""
+    use_gpu = options.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def teacher_head_of(dataset: CachedDataset, device: torch.device) -> LanguageHead | None:
+    """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
+    for folder, manifest in zip(dataset.folders, dataset.manifests, strict=True):
+        if manifest.variant == "exact":
+            return LanguageHead.load(folder, device=device)
+    return None
+
+
+def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, float]:
+    """Return the means of one pass over the rows, of all processes together."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(6, dtype=torch.float64, device=model.device)
+    with torch.inference_mode():
+        for batch in _batches(model, held_out):
+            sums += _sums_of(model, batch, held_out)
+    model.train(training)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return _means(sums, has_teacher=bool(encoding_of(held_out.dataset)))
+
+
+def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
+    mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
+    collator = Collator(encoding_of(held_out.dataset), student_vocab_size(model))
+    return DataLoader(
+        Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
+        batch_size=held_out.options.eval_batch_size,
+        collate_fn=collator,
+        num_workers=held_out.options.num_workers,
+    )
+
+
+def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    dtype = DTYPES[held_out.dtype]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        hidden_ND = scored_hidden_states(model, batch, last_layer=last_layer_of(model))
+    has_teacher = bool(encoding_of(held_out.dataset))
+    teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
+    scores = Scores(batch["next_token_ids_N"], teacher)
+    sums = chunked_loss(hidden_ND, student_head(model), scores, dtype=dtype).sums
+    teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
+    count = torch.tensor(float(len(hidden_ND)), device=model.device)
+    return torch.stack([*sums.values(), teacher_ce, count]).double()
+
+
+def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
+    cross_entropy, kl, agreed, compared, teacher_ce, count = sums.tolist()
+    tokens = max(count, 1.0)
+    mean = cross_entropy / tokens
+    means = {
+        "tokens": count,
+        "cross_entropy": mean,
+        "perplexity": math.exp(min(mean, 700.0)),  # a diverged student must not overflow a report
+    }
+    if has_teacher:
+        means["kl_to_teacher"] = kl / tokens
+        means["teacher_cross_entropy"] = teacher_ce / tokens
+        means["top1_agreement"] = agreed / max(compared, 1.0)
+    return means

@@ -1,0 +1,160 @@
+"""Cached rows -> training batches: decode in the workers, pad on the right, keep scored positions.
+
+Entry j of a signal row is the distribution over the token at index ``first_target + j``; the
+student's hidden state at index ``first_target - 1 + j`` is what predicts it. A batch therefore
+carries ``positions_N``, the places of those hidden states in the flattened [B, T] batch, and every
+other array with N in its name is aligned with it. Targets are not padded: N is their true number.
+
+Rows are padded on the right and there is no attention mask. In a causal model no position sees
+what comes after it, so padding cannot reach a scored position, and without a mask attention stays
+on its fast path.
+
+Dimensions: B = rows, T = tokens of the longest row, P = scored positions of a row, N = scored
+positions of the batch, K = kept entries, D = hidden width of the teacher.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from schemas.dataset import CachedDataset
+from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.errors import StoreError
+
+IGNORED = -100  # transformers counts labels other than this one as tokens of the step
+MAX_MASS_ERROR = 0.02  # float16 log-probs alone move the sum of the buckets by less than 0.01
+
+Array = npt.NDArray[Any]
+Row = Mapping[str, Any]
+EncodingName = Literal["", "threshold", "top_k", "exact"]
+
+
+class SignalRows(Dataset[Row]):
+    """The joined rows of a cached data set, for torch's loaders: map-style and picklable."""
+
+    def __init__(self, dataset: CachedDataset) -> None:
+        """Wrap an opened data set; workers reopen its files."""
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """The number of joined rows."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        """Return the columns of one row as stored."""
+        return self.dataset[index]
+
+
+def encoding_of(dataset: CachedDataset) -> EncodingName:
+    """Return the encoding of the data set's teacher table, ``""`` when it has none."""
+    variants = [m.variant for m in dataset.manifests if m.table == "teacher_logits"]
+    return variants[0] if variants else ""  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Make one batch of decoded tensors; ``encoding`` is ``""`` to leave the teacher out."""
+
+    encoding: EncodingName
+    vocab_size: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return ``input_ids`` and ``labels`` [B, T], ``positions_N`` and the targets."""
+        width = max(len(row["input_ids_T"]) for row in rows)
+        input_ids_BT = np.zeros((len(rows), width), np.int64)
+        labels_BT = np.full((len(rows), width), IGNORED, np.int64)
+        positions = []
+        for b, row in enumerate(rows):
+            ids_T, (start, stop) = row["input_ids_T"], scored_span(row)
+            input_ids_BT[b, : len(ids_T)] = ids_T
+            labels_BT[b, start:stop] = ids_T[start:stop]
+            positions.append(np.arange(start - 1, stop - 1) + b * width)
+        self._check_ids(rows, input_ids_BT, "input_ids_T")
+        batch = {
+            "input_ids": input_ids_BT,
+            "labels": labels_BT,
+            "positions_N": np.concatenate(positions),
+            "next_token_ids_N": labels_BT[labels_BT != IGNORED],
+        }
+        if self.encoding:
+            batch |= DECODERS[self.encoding](rows)
+            batch["teacher_next_logprobs_N"] = _joined(rows, "next_token_logprobs_P", np.float32)
+        if "token_ids_NK" in batch:
+            self._check_ids(rows, batch["token_ids_NK"], "token_ids_PK")
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _check_ids(self, rows: Sequence[Row], ids: Array, column: str) -> None:
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            worst = max(rows, key=lambda row: int(row[column].max(initial=0)))
+            raise StoreError(
+                f"sample {worst['sample_id']}: {column} holds id {int(ids.max())}, the student has "
+                f"{self.vocab_size} tokens: run `teachercache verify` on the data"
+            )
+
+
+def scored_span(row: Row) -> tuple[int, int]:
+    """Return the half-open range of indices in ``input_ids_T`` that are predicted and scored."""
+    num_tokens = len(row["input_ids_T"])
+    start = int(row.get("first_target", 1))
+    scored = row.get("next_token_logprobs_P")
+    stop = num_tokens if scored is None else start + len(scored)
+    if start < 1 or stop > num_tokens:
+        raise StoreError(
+            f"sample {row['sample_id']}: signals for tokens {start} to {stop - 1}, the document "
+            f"has {num_tokens} tokens: run `teachercache verify` on the data"
+        )
+    return start, stop
+
+
+def _joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:
+    joined: Array = np.concatenate([row[name] for row in rows]).astype(dtype)
+    return joined
+
+
+def _threshold(rows: Sequence[Row]) -> dict[str, Array]:
+    token_ids_NK = _joined(rows, "token_ids_PK", np.int32)
+    num_head_N = _joined(rows, "num_head_P", np.uint8)
+    codes_E = _joined(rows, "head_codes_E", np.uint8)
+    return {
+        "token_ids_NK": token_ids_NK,
+        "weights_NK": unpack_threshold(token_ids_NK, num_head_N, codes_E),
+        "num_head_N": num_head_N,
+        "entropies_N": _joined(rows, "entropies_P", np.float32),
+    }
+
+
+def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
+    """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out."""
+    logprobs_NK = _joined(rows, "logprobs_PK", np.float16)
+    probs_NK, rest_N = unpack_top_k(logprobs_NK, _joined(rows, "rest_logprobs_P", np.float16))
+    mass_N = probs_NK.sum(axis=1) + rest_N
+    if mass_N.size and not float(np.abs(mass_N - 1).max()) <= MAX_MASS_ERROR:
+        raise StoreError(
+            f"samples {rows[0]['sample_id']} to {rows[-1]['sample_id']}: a position's mass is "
+            f"{float(mass_N[np.abs(mass_N - 1).argmax()]):.3f}, not 1: score them again"
+        )
+    return {
+        "token_ids_NK": _joined(rows, "token_ids_PK", np.int32),
+        "probs_NK": probs_NK / mass_N[:, None],
+        "rest_N": rest_N / mass_N,
+    }
+
+
+def _exact(rows: Sequence[Row]) -> dict[str, Array]:
+    return {
+        "hidden_ND": _joined(rows, "hidden_PD", np.float16),
+        "entropies_N": _joined(rows, "entropies_P", np.float32),
+    }
+
+
+DECODERS: dict[str, Callable[[Sequence[Row]], dict[str, Array]]] = {
+    "threshold": _threshold,
+    "top_k": _top_k,
+    "exact": _exact,
+}

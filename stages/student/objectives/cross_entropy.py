@@ -1,0 +1,49 @@
+"""Next-token cross-entropy: ``-log s(next token)``, in nats; gradient ``s - one_hot(next)``.
+
+Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stages.language_head import LanguageHead
+from stages.student.train_config import CrossEntropyConfig
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """The objective over all scored positions of a batch."""
+
+    SUMS: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
+
+    next_token_ids_N: Tensor
+
+    @property
+    def extra_blocks(self) -> int:
+        """None: all is done in place."""
+        return 0
+
+    def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
+        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        next_C1 = self.next_token_ids_N[rows, None]
+        total = -logprobs_CV.gather(1, next_C1).sum()
+        if with_grad:
+            add_one_hot_(logprobs_CV.exp_(), next_C1, -1.0)
+        return torch.stack([total, total])
+
+
+def add_one_hot_(values_CV: Tensor, token_ids_C1: Tensor, amount: float) -> None:
+    """Add ``amount`` at one token of each position."""
+    amounts_C1 = values_CV.new_full(token_ids_C1.shape, amount)
+    values_CV.scatter_add_(1, token_ids_C1, amounts_C1)
+
+
+def objective(
+    config: CrossEntropyConfig, batch: Mapping[str, Tensor], teacher_head: LanguageHead | None
+) -> CrossEntropy:
+    """Build the objective of one batch; the teacher's columns, if any, are not looked at."""
+    return CrossEntropy(batch["next_token_ids_N"])

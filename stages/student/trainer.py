@@ -1,0 +1,207 @@
+"""Train a student on cached signals, from a model folder to a model folder.
+
+``output`` becomes an ordinary transformers folder with the student's tokenizer, ``metrics.json``
+and, last of all, ``checkpoint.json``: a folder without it is unfinished. A run that was killed goes
+on from its last whole checkpoint with the losses it would have had. No teacher is loaded here and
+no engine is imported.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from schemas.dataset import CachedDataset, open_dataset
+from schemas.errors import ConfigError, StoreError
+from schemas.shards import sha256_of, write_text
+from stages.checkpoint import (
+    CHECKPOINTS,
+    METRICS,
+    RUN,
+    CheckpointRecord,
+    claim_folder,
+    last_checkpoint,
+    read_checkpoint,
+    run_fingerprint,
+    write_checkpoint,
+)
+from stages.student.distillation_trainer import DistillationTrainer, OnEvent, training_arguments
+from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
+from stages.student.loader import encoding_of
+from stages.student.student_model import check_student, load_student, student_vocab_size
+from stages.student.train_config import TrainConfig, TrainOptions
+from stages.tokenizer_identity import copy_tokenizer
+
+__all__ = ["DistillationTrainer", "TrainResult", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """``metrics`` has ``before`` and ``after`` (held-out means, empty without) and ``train``.
+
+    ``history`` is what was logged: step, loss, its parts and the learning rate.
+    """
+
+    output: Path
+    fingerprint: str
+    metrics: Mapping[str, Mapping[str, float]]
+    history: tuple[Mapping[str, float], ...]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    student: Path,
+    data: Sequence[Path],
+    output: Path,
+    fingerprint: str = "",
+    resume: bool = True,
+    heldout: bool = True,
+    options: TrainOptions | None = None,
+    on_event: OnEvent | None = None,
+) -> TrainResult:
+    """Train ``student`` on the joined rows of the tables in ``data``; see the module.
+
+    ``fingerprint`` names the run; without one it is the hash of config, data and student. A folder
+    that already holds this run is returned as it is. Raises ConfigError for a folder that holds
+    another, IdentityMismatch for a student of another tokenizer or too small a vocabulary, and
+    what ``open_dataset`` raises.
+    """
+    options = options or TrainOptions()
+    dataset = open_dataset(data, split="train", verify=options.verify)
+    _check_objective(config, dataset)
+    identity = _identity(config, dataset, student)
+    fingerprint = fingerprint or run_fingerprint(identity)
+    run = _Run(config, options, output, fingerprint, identity, on_event)
+    claim_folder(output, fingerprint, resume=resume)
+    finished = read_checkpoint(output)
+    if finished is not None and resume:
+        return TrainResult(output, fingerprint, finished.metrics, finished.history)
+    held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
+    return run.carry_out(student, dataset, held_out, resume=resume)
+
+
+def _check_objective(config: TrainConfig, dataset: CachedDataset) -> None:
+    if config.objective.loss != "cross_entropy" and not encoding_of(dataset):
+        tables = ", ".join(manifest.table for manifest in dataset.manifests)
+        raise ConfigError(
+            f"objective '{config.objective.loss}' needs a teacher_logits table, the data has: "
+            f"{tables}; add the signal table to the data"
+        )
+
+
+def _identity(config: TrainConfig, dataset: CachedDataset, student: Path) -> dict[str, Any]:
+    """What makes a run's weights what they are; step names and places do not."""
+    files = [*sorted(student.glob("*.safetensors")), *sorted(student.glob("*.bin"))]
+    return {
+        "config": config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
+        "data": [manifest.dataset_id for manifest in dataset.manifests],
+        "student": {path.name: sha256_of(path) for path in files},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run from start to finish; in DDP every process makes the same one."""
+
+    config: TrainConfig
+    options: TrainOptions
+    output: Path
+    fingerprint: str
+    identity: Mapping[str, Any]
+    on_event: OnEvent | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / CHECKPOINTS
+
+    def carry_out(
+        self, student: Path, dataset: CachedDataset, held_out: CachedDataset | None, *, resume: bool
+    ) -> TrainResult:
+        """Measure, train, measure again, save."""
+        args = training_arguments(self.config, self.options, self.checkpoints)
+        model = load_student(student, device=args.device)
+        check_student(student, dataset, student_vocab_size(model))
+        teacher_head = teacher_head_of(dataset, args.device)
+        scored = None
+        if held_out is not None:
+            place = (args.process_index, args.world_size)
+            scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
+        before = self._measure(model, scored, "before")
+        use_cache = model.config.use_cache
+        trainer = DistillationTrainer(
+            model,
+            args,
+            dataset=dataset,
+            config=self.config,
+            teacher_head=teacher_head,
+            on_event=self.on_event,
+        )
+        if trainer.is_world_process_zero():
+            self._prepare_folder(resume=resume)
+        trainer.accelerator.wait_for_everyone()
+        summary = self._train(trainer, last_checkpoint(self.checkpoints, args.world_size))
+        model.config.use_cache = use_cache  # the Trainer turns it off
+        summary["rows_without_partner"] = float(dataset.num_missing)
+        after = self._measure(model, scored, "after")
+        metrics = {"before": before, "after": after, "train": summary}
+        history = tuple(dict(entry) for entry in trainer.state.log_history if "loss" in entry)
+        if trainer.is_world_process_zero():
+            self._save(model, student, metrics, history)
+        trainer.accelerator.wait_for_everyone()
+        return TrainResult(self.output, self.fingerprint, metrics, history)
+
+    def _prepare_folder(self, *, resume: bool) -> None:
+        """Keep the checkpoints of this run, or start over."""
+        if not resume and self.output.is_dir():
+            (self.output / "checkpoint.json").unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        body = {"fingerprint": self.fingerprint, "identity": self.identity}
+        write_text(self.checkpoints / RUN, json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+    def _train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, float]:
+        started = time.monotonic()
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - started
+        tokens = trainer.num_tokens * trainer.accelerator.num_processes
+        return {
+            "steps": float(output.global_step),
+            "tokens": float(tokens),
+            "seconds": seconds,
+            "tokens_per_s": tokens / max(seconds, 1e-9),
+        }
+
+    def _measure(
+        self, model: PreTrainedModel, held_out: HeldOut | None, event: str
+    ) -> dict[str, float]:
+        if held_out is None:
+            return {}
+        means = measure_student(model, held_out)
+        if self.on_event is not None and held_out.rank == 0:
+            self.on_event({"event": event, **means})
+        return means
+
+    def _save(
+        self,
+        model: PreTrainedModel,
+        student: Path,
+        metrics: Mapping[str, Mapping[str, float]],
+        history: tuple[Mapping[str, float], ...],
+    ) -> None:
+        """Write the folder, ``checkpoint.json`` last; only then do the checkpoints go."""
+        try:
+            model.save_pretrained(self.output)
+        except OSError as error:
+            raise StoreError(f"cannot write the student to {self.output}: {error}") from error
+        copy_tokenizer(student, self.output)
+        write_text(self.output / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+        record = CheckpointRecord(
+            fingerprint=self.fingerprint, identity=self.identity, metrics=metrics, history=history
+        )
+        write_checkpoint(self.output, record)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""Stage ``teacher_logits``: documents -> what the teacher predicts at every position.
+
+This file is the stage's configuration and what the planner needs of it, so that ``plan`` and
+``status`` start without torch; ``stages.scoring`` is the work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from schemas.documents import DOCUMENTS
+from schemas.errors import ConfigError
+from schemas.table import BoundTable, Table
+from schemas.teacher_logits import ENCODINGS
+from stages.stage import StageConfig, StageContext, Work
+
+EXACT_FILES = ("head.safetensors", "head.json")
+
+
+class ThresholdEncoding(StageConfig):
+    """``k`` entries a position, unbiased (the default)."""
+
+    kind: Literal["threshold"] = "threshold"
+    k: int = Field(default=16, ge=2, le=255)
+
+
+class TopKEncoding(StageConfig):
+    """The ``k`` largest log-probs and the mass of the rest: biased, a lower bound of the KL."""
+
+    kind: Literal["top_k"]
+    k: int = Field(default=50, ge=1)
+
+
+class ExactEncoding(StageConfig):
+    """Final hidden states in float16, and the head once: the full vocabulary, 2 D bytes a token."""
+
+    kind: Literal["exact"]
+
+
+Encoding = Annotated[ThresholdEncoding | TopKEncoding | ExactEncoding, Field(discriminator="kind")]
+
+
+class TeacherLogitsStage(StageConfig):
+    """Score the documents of step ``input`` with ``model``, keep each distribution as ``encoding``.
+
+    ``seed`` moves every random draw; equal seeds give equal draws on any number of workers.
+    """
+
+    VERSION: ClassVar[int] = 1
+    CONSUMES: ClassVar[Table[Any]] = DOCUMENTS
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "model", "max_rejected_fraction")
+
+    stage: Literal["teacher_logits"]
+    input: str
+    model: str
+    encoding: Encoding = ThresholdEncoding()
+    seed: int = 0
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+
+    @property
+    def table(self) -> Table[Any]:
+        """``teacher_logits`` in the variant that the encoding names."""
+        return ENCODINGS[self.encoding.kind]
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """``exact`` needs the head matrix to be read back; it lies once beside the shards."""
+        return EXACT_FILES if self.encoding.kind == "exact" else ()
+
+    def bind(self, context: StageContext) -> BoundTable[Any]:
+        """Token id width from the vocabulary, K from the encoding, D from the head."""
+        if isinstance(self.encoding, ExactEncoding):
+            width = context.models[self.model].hidden_size
+            return self.table.bind(vocab_size=context.vocab_size, sizes={"D": width})
+        k = self.encoding.k
+        if k > context.vocab_size:
+            raise ConfigError(
+                f"encoding.k is {k}, the vocabulary has {context.vocab_size} tokens: lower k"
+            )
+        return self.table.bind(vocab_size=context.vocab_size, sizes={"K": k})
+
+    @contextmanager
+    def open(self, context: StageContext) -> Iterator[Work]:
+        """Start the engine; the work scores one shard of documents."""
+        from stages.scoring import opened_scorer  # loads torch and the engine
+
+        with opened_scorer(self, context) as work:
+            yield work

@@ -1,0 +1,133 @@
+"""What a tokenizer is: a hash of all that decides how text becomes ids, and of nothing else.
+
+Two folders share a fingerprint when vocabulary, merges, added and special tokens, normaliser,
+pre-tokeniser, post-processor and chat template are the same, however the files spell it. Equal
+vocabulary sizes say nothing: a student fed another tokenizer's ids trains on noise without error.
+
+Files are read as JSON, so this needs neither transformers nor tokenizers, and an upgrade of
+either moves no fingerprint.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ConfigError
+from schemas.shards import sha256_of
+
+TOKENIZER_JSON = "tokenizer.json"
+# Vocabularies of tokenizers that are saved without tokenizer.json; hashed as bytes.
+_VOCABULARY_FILES = (
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+)
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
+_SPECIAL_KEYS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+    "add_bos_token",
+    "add_eos_token",
+)
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return the sha256 of the tokenizer in a model folder; raises ConfigError if there is none."""
+    settings = _settings(folder)
+    body = {
+        "vocabulary": _vocabulary(folder),
+        "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
+        "chat_templates": _chat_templates(folder, settings),
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files byte for byte, so that the copy has the same fingerprint."""
+    names = (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / _TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / _TEMPLATE_FOLDER, target / _TEMPLATE_FOLDER, dirs_exist_ok=True)
+
+
+def _vocabulary(folder: Path) -> Any:
+    path = folder / TOKENIZER_JSON
+    if path.is_file():
+        return _canonical(_read_json(path))
+    files = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    if not files:
+        raise ConfigError(
+            f"{folder} has no tokenizer: no {TOKENIZER_JSON} and none of "
+            f"{', '.join(_VOCABULARY_FILES)}; save the model's tokenizer there"
+        )
+    return {path.name: sha256_of(path) for path in files}
+
+
+def _canonical(body: dict[str, Any]) -> dict[str, Any]:
+    """Drop what does not tokenise, and write merges one way: older files hold "a b", not a pair."""
+    kept = {key: value for key, value in body.items() if key not in _RUN_TIME_KEYS}
+    model = {key: value for key, value in kept.get("model", {}).items() if value is not None}
+    if "merges" in model:
+        model["merges"] = [
+            merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]
+        ]
+    return kept | {"model": model}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Merge the settings files; older folders keep special tokens in a file of their own."""
+    config, special = [
+        _read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS_FILES
+    ]
+    return special | config
+
+
+def _token(value: Any) -> Any:
+    """Return a token as text: it is saved bare or as a record of its flags."""
+    if isinstance(value, list):
+        return [_token(item) for item in value]
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Return templates by name, wherever this folder keeps them."""
+    inline = settings.get("chat_template") or {}
+    templates = {"default": inline} if isinstance(inline, str) else dict(_named(inline))
+    if (folder / _TEMPLATE_FILE).is_file():
+        templates["default"] = (folder / _TEMPLATE_FILE).read_text()
+    for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
+        templates[path.stem] = path.read_text()
+    return templates
+
+
+def _named(inline: Any) -> list[tuple[str, str]]:
+    if isinstance(inline, dict):
+        return list(inline.items())
+    return [(item["name"], item["template"]) for item in inline]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; save the tokenizer again") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} holds no JSON object; save the tokenizer again")
+    return body

@@ -1,0 +1,148 @@
+"""Tables: golden schemas, exact round trips, refusals, and readers that know nothing of us."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from schemas.documents import DOCUMENTS, Document
+from schemas.errors import SchemaMismatch
+from schemas.sample_id import sample_id_of
+from schemas.shards import read_shard, write_shard
+from schemas.table import BoundTable
+from schemas.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = {"K": 4, "D": 8}
+BOUND: dict[str, BoundTable[Any]] = {
+    "documents": DOCUMENTS.bind(vocab_size=49_152),
+    "documents_large_vocabulary": DOCUMENTS.bind(vocab_size=262_144),
+    "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
+    "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
+    "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
+}
+
+
+def document(first: int, length: int = 10) -> Document:
+    ids_T = np.arange(first, first + length)
+    return Document(sample_id=sample_id_of(ids_T), split="train", input_ids_T=ids_T)
+
+
+def threshold_row(num_positions: int = 3) -> ThresholdLogits:
+    return ThresholdLogits(
+        sample_id="a" * 24,
+        first_target=1,
+        token_ids_PK=np.arange(num_positions * 4).reshape(-1, 4),
+        num_head_P=np.array([2, 0, 4][:num_positions], np.uint8),
+        head_codes_E=np.arange(6, dtype=np.uint8),
+        next_token_logprobs_P=np.linspace(-3, 0, num_positions).astype(np.float16),
+        entropies_P=np.linspace(0, 3, num_positions).astype(np.float16),
+    )
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_schema_is_the_golden_one(name: str) -> None:
+    """A changed column needs a raised version: other people's trainers read these files."""
+    golden = GOLDEN / f"{name}.schema.txt"
+    text = BOUND[name].schema.to_string(truncate_metadata=False) + "\n"
+    assert golden.read_text() == text, f"{name} changed: raise its version, then rewrite {golden}"
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [document(40_000), document(3, length=2), document(49_000, length=152)]
+    path = tmp_path / "shard.arrow"
+    write_shard(path, BOUND["documents"], rows)
+    batches = read_shard(path).to_batches()
+    found = [row for batch in batches for row in DOCUMENTS.rows(batch)]
+    for row, expected in zip(found, rows, strict=True):
+        assert (row.sample_id, row.split) == (expected.sample_id, expected.split)
+        np.testing.assert_array_equal(row.input_ids_T, expected.input_ids_T)
+
+
+def test_two_dimensional_columns_and_slices_come_back() -> None:
+    rows = [threshold_row(), dataclasses.replace(threshold_row(), sample_id="b" * 24)]
+    batch = BOUND["teacher_logits_threshold"].to_batch(rows)
+    assert batch.schema.field("token_ids_PK").type.value_type.list_size == 4
+    second = next(THRESHOLD.rows(batch.slice(1)))
+    assert second.sample_id == "b" * 24
+    np.testing.assert_array_equal(second.token_ids_PK, rows[1].token_ids_PK)
+    np.testing.assert_array_equal(second.head_codes_E, rows[1].head_codes_E)
+
+
+@pytest.mark.parametrize(("vocab_size", "largest"), [(49_152, 49_151), (262_144, 262_143)])
+def test_large_ids_survive(tmp_path: Path, vocab_size: int, largest: int) -> None:
+    row = Document(sample_id="c" * 24, split="heldout", input_ids_T=np.array([0, largest]))
+    write_shard(tmp_path / "s.arrow", DOCUMENTS.bind(vocab_size=vocab_size), [row])
+    found = read_shard(tmp_path / "s.arrow").column("input_ids_T").to_pylist()
+    assert found == [[0, largest]]
+
+
+def test_an_id_that_does_not_fit_is_refused_not_wrapped() -> None:
+    with pytest.raises(ValueError, match="65536 do not fit uint16"):
+        BOUND["documents"].to_batch([document(65_527)])
+
+
+def test_a_foreign_shard_is_refused_in_one_line() -> None:
+    batch = pa.RecordBatch.from_pydict({"sample_id": ["x"], "text": ["hello"]})
+    with pytest.raises(SchemaMismatch, match=r"no column 'split'.*holds sample_id, text"):
+        list(DOCUMENTS.rows(batch))
+
+
+def test_rows_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(ValueError, match="split is 'test'"):
+        dataclasses.replace(document(1), split="test")
+    with pytest.raises(ValueError, match="1 tokens, at least 2"):
+        document(1, length=1)
+    with pytest.raises(ValueError, match="head codes do not match"):
+        dataclasses.replace(threshold_row(), head_codes_E=np.zeros(5, np.uint8))
+    with pytest.raises(ValueError, match="3 next-token log-probs"):
+        dataclasses.replace(threshold_row(), entropies_P=np.zeros(2, np.float16))
+
+
+def test_pyarrow_polars_and_datasets_read_a_shard_bare(tmp_path: Path) -> None:
+    """All three readers, on both kinds of nesting and both id widths, without this package."""
+    for bound in (BOUND["teacher_logits_threshold"], BOUND["teacher_logits_top_k"]):
+        row: ThresholdLogits | TopKLogits = threshold_row()
+        if bound.table is TOP_K:
+            row = TopKLogits(
+                sample_id="a" * 24,
+                first_target=1,
+                token_ids_PK=np.full((3, 4), 151_935),
+                logprobs_PK=np.full((3, 4), -2.0, np.float16),
+                rest_logprobs_P=np.full(3, -1.0, np.float16),
+                next_token_logprobs_P=np.zeros(3, np.float16),
+                entropies_P=np.zeros(3, np.float16),
+            )
+        path = tmp_path / bound.table.variant / "shard.arrow"
+        write_shard(path, bound, [row] * 20)
+        expected = np.asarray(row.token_ids_PK).tolist()
+        with pa.memory_map(str(path)) as source:
+            bare = pa.ipc.open_file(source).read_all()
+        assert bare.column("token_ids_PK").to_pylist() == [expected] * 20
+        lazy = pl.scan_ipc(path).select("sample_id", "token_ids_PK").collect()
+        assert lazy["token_ids_PK"].to_list() == [expected] * 20
+        loaded = datasets.load_dataset(
+            "arrow", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf")
+        )
+        assert loaded[19]["token_ids_PK"] == expected
+        np.testing.assert_allclose(loaded[0]["entropies_P"], row.entropies_P.astype(float))
+
+
+def test_metadata_tells_a_bare_reader_what_a_column_is() -> None:
+    schema = BOUND["teacher_logits_threshold"].schema
+    assert schema.metadata[b"table"] == b"teacher_logits"
+    assert schema.field("entropies_P").metadata[b"unit"] == b"nats"
+    assert all(b"doc" in field.metadata for field in schema)
+
+
+def test_sample_id_depends_on_ids_and_spans_not_on_their_width() -> None:
+    ids = np.arange(20, dtype=np.uint16)
+    assert sample_id_of(ids) == sample_id_of(ids.astype(np.int64)) == sample_id_of(list(range(20)))  # type: ignore[arg-type]
+    assert sample_id_of(ids) != sample_id_of(ids[:-1])
+    assert sample_id_of(ids) != sample_id_of(ids, [(2, 5)])
+    assert sample_id_of(ids) == "6b5d8674a0b9f51dc01b6497"
