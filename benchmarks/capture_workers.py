@@ -29,7 +29,7 @@ from schemas.sample_id import sample_id_of
 from schemas.shards import write_shard
 from stages.engines.engine import Engine, open_engine
 from stages.engines.options import EngineOptions
-from stages.scoring import positions_per_block, score_documents
+from stages.scoring import positions_per_block, score_shard
 from stages.teacher_logits import TeacherLogitsStage
 
 Way = Callable[[], None]
@@ -201,7 +201,7 @@ def _capture_ways(engine: Engine, task: Task, count: int | None) -> dict[str, Wa
 
     def ours() -> None:
         file = task.folder / "shard.arrow"
-        written = write_shard(file, bound, score_documents(stage, engine, documents))
+        written = write_shard(file, bound, score_shard(stage, engine, documents))
         assert written.num_rows == len(sequences)
 
     return {HIDDEN: hidden, HEAD: head, OURS: ours}

@@ -189,7 +189,12 @@ def plot(path: Path, rows: Rows) -> None:
 def _label_points(
     axis: Any, points: Sequence[tuple[Any, ...]], colour: str, *, above: bool
 ) -> None:
+    """Name every point but those too near the one before on the axis of bytes."""
+    last_x = 0.0
     for x, y, row in points:
+        if x < last_x * 1.25:
+            continue
+        last_x = x
         words = row["scheme"].split()
         text = f"k={words[1]}" if words[0] == "threshold" else f"{words[1]} draws"
         axis.annotate(

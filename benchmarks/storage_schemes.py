@@ -36,7 +36,7 @@ from schemas.shards import read_shard
 from schemas.table import BoundTable
 from schemas.teacher_logits import ExactLogits, ThresholdLogits, TopKLogits
 from stages.language_head import LanguageHead
-from stages.scoring import score_documents
+from stages.scoring import score_shard
 from stages.teacher_logits import TeacherLogitsStage
 
 SHARD_TOKENS = 1024 * ROW_TOKENS
@@ -97,7 +97,7 @@ def stored_schemes(
         stage = TeacherLogitsStage.model_validate(fields)
         sizes = {"K": int(encoding.get("k", 0)), "D": width}
         place = folder / f"{encoding['kind']}-{sizes['K']}"
-        rows = score_documents(stage, CachedEngine(seen), shard)
+        rows = score_shard(stage, CachedEngine(seen), shard)
         size = write_table(place, stage.table.bind(vocab_size=vocab_size, sizes=sizes), rows)
         schemes += list(_read_back(place, stage, for_documents + size))
     return schemes

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -160,19 +160,36 @@ def train(
 def evaluate(
     student: Annotated[Path, typer.Argument(help="A model folder.")],
     data: Annotated[
-        list[Path], typer.Option(help="Documents folder, then its signal table. Give it twice.")
+        list[Path],
+        typer.Option(help="Documents or episodes folder, then tables about it. Repeatable."),
     ],
     split: Annotated[str, typer.Option(help="Which rows: heldout or train.")] = "heldout",
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    score: Annotated[
+        Literal["mean", "sum"],
+        typer.Option(help="Episodes: score a candidate by mean or sum of log-probs."),
+    ] = "mean",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a student on cached rows: cross-entropy, KL to the teacher, top-1 agreement."""
-    from pipeline import report
-    from stages.student.evaluation import evaluate as measure
+    """Measure a student on cached rows: cross-entropy, KL to the teacher, top-1 agreement.
+
+    On episodes: accuracy and macro-F1 by task, votes over draws, P@k, free answers, agreement with
+    the teacher on candidates and subsets, with baselines beside.
+    """
+    from pipeline import icl_report, report
+    from schemas.manifest import read_manifest
 
     _quiet_libraries()
-    metrics = measure(student, data, split=split, batch_size=batch_size)
-    report.print_metrics(console, str(student), metrics, as_json=as_json)
+    if read_manifest(data[0]).table == "episodes":
+        from stages.student.icl_evaluation import evaluate_episodes
+
+        found = evaluate_episodes(student, data, split=split, scoring=score, batch_size=batch_size)
+        icl_report.print_icl_report(console, str(student), found, as_json=as_json)
+    else:
+        from stages.student.evaluation import evaluate as measure
+
+        metrics = measure(student, data, split=split, batch_size=batch_size)
+        report.print_metrics(console, str(student), metrics, as_json=as_json)
 
 
 @student_app.command("init")

@@ -1,6 +1,6 @@
 """A readable look at rows: the text, and at each position what the teacher thought."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from schemas.candidate_scores import CandidateScores
 from schemas.dataset import known_table
 from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.documents import Document
+from schemas.episodes import Episode, split_candidates
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest, read_manifest
 from schemas.shards import read_shard
+from schemas.subset_preferences import SubsetPreferences, split_subsets
 from schemas.table import Table
 from schemas.teacher_logits import ThresholdLogits, TopKLogits
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Any], str]
 
 
 def inspect_rows(
@@ -46,10 +51,17 @@ def inspect_rows(
         raise ConfigError(f"{folder} has {manifest.num_rows} rows, there is no row {first}")
     for index, (split, row) in enumerate(rows, start=first):
         console.print(f"\nrow {index}  sample_id {row.sample_id}  split {split}", highlight=False)
-        if hasattr(row, "input_ids_T"):
-            _print_text(console, row.input_ids_T, decode)
-        else:
-            console.print(_positions_table(row, positions=positions, top=top, decode=decode))
+        match row:
+            case Document():
+                _print_text(console, row.input_ids_T, decode)
+            case Episode():
+                console.print(_episode_table(row, decode))
+            case SubsetPreferences():
+                console.print(_subsets_table(row))
+            case CandidateScores():
+                console.print(_candidates_table(row))
+            case _:
+                console.print(_positions_table(row, positions=positions, top=top, decode=decode))
 
 
 def _rows_from(folder: Path, manifest: Manifest, table: Table[Any], first: int) -> Any:
@@ -77,6 +89,41 @@ def _decoder(tokenizer: Path | None) -> Decode:
 def _print_text(console: Console, input_ids_T: Any, decode: Decode) -> None:
     text = decode(input_ids_T)
     console.print(f"{len(input_ids_T)} tokens: {text!r}", markup=False, highlight=False)
+
+
+def _episode_table(row: Episode, decode: Decode) -> RichTable:
+    """One line a part, as it was tokenised; the answer's candidates last."""
+    kind = f"{row.kind}, draw {row.draw} of query {row.query_id}"
+    view = RichTable("part", "tokens", "input", "answer", title=Text(f"{row.task} ({kind})"))
+    spans = [*row.demonstrations_M3.tolist()]
+    spans.append([row.query_start, row.answer_start, len(row.input_ids_T)])
+    names = [*(f"demonstration {m}" for m in range(len(spans) - 1)), "query"]
+    for name, (start, answer, end) in zip(names, spans, strict=True):
+        texts = [repr(decode(row.input_ids_T[a:b])) for a, b in ((start, answer), (answer, end))]
+        view.add_row(name, f"{start}..{end}", Text(texts[0]), Text(texts[1]))
+    candidates = split_candidates(row.candidate_ids_C, row.candidate_lengths_N)
+    for number, candidate in enumerate(candidates):
+        mark = " (right)" if number == row.gold else ""
+        text = Text(repr(decode(candidate)))
+        view.add_row(f"candidate {number}{mark}", str(len(candidate)), "", text)
+    return view
+
+
+def _subsets_table(row: SubsetPreferences) -> RichTable:
+    view = RichTable("rank", "log Q (nats)", "demonstrations kept")
+    subsets = split_subsets(row.subset_demonstrations_S, row.subset_sizes_N)
+    scored = zip(row.ranks_N.tolist(), row.answer_logprobs_N.tolist(), subsets, strict=True)
+    for rank, logprob, subset in sorted(scored, key=lambda entry: (entry[0], -entry[1])):
+        view.add_row(str(rank), f"{logprob:.3f}", ", ".join(map(str, subset)) or "none")
+    return view
+
+
+def _candidates_table(row: CandidateScores) -> RichTable:
+    view = RichTable("candidate", "tokens", "log p (nats)", "a token")
+    scores = zip(row.candidate_logprobs_N.tolist(), row.candidate_num_tokens_N, strict=True)
+    for number, (logprob, length) in enumerate(scores):
+        view.add_row(str(number), str(length), f"{logprob:.3f}", f"{logprob / length:.3f}")
+    return view
 
 
 def _positions_table(row: Any, *, positions: int, top: int, decode: Decode) -> RichTable:

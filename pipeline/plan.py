@@ -5,7 +5,6 @@ references, the table it writes, and the identities of its inputs and models in 
 names. So renaming a step moves nothing, and changing anything that moves bytes moves its folder.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,8 @@ from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.manifest import MANIFEST, Manifest, read_manifest
 from stages.checkpoint import read_checkpoint
-from stages.ingest.text import IngestStage
-from stages.stage import ModelSpec
-from stages.student.config import StudentInitStage, TrainStage
-from stages.teacher_logits import ExactEncoding, TeacherLogitsStage, ThresholdEncoding
+from stages.stage import ModelSpec, SourceStage, TableStage
+from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 State = Literal["done", "partial", "pending"]
@@ -63,12 +60,17 @@ class PlannedStep:
     @property
     def writes_table(self) -> bool:
         """Whether the step writes shards (else a checkpoint)."""
-        return isinstance(self.stage, IngestStage | TeacherLogitsStage)
+        return isinstance(self.stage, SourceStage | TableStage)
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether a later step may use this one as its model."""
+        return isinstance(self.stage, StudentInitStage | TrainStage)
 
     @property
     def tokenizer(self) -> str:
         """The fingerprint of the tokenizer whose ids the step's rows or checkpoint are about."""
-        if isinstance(self.stage, IngestStage):
+        if isinstance(self.stage, SourceStage):
             return str(self.identity["config"]["tokenizer"])
         return next(iter(self.models.values())).tokenizer
 
@@ -104,30 +106,39 @@ def _plan_step(
     inputs: tuple[PlannedStep, ...] = ()
     models: dict[str, Model] = {}
     match stage:
-        case IngestStage():
+        case SourceStage():
             folder = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
             stage = stage.model_copy(update={"tokenizer": str(folder)})
-            config["tokenizer"] = tokenizer_fingerprint(folder)
-            config["source"] = stage.source_identity()
+            config |= stage.source_identity() | {"tokenizer": tokenizer_fingerprint(folder)}
             identity["vocab_size"] = vocab_size_of(folder)
-        case TeacherLogitsStage():
-            inputs = (_table_step(stage.input, planned, f"{place}.input"),)
+        case TableStage():
+            inputs = (_input_step(stage, planned, f"{place}.input"),)
             models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
         case StudentInitStage():
             models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
         case TrainStage():
-            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
+            names = (*stage.data, *stage.lm_data)
+            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in names)
             models = {stage.student: _model(stage.student, recipe, planned, f"{place}.student")}
+            if stage.lm_data:
+                identity["lm_inputs"] = len(stage.lm_data)
+        case EvaluateStage():
+            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
+            models = {
+                name: _model(name, recipe, planned, f"{place}.students") for name in stage.students
+            }
     _refuse_other_tokenizer(models, inputs, place)
-    if isinstance(stage, IngestStage | TeacherLogitsStage):
+    group = "evaluations" if isinstance(stage, EvaluateStage) else "checkpoints"
+    if isinstance(stage, SourceStage | TableStage):
         identity["table"] = [stage.table.name, stage.table.version, stage.table.variant]
+        group = stage.table.name
+    if isinstance(stage, TableStage):
+        for name in stage.other_models:
+            models[name] = _model(name, recipe, planned, place)
     identity["config"] = config
     identity["inputs"] = [step.fingerprint for step in inputs]
     identity["models"] = [dict(model.identity) for model in models.values()]
     fingerprint = fingerprint_of(identity)
-    group = (
-        stage.table.name if isinstance(stage, IngestStage | TeacherLogitsStage) else "checkpoints"
-    )
     folder = recipe.execution.root / group / fingerprint[:ADDRESS_DIGITS]
     return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models)
 
@@ -167,12 +178,25 @@ def _table_step(reference: str, planned: Mapping[str, PlannedStep], place: str) 
     return step
 
 
+def _input_step(stage: TableStage, planned: Mapping[str, PlannedStep], place: str) -> PlannedStep:
+    """Return the step a table stage reads; raises ConfigError where it writes another table."""
+    step = _table_step(stage.input, planned, place)
+    accepted = [table.name for table in stage.CONSUMES]
+    assert isinstance(step.stage, SourceStage | TableStage)
+    if step.stage.table.name not in accepted:
+        raise ConfigError(
+            f"{place}: step '{stage.input}' writes {step.stage.table.name}, this stage reads "
+            f"{' or '.join(accepted)}"
+        )
+    return step
+
+
 def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], place: str) -> Model:
     if reference in planned and reference not in recipe.models:
         return _checkpoint_model(ModelRef(step=reference, dtype="float32"), planned, place)
     ref = recipe.models.get(reference)
     if ref is None:
-        known = [*recipe.models, *(n for n, step in planned.items() if not step.writes_table)]
+        known = [*recipe.models, *(n for n, step in planned.items() if step.makes_model)]
         raise ConfigError(
             f"{place}: '{reference}' is neither under 'models' nor an earlier checkpoint; "
             f"there are: {', '.join(known) or 'none'}"
@@ -185,7 +209,7 @@ def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], p
 
 def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: str) -> Model:
     step = planned.get(ref.step or "")
-    if step is None or step.writes_table:
+    if step is None or not step.makes_model:
         raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
     identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
     return Model(step.folder, ref.dtype, ref.engine, identity, step.tokenizer)
@@ -208,7 +232,8 @@ def progress_of(step: PlannedStep) -> Progress:
     """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
     if not step.writes_table:
         done = read_checkpoint(step.folder) is not None
-        why = "its checkpoint is complete" if done else "no checkpoint with this fingerprint"
+        what = "checkpoint" if step.makes_model else "report"
+        why = f"its {what} is complete" if done else f"no {what} with this fingerprint"
         return Progress("done" if done else "pending", why)
     manifest = finished_manifest(step)
     if manifest is not None:
@@ -232,36 +257,18 @@ def _unfinished(step: PlannedStep) -> Progress:
     if source is None:
         waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
         return Progress(state, why + waits, finished)
-    positions = source.num_tokens - source.num_rows
-    assert isinstance(step.stage, TeacherLogitsStage)
     model = next(iter(step.models.values()))
-    num_bytes = None
-    if (model.folder / "config.json").is_file():  # else an earlier step has yet to make the model
-        per_position = estimated_bytes(step.stage, source.vocab_size, model)
-        num_bytes = math.ceil(positions * per_position) + EMPTY_SHARD_BYTES * len(source.shards)
+    if not (model.folder / "config.json").is_file():  # an earlier step has yet to make the model
+        return Progress(state, why, finished, len(source.shards), source.num_rows)
+    assert isinstance(step.stage, TableStage)
+    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.folder))
     return Progress(
         state=state,
         why=why,
         shards_done=finished,
         num_shards=len(source.shards),
         num_rows=source.num_rows,
-        num_positions=positions,
-        num_bytes=num_bytes,
+        num_positions=estimate.num_positions,
+        num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(source.shards),
         estimated=True,
     )
-
-
-def estimated_bytes(stage: TeacherLogitsStage, vocab_size: int, model: Model) -> float:
-    """Return about how many bytes on disk one position takes; real text came within a tenth.
-
-    Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
-    byte, and the two float16 columns hardly at all.
-    """
-    id_bytes = 0.9 * math.log2(vocab_size) / 8
-    match stage.encoding:
-        case ThresholdEncoding(k=k):
-            return k * (id_bytes + 0.3) + 4.5
-        case ExactEncoding():
-            return 2.0 * hidden_size_of(model.folder) * 0.95 + 4.5
-        case encoding:
-            return encoding.k * (id_bytes + 1.8) + 6.0

@@ -73,7 +73,10 @@ class ConsoleReporter:
             self._before = int(values.get("step", 0))
             self._start_bar(int(values["max_steps"]), self._before)
         elif event == "step":
-            text = f"loss {values['loss']:.3f}, {values.get('tokens_per_s', 0.0):.0f} tokens/s"
+            speed = f"{values.get('tokens_per_s', 0.0):.0f} tokens/s"
+            if not values.get("tokens_per_s"):  # a loss on answers alone scores no running text
+                speed = f"{values.get('samples_per_s', 0.0):.1f} samples/s"
+            text = f"loss {values['loss']:.3f}, {speed}"
             self._advance(1, text, int(values["step"]), int(values["max_steps"]), "steps")
         else:
             numbers = [f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)]

@@ -14,14 +14,25 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import ConfigError
+from stages.candidate_scores import CandidateScoresStage
 from stages.engines.options import EngineOptions
+from stages.ingest.episodes import EpisodesStage
 from stages.ingest.text import IngestStage
 from stages.stage import StageConfig
-from stages.student.config import StudentInitStage, TrainStage
+from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
+from stages.subset_preferences import SubsetPreferencesStage
 from stages.teacher_logits import TeacherLogitsStage
 
 Step = Annotated[
-    IngestStage | TeacherLogitsStage | StudentInitStage | TrainStage, Field(discriminator="stage")
+    IngestStage
+    | EpisodesStage
+    | TeacherLogitsStage
+    | SubsetPreferencesStage
+    | CandidateScoresStage
+    | StudentInitStage
+    | TrainStage
+    | EvaluateStage,
+    Field(discriminator="stage"),
 ]
 
 

@@ -14,7 +14,7 @@ from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
 from pipeline.recipe import Recipe
 from schemas.manifest import read_notes
 from stages.checkpoint import read_checkpoint
-from stages.student.config import TrainStage
+from stages.student.config import EvaluateStage, TrainStage
 
 
 def print_plan(
@@ -78,6 +78,9 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
     trained = [step for step in steps if isinstance(step.stage, TrainStage)]
     if trained:
         console.print(_students_table(trained))
+    for step in steps:
+        if isinstance(step.stage, EvaluateStage):
+            console.print(_evaluation_table(step))
     tables = [step for step in steps if step.writes_table]
     if tables:
         console.print(_tables_table(tables))
@@ -122,6 +125,45 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
     return table
 
 
+# Numbers of a step that measures students; one that no student has is left out.
+MEASURED = {
+    "KL to teacher": "kl_to_teacher",
+    "top-1 agreement": "top1_agreement",
+    "cross-entropy": "cross_entropy",
+    "KL to teacher over candidates": "candidate_kl",
+    "same candidate as teacher": "candidate_agreement",
+    "rank agreement on subsets, tau-b": "subset_rank_correlation",
+    "same best subset": "best_subset_agreement",
+    "same worst subset": "worst_subset_agreement",
+    "accuracy": "accuracy",
+    "macro-F1": "macro_f1",
+    "accuracy of the vote": "vote_accuracy",
+    "P@1": "precision_at_1",
+    "P@10": "precision_at_10",
+    "exact match": "exact_match",
+}
+BASELINES = ("majority", "random", "teacher")
+
+
+def _evaluation_table(step: PlannedStep) -> Table:
+    """One column a student, and what the majority, chance and the teacher's cache give."""
+    record = read_checkpoint(step.folder)
+    measured = {} if record is None else record.metrics
+    students = [name for name in step.models if name in measured]
+    table = Table("", *students, *(f"({name})" for name in BASELINES), title=step.name)
+    first = measured[students[0]] if students else {}
+    for header, name in MEASURED.items():
+        cells = [_number(measured[student].get(name)) for student in students]
+        if any(cell != "-" for cell in cells):
+            baselines = [_number(first.get(f"{prefix}_{name}")) for prefix in BASELINES]
+            table.add_row(header, *cells, *baselines)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
     names = ("cross_entropy", "kl_to_teacher", "top1_agreement")
     return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in names]
@@ -130,6 +172,7 @@ def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
 def _tables_table(steps: Sequence[PlannedStep]) -> Table:
     table = Table("table", "rows", "tokens", "bytes", "B/token", "positions/s", "rejected")
     tokens_of_text, bytes_of_all = 0, 0
+    num_sources = sum(not step.inputs for step in steps)
     for step in steps:
         manifest = finished_manifest(step)
         if manifest is None:
@@ -150,7 +193,7 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
             _rejects(step),
         )
     if tokens_of_text:
-        total = f"{bytes_of_all / tokens_of_text:.1f}"
+        total = f"{bytes_of_all / tokens_of_text:.1f}" if num_sources == 1 else "-"
         table.add_row("total on disk", "", "", human_bytes(bytes_of_all), total, "", "")
     return table
 

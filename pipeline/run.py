@@ -4,6 +4,7 @@ One run at a time may write a step: it holds a lock on the step's folder that di
 and a second run is refused in one line.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTask, write_output
 from pipeline.step_lock import remove_torn_files, step_lock
+from schemas.episodes import EPISODES
 from schemas.errors import ConfigError, StoreError
 from schemas.manifest import (
     Manifest,
@@ -24,15 +26,14 @@ from schemas.manifest import (
     shard_name,
     write_manifest,
 )
-from schemas.shards import sha256_of
+from schemas.shards import sha256_of, write_text
 from stages.checkpoint import CheckpointRecord, write_checkpoint
-from stages.ingest.text import IngestStage
-from stages.stage import StageContext
-from stages.student.config import StudentInitStage, TrainStage
-from stages.teacher_logits import TeacherLogitsStage
+from stages.stage import SourceStage, StageContext, TableStage
+from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 WORK_FOLDER = ".work"
+EVALUATION = "evaluation.json"
 
 
 class Reporter(Protocol):
@@ -76,9 +77,9 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
     _refuse_full_disk(step)
     match step.stage:
-        case IngestStage() as stage:
+        case SourceStage() as stage:
             _run_source(step, stage, reporter)
-        case TeacherLogitsStage() as stage:
+        case TableStage() as stage:
             _run_table(step, stage, execution, reporter)
         case StudentInitStage() as stage:
             from stages.student.init import init_student  # loads torch
@@ -88,9 +89,11 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             write_checkpoint(step.folder, record)
         case TrainStage() as stage:
             _run_training(step, stage, reporter)
+        case EvaluateStage() as stage:
+            _run_evaluation(step, stage, reporter)
 
 
-def _run_source(step: PlannedStep, stage: IngestStage, reporter: Reporter) -> None:
+def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
     work_folder = step.folder / WORK_FOLDER
     prepared = stage.prepare(work_folder, on_progress=reporter.said)
     tokenizer = Path(stage.tokenizer)
@@ -111,7 +114,7 @@ def _run_source(step: PlannedStep, stage: IngestStage, reporter: Reporter) -> No
             reporter.shard_finished(record)
         records.append(record)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    _write_manifest(step, records, fingerprint, vocab_size, prepared.rejects)
+    _write_manifest(step, records, fingerprint, vocab_size, dict(prepared.rejects))
     _remove_work(step)
 
 
@@ -121,7 +124,7 @@ def _remove_work(step: PlannedStep) -> None:
 
 
 def _run_table(
-    step: PlannedStep, stage: TeacherLogitsStage, execution: Execution, reporter: Reporter
+    step: PlannedStep, stage: TableStage, execution: Execution, reporter: Reporter
 ) -> None:
     source_step = step.inputs[0]
     source = finished_manifest(source_step)
@@ -180,9 +183,9 @@ def _write_manifest(
     vocab_size: int,
     source_rejects: dict[str, int],
 ) -> None:
-    assert isinstance(step.stage, IngestStage | TeacherLogitsStage)
+    assert isinstance(step.stage, SourceStage | TableStage)
     table = step.stage.table
-    side_files = step.stage.side_files if isinstance(step.stage, TeacherLogitsStage) else ()
+    side_files = step.stage.side_files if isinstance(step.stage, TableStage) else ()
     manifest = Manifest(
         table=table.name,
         version=table.version,
@@ -204,11 +207,34 @@ def _run_training(step: PlannedStep, stage: TrainStage, reporter: Reporter) -> N
     train(
         stage,
         student=step.models[stage.student].folder,
-        data=[source.folder for source in step.inputs],
+        data=[source.folder for source in step.inputs[: len(stage.data)]],
+        lm_data=[source.folder for source in step.inputs[len(stage.data) :]],
         output=step.folder,
         fingerprint=step.fingerprint,
         on_event=reporter.trained,
     )
+
+
+def _run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter) -> None:
+    """Measure each student; ``evaluation.json`` has every number of every task."""
+    from stages.student.evaluation import evaluate
+    from stages.student.icl_evaluation import evaluate_episodes  # both load torch
+
+    data = [source.folder for source in step.inputs]
+    first = step.inputs[0].stage
+    assert isinstance(first, SourceStage | TableStage)
+    reports: dict[str, Any] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    for name, model in step.models.items():
+        reporter.said(f"measuring {name}")
+        if first.table is EPISODES:
+            report = evaluate_episodes(model.folder, data, scoring=stage.score)
+            reports[name], metrics[name] = report.as_dict(), report.summary()
+        else:
+            reports[name] = metrics[name] = evaluate(model.folder, data)
+    write_text(step.folder / EVALUATION, json.dumps(reports, indent=1, sort_keys=True) + "\n")
+    record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity, metrics=metrics)
+    write_checkpoint(step.folder, record)
 
 
 def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:

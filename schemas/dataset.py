@@ -16,17 +16,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from .candidate_scores import CANDIDATE_SCORES
 from .documents import DOCUMENTS
+from .episodes import EPISODES
 from .errors import IdentityMismatch, SchemaMismatch, StoreError
 from .manifest import Manifest, damaged_shards, read_manifest
 from .shards import ROWS_PER_BATCH
+from .subset_preferences import SUBSET_PREFERENCES
 from .table import Table
 from .teacher_logits import ENCODINGS
 
 I64Array = npt.NDArray[np.int64]
-TABLES: dict[tuple[str, str], Table[Any]] = {
-    (table.name, table.variant): table for table in (DOCUMENTS, *ENCODINGS.values())
-}
+_KNOWN: tuple[Table[Any], ...] = (
+    DOCUMENTS,
+    EPISODES,
+    SUBSET_PREFERENCES,
+    CANDIDATE_SCORES,
+    *ENCODINGS.values(),
+)
+TABLES: dict[tuple[str, str], Table[Any]] = {(table.name, table.variant): table for table in _KNOWN}
 CACHED_BATCHES = 64
 
 

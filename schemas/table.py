@@ -11,6 +11,7 @@ dims   Arrow type                         in memory
 ``""``  the column's type                 a Python scalar
 ``P``  ``list<type>``                     1-D array, ragged over rows
 ``PK`` ``list<fixed_size_list<type>[K]>`` 2-D array [P, K], K fixed
+``M3`` ``list<fixed_size_list<type>[3]>`` 2-D array [M, 3]
 =====  =================================  ==========================
 
 Token ids take 16 bits where the vocabulary allows it and 32 where it does not, so a table has to
@@ -97,7 +98,8 @@ class BoundTable(Generic[Row]):
     def _field(self, name: str, column: Column) -> pa.Field:
         dtype = token_id_type(self.vocab_size) if column.dtype == TOKEN_ID else column.dtype
         for letter in reversed(column.dims[1:]):
-            dtype = pa.list_(pa.field("item", dtype, nullable=False), self.sizes[letter])
+            size = int(letter) if letter.isdigit() else self.sizes[letter]
+            dtype = pa.list_(pa.field("item", dtype, nullable=False), size)
         if column.dims:
             dtype = pa.list_(pa.field("item", dtype, nullable=False))
         notes = {"doc": column.doc, "dims": column.dims, "unit": column.unit}

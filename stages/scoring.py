@@ -4,7 +4,7 @@ The engine gives final hidden states; the language head turns them into logits o
 time, in blocks of positions, and the encoding keeps what the recipe asks for. A whole input shard
 goes to the engine as one unit and in one order, so that a re-run meets the same batches.
 
-Positions: a document of T tokens has T - 1 scored positions; the hidden state at index t predicts
+Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
 token t + 1, so entry j comes from index j and ``first_target`` is 1.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import quantise_sticks, round_mantissa, uniforms
-from schemas.documents import DOCUMENTS, Document
+from schemas.documents import DOCUMENTS
 from schemas.errors import ConfigError
 from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages.encoding import (
@@ -33,7 +33,8 @@ from stages.encoding import (
     threshold_sample,
     top_k,
 )
-from stages.engines.engine import Engine, open_engine
+from stages.engines.engine import HiddenStates, open_engine
+from stages.engines.sequences import TokenIds
 from stages.language_head import LanguageHead
 from stages.stage import Rejected, StageContext, Work
 from stages.teacher_logits import (
@@ -51,7 +52,7 @@ _CPU_BLOCK_POSITIONS = 128
 
 @contextmanager
 def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
-    """Start the engine of ``stage.model``; the work scores one shard of documents."""
+    """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
     model = context.models[stage.model]
     opened = open_engine(model.engine, model.path, dtype=model.dtype, options=context.engine)
     with opened as engine:
@@ -61,50 +62,63 @@ def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
             if engine.max_length == context.engine.max_model_len:
                 _require_room(shard, engine.max_length)
-            return score_documents(stage, engine, shard)
+            return score_shard(stage, engine, shard)
 
         yield work
 
 
 def _require_room(shard: pa.Table, max_model_len: int) -> None:
+    require_room(pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0, max_model_len)
+
+
+def require_room(longest: int, max_model_len: int) -> None:
     """Raise ConfigError for a row that only the engine's setting keeps out.
 
     That setting is no part of a table's name: to reject by it would give one name two contents.
     """
-    longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
     if longest > max_model_len:
         raise ConfigError(
-            f"execution.engine.max_model_len is {max_model_len}, a document has {longest} tokens: "
+            f"execution.engine.max_model_len is {max_model_len}, a row has {longest} tokens: "
             f"raise it, or leave it out to reject only what exceeds the model's own window"
         )
 
 
-def score_documents(
-    stage: TeacherLogitsStage, engine: Engine, shard: pa.Table
+def score_shard(
+    stage: TeacherLogitsStage, engine: HiddenStates, shard: pa.Table
 ) -> Iterable[AnyLogits | Rejected]:
-    """Yield one row, or one rejection, for each document of ``shard``, in order."""
-    documents = [document for batch in shard.to_batches() for document in DOCUMENTS.rows(batch)]
-    fits = [len(document.input_ids_T) <= engine.max_length for document in documents]
-    sequences = [d.input_ids_T for d, ok in zip(documents, fits, strict=True) if ok]
-    hidden = engine.hidden_states(sequences)
-    for document, ok in zip(documents, fits, strict=True):
+    """Yield one row, or one rejection, for each row of ``shard``, in order."""
+    rows = [row for batch in shard.to_batches() for row in _sequences_of(batch)]
+    fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
+    hidden = engine.hidden_states([ids_T for (_, ids_T), ok in zip(rows, fits, strict=True) if ok])
+    for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
-            yield _encode(stage, engine.head, document, next(hidden))
+            yield _encode(stage, engine.head, sample_id, ids_T, next(hidden))
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
-            yield Rejected(document.sample_id, reason)
+            yield Rejected(sample_id, reason)
+
+
+def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
+    """Yield key and token ids of each row: two columns that every input table has."""
+    names = ("sample_id", "input_ids_T")
+    columns = [DOCUMENTS.column_values(batch, name) for name in names]
+    yield from zip(*columns, strict=True)
 
 
 def _encode(
-    stage: TeacherLogitsStage, head: LanguageHead, document: Document, hidden_TD: Tensor
+    stage: TeacherLogitsStage,
+    head: LanguageHead,
+    sample_id: str,
+    input_ids_T: TokenIds,
+    hidden_TD: Tensor,
 ) -> AnyLogits | Rejected:
-    """Encode one document's positions, block by block."""
-    targets = np.asarray(document.input_ids_T[1:], np.int64)
+    """Encode one row's positions, block by block."""
+    targets = np.asarray(input_ids_T[1:], np.int64)
     targets_P = torch.from_numpy(targets).to(hidden_TD.device)
     hidden_PD = hidden_TD[:-1]
     if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
-        return Rejected(document.sample_id, "hidden state outside float16")
-    encoder = _Encoder(stage, document.sample_id, len(targets))
+        return Rejected(sample_id, "hidden state outside float16")
+    encoder = _Encoder(stage, sample_id, len(targets))
     step = positions_per_block(head)
     for start in range(0, len(targets), step):
         logits_PV = head.logits(hidden_PD[start : start + step])
@@ -112,7 +126,7 @@ def _encode(
             at = slice(start + part.start, start + part.stop)
             measured = measure(logits_PV[part], targets_P[at])
             if not measured.finite:
-                return Rejected(document.sample_id, "non-finite logits")
+                return Rejected(sample_id, "non-finite logits")
             encoder.add(measured, hidden_PD[at], at.start)
     return encoder.row()
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from schemas.distribution import quantise_sticks, uniforms
 from schemas.documents import DOCUMENTS, Document
+from schemas.episodes import Episode
 from schemas.manifest import Manifest, ShardRecord, shard_name, write_manifest
 from schemas.sample_id import sample_id_of
 from schemas.shards import sha256_of, write_shard
@@ -99,7 +100,7 @@ def make_documents() -> list[Document]:
     return documents
 
 
-def write_signals(data: CachedData, encoding: str, documents: Sequence[Document]) -> None:
+def write_signals(data: CachedData, encoding: str, documents: Sequence[Document | Episode]) -> None:
     """Score the documents with the teacher and write the table, in another row order."""
     model = LlamaForCausalLM.from_pretrained(data.teacher).eval()
     folder = data.root / encoding
@@ -164,7 +165,7 @@ def write_table(
 
 
 @torch.no_grad()
-def _encode(model: Any, document: Document, encoding: str) -> AnyLogits:
+def _encode(model: Any, document: Document | Episode, encoding: str) -> AnyLogits:
     ids_T = torch.as_tensor(document.input_ids_T, dtype=torch.int64)
     output = model(input_ids=ids_T[None], output_hidden_states=True)
     logits_PV = output.logits[0, :-1].float().clone()

@@ -110,6 +110,7 @@ def test_the_model_is_part_of_the_name(
         ("steps.signals.encoding.k=9", {"signals", "trained"}),
         ("steps.signals.encoding={kind: exact}", {"signals", "trained"}),
         ("steps.signals.seed=1", {"signals", "trained"}),
+        ("steps.documents.source.column=body", {"documents", "signals", "trained"}),
         ("steps.documents.length=40", {"documents", "signals", "trained"}),
         ("steps.documents.rows_per_shard=9", {"documents", "signals", "trained"}),
         ("steps.documents.heldout_fraction=0.5", {"documents", "signals", "trained"}),

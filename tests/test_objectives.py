@@ -15,7 +15,12 @@ from stages.student.chunked_loss import StudentHead, chunked_loss
 from stages.student.evaluation import Scores
 from stages.student.objectives import OBJECTIVES
 from stages.student.objectives.kd import Kd, ThresholdTeacher, TopKTeacher
-from stages.student.train_config import CrossEntropyConfig, KdConfig
+from stages.student.train_config import (
+    BiAlignConfig,
+    CrossEntropyConfig,
+    IclDistillationConfig,
+    KdConfig,
+)
 
 N, V, K = 24, 211, 8
 
@@ -113,5 +118,5 @@ def test_agreement_counts_positions_where_the_teacher_is_known() -> None:
 
 
 def test_every_objective_of_a_recipe_has_a_loss() -> None:
-    configs = (CrossEntropyConfig(), KdConfig())
+    configs = (CrossEntropyConfig(), KdConfig(), BiAlignConfig(), IclDistillationConfig())
     assert {config.loss for config in configs} == set(OBJECTIVES)

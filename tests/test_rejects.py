@@ -70,7 +70,7 @@ def test_an_execution_setting_never_decides_which_rows_there_are(
 ) -> None:
     context = teacher.context(tmp_path)
     options = context.engine.model_copy(update={"max_model_len": 39})
-    expected = r"max_model_len is 39, a document has 40 tokens: raise it"
+    expected = r"max_model_len is 39, a row has 40 tokens: raise it"
     with (
         stage_of("top_k").open(replace(context, engine=options)) as work,
         pytest.raises(ConfigError, match=expected),

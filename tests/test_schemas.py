@@ -10,10 +10,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from schemas.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.documents import DOCUMENTS, Document
+from schemas.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.errors import SchemaMismatch
 from schemas.sample_id import sample_id_of
 from schemas.shards import read_shard, write_shard
+from schemas.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
 from schemas.table import BoundTable
 from schemas.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
 
@@ -22,6 +25,10 @@ SIZES = {"K": 4, "D": 8}
 BOUND: dict[str, BoundTable[Any]] = {
     "documents": DOCUMENTS.bind(vocab_size=49_152),
     "documents_large_vocabulary": DOCUMENTS.bind(vocab_size=262_144),
+    "episodes": EPISODES.bind(vocab_size=49_152),
+    "episodes_large_vocabulary": EPISODES.bind(vocab_size=262_144),
+    "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
+    "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
     "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
     "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
@@ -146,3 +153,98 @@ def test_sample_id_depends_on_ids_and_spans_not_on_their_width() -> None:
     assert sample_id_of(ids) != sample_id_of(ids[:-1])
     assert sample_id_of(ids) != sample_id_of(ids, [(2, 5)])
     assert sample_id_of(ids) == "6b5d8674a0b9f51dc01b6497"
+
+
+def episode(**changes: Any) -> Episode:
+    """Return two demonstrations (3 + 1 tokens, a separator after each), a query and an answer."""
+    row = Episode(
+        sample_id="e" * 24,
+        split="train",
+        task="facts",
+        kind="classification",
+        query_id="f" * 24,
+        draw=0,
+        input_ids_T=np.array([10, 11, 12, 13, 1, 20, 21, 22, 23, 1, 30, 31, 32]),
+        demonstrations_M3=np.array([[0, 3, 4], [5, 8, 9]], np.int32),
+        query_start=10,
+        answer_start=12,
+        candidate_ids_C=np.array([32, 33, 34]),
+        candidate_lengths_N=np.array([1, 2], np.int32),
+        gold=0,
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def test_episodes_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Path) -> None:
+    rows: dict[str, tuple[Any, Any]] = {
+        "episodes": (EPISODES, episode()),
+        "subset_preferences": (
+            SUBSET_PREFERENCES,
+            SubsetPreferences(
+                sample_id="e" * 24,
+                subset_demonstrations_S=np.array([0, 1, 0], np.int32),
+                subset_sizes_N=np.array([2, 1, 0], np.int32),
+                answer_logprobs_N=np.array([-1.0, -2.0, -3.5], np.float32),
+                num_answer_tokens=1,
+                ranks_N=np.array([1, 2, 3], np.int32),
+            ),
+        ),
+        "candidate_scores": (
+            CANDIDATE_SCORES,
+            CandidateScores(
+                sample_id="e" * 24,
+                candidate_logprobs_N=np.array([-0.5, -1.5], np.float32),
+                candidate_num_tokens_N=np.array([1, 2], np.int32),
+            ),
+        ),
+    }
+    for name, (table, row) in rows.items():
+        path = tmp_path / f"{name}.arrow"
+        write_shard(path, BOUND[name], [row, row])
+        (found, _) = (r for batch in read_shard(path).to_batches() for r in table.rows(batch))
+        for field in dataclasses.fields(row):
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(row, field.name))
+        with pa.memory_map(str(path)) as source:
+            bare = pa.ipc.open_file(source).read_all().to_pylist()[0]
+        assert pl.scan_ipc(path).collect().to_dicts()[0] == bare
+        loaded = datasets.load_dataset(
+            "arrow", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf")
+        )
+        assert loaded[0] == bare
+        assert bare["sample_id"] == "e" * 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer_start": 13}, "do not lie in order within 13 tokens"),
+        ({"query_start": 8}, "do not lie in order"),
+        ({"candidate_lengths_N": np.array([1, 1])}, r"candidate lengths \[1, 1\] for 3 tokens"),
+        ({"candidate_lengths_N": np.array([3, 0])}, "candidate lengths"),
+        ({"gold": 2}, "gold is 2 of 2 candidates"),
+        ({"gold": -1}, "gold is -1 of 2 candidates"),
+        ({"kind": "essay"}, "kind 'essay' is unknown"),
+    ],
+)
+def test_an_episode_whose_spans_disagree_is_no_row(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"sample {'e' * 24}: .*{reason}"):
+        episode(**changes)
+
+
+def test_a_subset_keeps_query_answer_and_each_demonstrations_separator() -> None:
+    row = episode()
+    spans = row.demonstrations_M3
+    kept = {
+        (): [30, 31, 32],
+        (0,): [10, 11, 12, 13, 1, 30, 31, 32],
+        (1,): [20, 21, 22, 23, 1, 30, 31, 32],
+        (0, 1): row.input_ids_T.tolist(),
+    }
+    for subset, expected in kept.items():
+        assert subset_input_ids(row.input_ids_T, spans, 10, subset).tolist() == expected
+    with_bos = np.concatenate([[0], row.input_ids_T])
+    assert subset_input_ids(with_bos, spans + 1, 11, ()).tolist() == [0, 30, 31, 32]
+    candidates = split_candidates(row.candidate_ids_C, row.candidate_lengths_N)
+    assert [c.tolist() for c in candidates] == [[32], [33, 34]]
+    assert split_candidates(np.zeros(0), np.zeros(0)) == []
+    assert split_subsets(np.array([0, 1, 1]), np.array([2, 0, 1])) == [[0, 1], [], [1]]

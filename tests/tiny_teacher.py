@@ -60,7 +60,7 @@ class Teacher:
     def draw(self, engine: Engine, kind: str, *, seed: int = 0) -> list[Any]:
         """Run the stage's work on an engine that is open already."""
         shard = shard_of(self.documents, self.vocab_size)
-        return list(scoring.score_documents(stage_of(kind, seed=seed), engine, shard))
+        return list(scoring.score_shard(stage_of(kind, seed=seed), engine, shard))
 
 
 def weights_of(row: ThresholdLogits) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ Dimensions: T = tokens of a sequence, D = hidden width.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,15 +27,16 @@ EngineKind = Literal["vllm", "transformers"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Engine(Protocol):
-    """A loaded model. ``max_length`` is in tokens; ``device`` holds the head and the results."""
+class _Place(TypedDict):
+    dtype: torch.dtype
+    device: torch.device
+    options: EngineOptions
 
-    @property
-    def kind(self) -> str:
-        """``vllm`` or ``transformers``."""
+
+class HiddenStates(Protocol):
+    """What scoring whole sequences needs of an engine. ``max_length`` is in tokens."""
 
     max_length: int
-    device: torch.device
     head: LanguageHead
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
@@ -45,15 +46,43 @@ class Engine(Protocol):
         when the engine has died.
         """
 
+
+class Engine(HiddenStates, Protocol):
+    """A loaded model; ``device`` holds the head and the results."""
+
+    device: torch.device
+
+    @property
+    def kind(self) -> str:
+        """``vllm`` or ``transformers``."""
+
+    def last_hidden_states(
+        self, sequences: Sequence[TokenIds], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Return [n, D] for the last n positions of each sequence, ``counts`` saying how many.
+
+        Text that sequences share at their start is computed once, as far as the engine can:
+        vLLM in whole blocks of its prefix cache, if opened with ``share_prefixes``; transformers
+        for sequences that share one prefix. Raises what ``hidden_states`` raises.
+        """
+
     def close(self) -> None:
         """Free the model and its memory; a closed engine cannot be used again."""
 
 
 @contextmanager
 def open_engine(
-    kind: EngineKind, model_path: Path, *, dtype: str, options: EngineOptions
+    kind: EngineKind,
+    model_path: Path,
+    *,
+    dtype: str,
+    options: EngineOptions,
+    share_prefixes: bool = False,
 ) -> Iterator[Engine]:
     """Load an ordinary transformers folder into an engine, check its head, free it on exit.
+
+    ``share_prefixes`` is for work that reads ``last_hidden_states`` of sequences with much text in
+    common; it takes vLLM's prefix cache into use.
 
     Raises ConfigError for a folder or setting that cannot work, EngineError if the engine does not
     start or its log-probs disagree with transformers.
@@ -65,8 +94,12 @@ def open_engine(
     reference = reference_of(
         model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
     )
-    engine_class = VllmEngine if kind == "vllm" else TransformersEngine
-    engine: Engine = engine_class(model_path, dtype=DTYPES[dtype], device=device, options=options)
+    place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
+    engine: Engine
+    if kind == "vllm":
+        engine = VllmEngine(model_path, **place, share_prefixes=share_prefixes)
+    else:
+        engine = TransformersEngine(model_path, **place)
     try:
         probes = probe_sequences(engine.head.vocab_size)
         fitting = [ids_T[: engine.max_length] for ids_T in probes]

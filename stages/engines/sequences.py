@@ -1,6 +1,7 @@
-"""Token sequences on their way into an engine: checked, and cut into windows."""
+"""Token sequences on their way into an engine: checked, cut into windows, grouped by prefix."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -45,3 +46,47 @@ def windows(sequences: Sequence[TokenIds], *, bytes_per_token: int) -> Iterator[
         used += needed
     if window:
         yield window
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroup:
+    """Sequences, by index, whose first ``shared`` tokens are the same."""
+
+    members: list[int]
+    shared: int
+
+
+def prefix_order(sequences: Sequence[TokenIds]) -> list[int]:
+    """Return indices in the order of token ids: sequences with one beginning lie together."""
+    return sorted(range(len(sequences)), key=lambda index: sequences[index].tolist())
+
+
+def prefix_groups(
+    sequences: Sequence[TokenIds], counts: Sequence[int], *, max_tokens: int
+) -> Iterator[PrefixGroup]:
+    """Group sequences so that computing each group's prefix once saves the most tokens.
+
+    The last ``counts[i]`` tokens of a sequence are never part of a prefix, as their states are
+    wanted. What follows the prefix takes at most ``max_tokens`` padded tokens in a group.
+    """
+    group: list[int] = []
+    shared = 0
+    for index in prefix_order(sequences):
+        own = len(sequences[index]) - counts[index]
+        if group:
+            common = min(shared, own, _common_prefix(sequences[group[0]], sequences[index]))
+            longest = max(len(sequences[member]) for member in [*group, index]) - common
+            saves = len(group) * common > (len(group) - 1) * shared
+            if saves and (len(group) + 1) * longest <= max_tokens:
+                group, shared = [*group, index], common
+                continue
+            yield PrefixGroup(group, shared if len(group) > 1 else 0)
+        group, shared = [index], own
+    if group:
+        yield PrefixGroup(group, shared if len(group) > 1 else 0)
+
+
+def _common_prefix(a_T: TokenIds, b_T: TokenIds) -> int:
+    length = min(len(a_T), len(b_T))
+    differs = np.flatnonzero(a_T[:length] != b_T[:length])
+    return int(differs[0]) if len(differs) else length

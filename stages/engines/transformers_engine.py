@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError
 from stages.engines.options import EngineOptions
-from stages.engines.sequences import TokenIds, check_sequences, windows
+from stages.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
 from stages.language_head import LanguageHead, read_config
 
 _BATCH_TOKENS = 4096
@@ -48,6 +48,32 @@ class TransformersEngine:
         for window in windows(sequences, bytes_per_token=bytes_per_token):
             yield from self._run(window)
 
+    def last_hidden_states(
+        self, sequences: Sequence[TokenIds], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Return [n, D] for the last n positions of each sequence.
+
+        A prefix that sequences share is run once and its keys and values are used by all of them.
+        """
+        check_sequences(sequences, max_length=self.max_length, vocab_size=self.head.vocab_size)
+        results: dict[int, Tensor] = {}
+        alone: list[int] = []
+        for group in prefix_groups(sequences, counts, max_tokens=self._batch_tokens):
+            if not group.shared:
+                alone.extend(group.members)
+                continue
+            hidden_BTD = self._forward([sequences[i] for i in group.members], group.shared)
+            for row, index in enumerate(group.members):
+                end = len(sequences[index]) - group.shared
+                results[index] = hidden_BTD[row, end - counts[index] : end].clone()
+        for batch in _batches([len(sequences[index]) for index in alone], self._batch_tokens):
+            members = [alone[place] for place in batch]
+            hidden_BTD = self._forward([sequences[index] for index in members])
+            for row, index in enumerate(members):
+                end = len(sequences[index])
+                results[index] = hidden_BTD[row, end - counts[index] : end].clone()
+        return [results[index] for index in range(len(sequences))]
+
     def close(self) -> None:
         """Free the model and its memory."""
         self._model = None
@@ -65,9 +91,14 @@ class TransformersEngine:
         return [results[index] for index in range(len(window))]
 
     @torch.no_grad()
-    def _forward(self, sequences: Sequence[TokenIds]) -> Tensor:
+    def _forward(self, sequences: Sequence[TokenIds], shared: int = 0) -> Tensor:
+        """Return [B, T', D] states of what follows the first ``shared`` tokens, which all have."""
         if self._model is None:
             raise EngineError("the transformers engine is closed: open it again")
+        after_prefix: dict[str, Any] = {"use_cache": False}
+        if shared:
+            cache = self._run_prefix(sequences[0][:shared], len(sequences))
+            after_prefix = {"past_key_values": cache, "use_cache": True}
         longest = max(len(ids_T) for ids_T in sequences)
         input_ids_BT = torch.zeros((len(sequences), longest), dtype=torch.long)
         mask_BT = torch.zeros_like(input_ids_BT)
@@ -75,13 +106,20 @@ class TransformersEngine:
             input_ids_BT[row, : len(ids_T)] = torch.from_numpy(ids_T.astype("int64"))
             mask_BT[row, : len(ids_T)] = 1
         output = self._model(
-            input_ids=input_ids_BT.to(self.device),
+            input_ids=input_ids_BT[:, shared:].to(self.device),
             attention_mask=mask_BT.to(self.device),
-            use_cache=False,
+            **after_prefix,
         )
         hidden_BTD = output.last_hidden_state
         assert isinstance(hidden_BTD, Tensor)
         return hidden_BTD
+
+    def _run_prefix(self, prefix_T: TokenIds, num_sequences: int) -> Any:
+        """Return the prefix's keys and values, repeated for each sequence."""
+        input_ids_1T = torch.from_numpy(prefix_T.astype("int64"))[None].to(self.device)
+        cache = self._model(input_ids=input_ids_1T, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(num_sequences)
+        return cache
 
 
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from schemas.errors import EngineError
 from stages.engines.options import EngineOptions
-from stages.engines.sequences import TokenIds, check_sequences, windows
+from stages.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.language_head import LanguageHead
 
 _TASK = "token_embed"
 _CPU_KV_CACHE_BYTES = 2 << 30
+_CPU_SHARED_BLOCK = 32  # tokens; vLLM's own choice of 128 on a CPU would share little of a prompt
 
 
 class VllmEngine:
@@ -34,7 +35,13 @@ class VllmEngine:
     kind = "vllm"
 
     def __init__(
-        self, model_path: Path, *, dtype: torch.dtype, device: torch.device, options: EngineOptions
+        self,
+        model_path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        options: EngineOptions,
+        share_prefixes: bool = False,
     ) -> None:
         """Start vLLM. Raises EngineError if it is not installed or does not start."""
         _set_environment(device, options)
@@ -51,9 +58,15 @@ class VllmEngine:
         self.device = device
         self._clean_up: Any = cleanup_dist_env_and_memory
         self._llm: Any = None
+        arguments = _arguments(dtype, device, options)
+        # Whoever wants every position skips the cache: there it may be off.
+        arguments["enable_prefix_caching"] = share_prefixes
+        if share_prefixes and device.type == "cpu":
+            arguments["block_size"] = _CPU_SHARED_BLOCK
+        self._may_share: Any = vllm.PoolingParams(skip_reading_prefix_cache=False)
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                self._llm = vllm.LLM(str(model_path), **_arguments(dtype, device, options))
+                self._llm = vllm.LLM(str(model_path), **arguments)
         except Exception as error:
             self.close()
             raise EngineError(
@@ -73,6 +86,40 @@ class VllmEngine:
         bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
         for window in windows(sequences, bytes_per_token=bytes_per_token):
             yield from self._run(window)
+
+    def last_hidden_states(
+        self, sequences: Sequence[TokenIds], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Return [n, D] for the last n positions of each sequence.
+
+        vLLM gives back the positions it computed, and skips whole blocks that its prefix cache
+        holds. Where such a block holds a wanted position (it ends in the block's last tokens), that
+        sequence is computed again without the cache. The cache is emptied first: what it holds
+        from earlier work would move the last bits of a re-run.
+        """
+        check_sequences(sequences, max_length=self.max_length, vocab_size=self.head.vocab_size)
+        self._require_alive()
+        self._llm.reset_prefix_cache()
+        order = prefix_order(sequences)
+        results: dict[int, Tensor] = {}
+        for index, hidden_TD in zip(order, self._tails(sequences, order), strict=True):
+            results[index] = hidden_TD[-counts[index] :].clone()
+        cut = [index for index in order if len(results[index]) < counts[index]]
+        for index, hidden_TD in zip(
+            cut, self.hidden_states([sequences[index] for index in cut]), strict=True
+        ):
+            results[index] = hidden_TD[-counts[index] :].clone()
+        return [results[index] for index in range(len(sequences))]
+
+    def _tails(self, sequences: Sequence[TokenIds], order: Sequence[int]) -> Iterator[Tensor]:
+        bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
+        ordered = [sequences[index] for index in order]
+        for window in windows(ordered, bytes_per_token=bytes_per_token):
+            prompts = [{"prompt_token_ids": ids_T.tolist()} for ids_T in window]
+            for prompt, output in zip(prompts, self._encode(prompts, self._may_share), strict=True):
+                if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
+                    raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
+                yield output.outputs.data.to(self.device)
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""
@@ -96,11 +143,14 @@ class VllmEngine:
                 )
             yield hidden_TD.to(self.device)
 
-    def _encode(self, prompts: list[dict[str, list[int]]]) -> list[Any]:
+    def _require_alive(self) -> None:
         if self._llm is None:
             raise EngineError("the vLLM engine is closed or has died: open it again")
+
+    def _encode(self, prompts: list[dict[str, list[int]]], params: Any = None) -> list[Any]:
+        self._require_alive()
         try:
-            return list(self._llm.encode(prompts, pooling_task=_TASK, use_tqdm=False))
+            return list(self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
         except Exception as error:
             self.close()  # after a failed step the scheduler's state cannot be trusted
             raise EngineError(
@@ -137,7 +187,6 @@ def _arguments(dtype: torch.dtype, device: torch.device, options: EngineOptions)
         "max_model_len": options.max_model_len,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "enable_chunked_prefill": options.enable_chunked_prefill,
-        "enable_prefix_caching": False,  # every position is wanted, so nothing may be skipped
         "enforce_eager": eager,
         "use_tqdm_on_load": False,
     }

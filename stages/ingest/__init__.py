@@ -1,7 +1,14 @@
-"""Real text -> the ``documents`` table, with bounded memory whatever the size of the input.
+"""Real text -> the ``documents`` table, and few-shot tasks -> the ``episodes`` table.
+
+Text is read with bounded memory, whatever the size of the input.
 
 ``source.py`` says where text comes from, ``reading.py`` streams it through ``datasets``,
 ``cleaning.py`` accepts or rejects one text and names it by its content, ``tokens.py`` makes ids,
 ``packing.py`` cuts them into rows, ``spool.py`` is the sort on disk that keeps memory bounded,
 ``preparation.py`` runs the three phases, and ``text.py`` is the stage itself.
+
+Tasks are small and held in memory. ``task_sources.py`` says where they come from,
+``task_readers.py`` reads them into what ``tasks.py`` checks, ``task_split.py`` gives every example
+its role, ``episode_draws.py`` chooses demonstrations, ``templates.py`` and ``episode_building.py``
+make rows, ``episode_preparation.py`` runs all that, and ``episodes.py`` is the stage itself.
 """

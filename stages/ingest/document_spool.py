@@ -11,11 +11,13 @@ from typing import Any
 
 import polars as pl
 
+from stages.stage import OnProgress
+
 from .cleaning import CleanText, clean
 from .reading import read_rows
 from .spool import KEY, Spool, key_columns
 from .tally import Tally
-from .text import IngestStage, OnProgress
+from .text import IngestStage
 
 _READ_LIMIT = 1_000_000  # documents a segment, however few are kept: bounds what a crash repeats
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from schemas.documents import SPLITS
 from schemas.errors import ConfigError
 from schemas.shards import write_text
+from stages.stage import OnProgress
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 from .document_spool import spool_documents
@@ -33,7 +34,7 @@ from .sequences import ROWS, SCHEMA, count_rows, range_path, write_sequences
 from .source import COMPRESSIONS, HubRows, Source
 from .spool import KEY, Spool, num_ranges
 from .tally import Tally
-from .text import IngestStage, OnProgress
+from .text import IngestStage
 from .tokens import TextTokenizer
 
 DOCUMENTS, SEQUENCES = "documents", "sequences"

@@ -28,16 +28,25 @@ class SourceShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedSource:
-    """All shards, train before held-out, and what became of every document that was read.
+class PreparedShards:
+    """What any source hands on: all shards, train before held-out, and what was left out and why.
 
-    ``rejects`` counts by reason; ``duplicate_sequence`` and ``packing_remainder`` count rows, all
-    others documents. ``truncated`` documents were cut to the row length and kept.
-    ``rows_by_range`` counts, for each split, the rows of each file of rows.
+    ``rejects`` counts by reason.
     """
 
     shards: tuple[SourceShard, ...]
     rejects: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSource(PreparedShards):
+    """Text that is prepared, with what became of every document that was read.
+
+    In ``rejects``, ``duplicate_sequence`` and ``packing_remainder`` count rows, all
+    others documents. ``truncated`` documents were cut to the row length and kept.
+    ``rows_by_range`` counts, for each split, the rows of each file of rows.
+    """
+
     documents_read: int
     truncated: int
     rows_by_range: dict[str, tuple[int, ...]]

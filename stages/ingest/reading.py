@@ -54,7 +54,7 @@ def read_rows(source: Source, *, file: int = 0, row: int = 0) -> Iterator[RawRow
         return
     for index, path in enumerate(source.files()):
         if index >= file:
-            with _readable(str(path), source.kind):
+            with readable(str(path), source.kind):
                 yield from _numbered(_values(source, path), index, row if index == file else 0)
 
 
@@ -86,17 +86,17 @@ _NO_DOCUMENT = _NoDocument()
 
 
 def _text_values(path: Path, sample_by: str) -> Iterator[list[object]]:
-    for lines in _raw_lines(path, sample_by):
+    for lines in raw_lines(path, sample_by):
         yield [line if line.strip() else _NO_DOCUMENT for line in lines]
 
 
 def _jsonl_values(path: Path, column: str) -> Iterator[list[object]]:
     row, seen_first = 0, False
-    for lines in _raw_lines(path, "line"):
+    for lines in raw_lines(path, "line"):
         values: list[object] = []
         for line in lines:
             row += 1
-            record = _json_object(line, path, row) if line.strip() else _NO_DOCUMENT
+            record = json_object(line, path, row) if line.strip() else _NO_DOCUMENT
             if isinstance(record, dict) and not seen_first:
                 _require_column(column, list(record), f"{path} line {row}")
                 seen_first = True
@@ -104,7 +104,7 @@ def _jsonl_values(path: Path, column: str) -> Iterator[list[object]]:
         yield values
 
 
-def _json_object(line: bytes, path: Path, number: int) -> object:
+def json_object(line: bytes, path: Path, number: int) -> object:
     """Return the line's object, or the line itself where it is not UTF-8 (rejected later)."""
     try:
         record = json.loads(line.decode())
@@ -123,7 +123,8 @@ def _json_object(line: bytes, path: Path, number: int) -> object:
     return record
 
 
-def _raw_lines(path: Path, sample_by: str) -> Iterator[list[bytes]]:
+def raw_lines(path: Path, sample_by: str) -> Iterator[list[bytes]]:
+    """Yield the undecoded lines (or paragraphs) of a file that may be compressed, in groups."""
     compressed = path.suffix in COMPRESSIONS
     encoding = locale.getpreferredencoding(False) if compressed else "latin-1"
     _require_honest_name(path)
@@ -167,7 +168,7 @@ def _columnar_values(kind: str, path: Path, column: str) -> Iterator[list[object
 
 def _hub_values(source: HubRows) -> Iterator[list[object]]:
     where = f"hub data set '{source.name}' at {source.revision[:12]}"
-    with _readable(where, "hub"):
+    with readable(where, "hub"):
         stream = datasets.load_dataset(
             source.name,
             source.config,
@@ -214,7 +215,7 @@ def _require_text(schema: pa.Schema, column: str, where: str) -> None:
 
 
 @contextmanager
-def _readable(where: str, kind: str) -> Iterator[None]:
+def readable(where: str, kind: str) -> Iterator[None]:
     """Turn a library's failure to read into one line, without its own log lines before it."""
     logger = logging.getLogger("datasets")
     level = logger.level

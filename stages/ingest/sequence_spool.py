@@ -14,12 +14,13 @@ import pyarrow as pa
 
 from schemas.documents import SPLITS
 from schemas.sample_id import sample_id_of
+from stages.stage import OnProgress
 
 from .packing import IdArray, pack, truncate
 from .sequences import SCHEMA
 from .spool import KEY, Spool, key_columns
 from .tally import Tally
-from .text import IngestStage, OnProgress
+from .text import IngestStage
 from .tokens import TextTokenizer
 
 _ENCODE_CHARS = 1 << 20  # tokenised at a time: an encoding takes some 100 bytes a token

@@ -23,12 +23,11 @@ COMPRESSIONS = {
 }  # by file name, and the bytes such a file starts with
 
 
-class TableFiles(StageConfig):
-    """Files of rows, one document a row; ``jsonl`` may be compressed."""
+class RowFiles(StageConfig):
+    """Files of rows; ``jsonl`` may be compressed."""
 
     kind: Literal["jsonl", "parquet", "arrow"]
     paths: Patterns
-    column: str = "text"
 
     def files(self) -> tuple[Path, ...]:
         """Return the files in reading order; raises ConfigError for a pattern without files."""
@@ -37,6 +36,12 @@ class TableFiles(StageConfig):
     def identity(self) -> list[InputIdentity]:
         """Return name, size and sha256 of each file, in reading order."""
         return [file_identity(path) for path in self.files()]
+
+
+class TableFiles(RowFiles):
+    """Files of rows, one document a row."""
+
+    column: str = "text"
 
 
 class TextFiles(StageConfig):
@@ -55,7 +60,7 @@ class TextFiles(StageConfig):
         return [file_identity(path) for path in self.files()]
 
 
-class HubRows(StageConfig):
+class HubData(StageConfig):
     """A data set of the hub, streamed; the commit is its identity, as a branch name moves."""
 
     kind: Literal["hub"]
@@ -63,7 +68,6 @@ class HubRows(StageConfig):
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
     split: str
     config: str | None = None
-    column: str = "text"
 
     def files(self) -> tuple[Path, ...]:
         """Return no files; raises ConfigError where a local folder would be read instead."""
@@ -79,6 +83,12 @@ class HubRows(StageConfig):
         return [
             {"name": f"{self.name}/{self.config or ''}/{self.split}", "revision": self.revision}
         ]
+
+
+class HubRows(HubData):
+    """A data set of the hub, one document a row."""
+
+    column: str = "text"
 
 
 Source = Annotated[TableFiles | TextFiles | HubRows, Field(discriminator="kind")]

@@ -9,23 +9,22 @@ counted as ``packing_remainder``. ``truncate`` makes one row of each document's 
 tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from schemas.documents import DOCUMENTS, Document
-from schemas.table import BoundTable, Table
+from schemas.table import Table
 from stages.ingest.prepared import PreparedSource, read_shard_rows
-from stages.ingest.source import InputIdentity, Source
-from stages.stage import StageConfig, StageContext
+from stages.ingest.source import Source
+from stages.stage import OnProgress, SourceStage
 
-OnProgress = Callable[[str], None]
 SEGMENT_BYTES = 32 << 20  # of text held in memory at a time; changes no byte of the output
 
 
-class IngestStage(StageConfig):
+class IngestStage(SourceStage):
     """Read ``source``, clean, de-duplicate, split by content hash, tokenise, pack or truncate.
 
     ``tokenizer`` is a model folder. ``min_chars`` and ``max_chars`` bound a document's normalised
@@ -34,11 +33,9 @@ class IngestStage(StageConfig):
     """
 
     VERSION: ClassVar[int] = 1
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ()
 
     stage: Literal["ingest"]
     source: Source
-    tokenizer: str
     length: int = Field(ge=2)
     mode: Literal["pack", "truncate"]
     heldout_fraction: float = Field(ge=0.0, lt=1.0)
@@ -52,13 +49,10 @@ class IngestStage(StageConfig):
         """The table this stage writes."""
         return DOCUMENTS
 
-    def bind(self, context: StageContext) -> BoundTable[Any]:
-        """Token id width from the model's vocabulary."""
-        return DOCUMENTS.bind(vocab_size=context.vocab_size)
-
-    def source_identity(self) -> list[InputIdentity]:
-        """Return what names the input by content: name, size and sha256 of each file, in order."""
-        return self.source.identity()
+    def source_identity(self) -> dict[str, Any]:
+        """Return what is read of the source, and name, size and sha256 of each file, in order."""
+        settings = self.source.model_dump(mode="json", exclude={"paths"})
+        return {"source": settings | {"files": self.source.identity()}}
 
     def prepare(
         self,

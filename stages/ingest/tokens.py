@@ -18,6 +18,7 @@ from schemas.errors import ConfigError
 
 from .packing import IdArray
 
+_BREAK = "\n"
 _NO_LIMIT = 10**12  # transformers writes 1e30 where a tokenizer states no maximum
 
 
@@ -42,6 +43,8 @@ class TextTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        alone, inside = self.encode(["a", f"{_BREAK}a"])
+        self._prepends = alone.tolist() != inside[-len(alone) :].tolist()
 
     def require(self, *, length: int, eos: bool) -> None:
         """Raise ConfigError when rows of ``length`` tokens (parted by an EOS) cannot be made."""
@@ -60,6 +63,44 @@ class TextTokenizer:
         """Return the ids of each text, without special tokens."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    @property
+    def prefix_ids(self) -> IdArray:
+        """The special tokens that the tokenizer itself puts before a text: a BOS, or none."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        is_text = [not special for special in encoding.special_tokens_mask]
+        return np.array(encoding.ids[: is_text.index(True)], np.uint32)
+
+    def encode_part(self, text: str) -> IdArray:
+        """Return the ids of a text that stands somewhere inside a longer one.
+
+        Sentencepiece tokenizers put a space before every text: such a one is given a line break
+        and then the text, and the line break's tokens are dropped.
+        """
+        if not self._prepends:
+            return self.encode([text])[0]
+        return self._ids_within(_BREAK + text, len(_BREAK), len(_BREAK) + len(text))
+
+    def encode_separator(self, separator: str) -> IdArray:
+        """Return the ids of ``separator`` as it stands between two texts.
+
+        Raises ConfigError when the tokenizer joins it with either of them.
+        """
+        return self._ids_within(f"a{separator}a", 1, 1 + len(separator))
+
+    def _ids_within(self, text: str, start: int, stop: int) -> IdArray:
+        """Return the tokens of characters ``start`` to ``stop``, cut off cleanly on both sides."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spans = list(zip(encoding.ids, encoding.offsets, strict=True))
+        inside = [(i, a, b) for i, (a, b) in spans if a >= start and b <= stop and a < b]
+        outside = sum(b <= start or a >= stop for _, (a, b) in spans)
+        covered = inside and inside[0][1] == start and inside[-1][2] == stop
+        if not covered or outside + len(inside) != len(spans):
+            raise ConfigError(
+                f"the tokenizer in {self.folder} joins {text[start:stop]!r} with what stands "
+                f"beside it; use one that ends in a newline"
+            )
+        return np.array([i for i, _, _ in inside], np.uint32)
 
 
 def model_limits(folder: Path, tokenizer_size: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@ The Trainer brings checkpoints, resume, accelerate (DDP), schedulers and clippin
 
 - The model gives hidden states; head, softmax and loss are one chunked pass (``chunked_loss``), so
   no [B, T, V] is ever held.
-- The loss of a step is the sum over scored tokens divided by their number in the whole step: all
-  accumulated batches of all processes. DDP averages gradients, hence the factor ``num_processes``.
+- A loss is a list of terms (``step``), each a sum divided by the whole step's count of scored
+  tokens or of samples: all accumulated batches of all processes. DDP averages gradients, hence the
+  factor ``num_processes``.
 - No logger, no console: what happens goes to the caller.
 
 Dimensions: N = scored positions of a batch, S = sums an objective reports.
@@ -13,7 +14,7 @@ Dimensions: N = scored positions of a batch, S = sums an objective reports.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,29 @@ from transformers import (
 from schemas.dataset import CachedDataset
 from schemas.errors import TeacherCacheError
 from stages.language_head import LanguageHead
-from stages.student.chunked_loss import chunked_loss
-from stages.student.evaluation import DTYPES
+from stages.student.episode_loader import BiAlignCollator, EpisodesWithText, IclCollator
+from stages.student.evaluation import DTYPES, teacher_head_of
 from stages.student.loader import Collator, SignalRows, encoding_of
 from stages.student.objectives import OBJECTIVES
-from stages.student.student_model import (
-    last_layer_of,
-    scored_hidden_states,
-    student_head,
-    student_vocab_size,
+from stages.student.sequence_logprobs import MICRO_BATCH_TOKENS
+from stages.student.step import Step, Term, Unit
+from stages.student.student_model import student_vocab_size
+from stages.student.train_config import (
+    BiAlignConfig,
+    CrossEntropyConfig,
+    IclDistillationConfig,
+    TrainConfig,
+    TrainOptions,
 )
-from stages.student.train_config import TrainConfig, TrainOptions
 
 OnEvent = Callable[[dict[str, Any]], None]
+UNITS: tuple[Unit, ...] = ("tokens", "samples")
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Train on batches of ``Collator``; logs the loss and the means of the objective's parts."""
+    """Train on batches of the objective's; logs the loss and the means of its parts."""
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+    loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step
 
     def __init__(
         self,
@@ -61,24 +66,28 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         config: TrainConfig,
         teacher_head: LanguageHead | None,
         on_event: OnEvent | None,
+        lm_dataset: CachedDataset | None = None,
+        micro_batch_tokens: int = MICRO_BATCH_TOKENS,
     ) -> None:
         """Set up for one run; ``on_event`` is called by the main process only."""
-        wants_teacher = config.objective.loss != "cross_entropy"
-        encoding = encoding_of(dataset) if wants_teacher else ""
+        rows, collator = _rows_and_collator(
+            config, dataset, lm_dataset, vocab_size=student_vocab_size(model)
+        )
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SignalRows(dataset),
-            data_collator=Collator(encoding, student_vocab_size(model)),
+            train_dataset=rows,
+            data_collator=collator,
             callbacks=[_Reporter(on_event)] if on_event and args.process_index == 0 else None,
         )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # the Trainer counts a step's tokens only then
         self._config = config
         self._teacher_head = teacher_head
-        self._last_layer = last_layer_of(model)
+        self._lm_teacher_head = teacher_head_of(lm_dataset, args.device) if lm_dataset else None
+        self._micro_batch_tokens = micro_batch_tokens
         self._logged = _Sums()
-        self.num_tokens = 0  # scored, by this process, since this call of train()
+        # Of this process, since this call of train(): scored tokens, and rows.
+        self.num_tokens, self.num_samples = 0, 0
 
     def compute_loss(
         self,
@@ -89,25 +98,46 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
     ) -> Tensor:
         """Return this batch's share of the step's mean; ``model`` may be wrapped by DDP."""
         assert not return_outputs, "evaluation has its own loop"
-        hidden_ND = scored_hidden_states(model, inputs, last_layer=self._last_layer)
-        make = OBJECTIVES[self._config.objective.loss]
-        objective = make(self._config.objective, inputs, self._teacher_head)
-        assert isinstance(self.model, PreTrainedModel)
-        head, dtype = student_head(self.model), DTYPES[self._config.dtype]
-        result = chunked_loss(hidden_ND, head, objective, dtype=dtype)
-        self._logged.add(result.sums, len(hidden_ND))
-        self.num_tokens += len(hidden_ND)
-        num_tokens = len(hidden_ND) if num_items_in_batch is None else num_items_in_batch
+        objective = self._config.objective
+        terms = OBJECTIVES[objective.loss](objective, inputs, self._step(model))
+        counts = counts_of(inputs)
+        self._logged.add(terms, counts)
+        self.num_tokens += counts[0]
+        self.num_samples += counts[1]
+        step_counts = counts if num_items_in_batch is None else num_items_in_batch
         # A step without a scored token has a loss and gradients of exactly 0, whatever divides it.
-        divisor = torch.as_tensor(num_tokens, device=hidden_ND.device).clamp(min=1)
-        loss: Tensor = result.loss * self.accelerator.num_processes / divisor
-        return loss
+        divisors = torch.as_tensor(step_counts, device=self.args.device).clamp(min=1)
+        divisor_of = dict(zip(UNITS, divisors, strict=True))
+        processes = self.accelerator.num_processes
+        shares = [t.weight * (t.total * processes / divisor_of[t.unit]) for t in terms]
+        return torch.stack(shares).sum()
+
+    def _step(self, model: nn.Module) -> Step:
+        assert isinstance(self.model, PreTrainedModel)
+        return Step(
+            model=model,
+            bare=self.model,
+            dtype=DTYPES[self._config.dtype],
+            teacher_head=self._teacher_head,
+            lm_teacher_head=self._lm_teacher_head,
+            micro_batch_tokens=self._micro_batch_tokens,
+            progress=self.state.global_step / max(self.state.max_steps - 1, 1),
+        )
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor:
+        """Return the step's counts of ``UNITS``; the Trainer's own is of tokens alone."""
+        counts = [(0, 0), *(counts_of(batch) for batch in batch_samples)]
+        summed = torch.tensor(counts, device=device).sum(dim=0)
+        gathered: Tensor = self.accelerator.reduce(summed, reduction="sum")
+        return gathered
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's parts over all processes since the last log."""
         if "loss" in logs:
             parts = self._logged.take(self.args.device, self.accelerator.reduce)
-            logs = {**logs, **{name: value for name, value in parts.items() if name != "loss"}}
+            logs = {**logs, **parts}
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise TeacherCacheError(
@@ -116,27 +146,68 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             )
 
 
+def counts_of(batch: dict[str, Any]) -> tuple[int, int]:
+    """Return a batch's scored tokens and samples (``UNITS``), for losses to be divided by.
+
+    The answers of ``IclCollator`` count as samples, so only running text has tokens there.
+    """
+    if "answers" in batch:
+        text = batch.get("lm")
+        return len(text["positions_N"]) if text else 0, len(batch["answers"])
+    return len(batch["positions_N"]), len(batch["input_ids"])
+
+
+def _rows_and_collator(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    lm_dataset: CachedDataset | None,
+    *,
+    vocab_size: int,
+) -> tuple[Any, Callable[[Sequence[Any]], dict[str, Any]]]:
+    """Return what the objective reads, and what makes a batch of it."""
+    match config.objective:
+        case CrossEntropyConfig():
+            return SignalRows(dataset), Collator("", vocab_size)
+        case BiAlignConfig():
+            signals = Collator(encoding_of(dataset), vocab_size)
+            return SignalRows(dataset), BiAlignCollator(signals)
+        case IclDistillationConfig() as icl:
+            text = None
+            if lm_dataset is not None:
+                text = Collator(encoding_of(lm_dataset) if icl.needs_teacher else "", vocab_size)
+            rows = EpisodesWithText(dataset, lm_dataset, seed=config.seed)
+            return rows, IclCollator(vocab_size, text)
+        case _:
+            return SignalRows(dataset), Collator(encoding_of(dataset), vocab_size)
+
+
 class _Sums:
-    """Running sums of an objective's parts, left on the device until somebody asks."""
+    """Running sums of the terms' parts, left on the device until somebody asks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.num_tokens = 0
+        self.units: dict[str, Unit] = {}
+        self.counts = [0] * len(UNITS)
 
-    def add(self, sums: Mapping[str, Tensor], num_tokens: int) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.num_tokens += num_tokens
+    def add(self, terms: Sequence[Term], counts: Sequence[int]) -> None:
+        for term in terms:
+            for name, value in term.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.units[name] = term.unit
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
     def take(self, device: torch.device, reduce: Callable[..., Any]) -> dict[str, float]:
-        """Return the means over all processes and the count of tokens; start again at zero."""
-        names = list(self.sums)
-        values = [self.sums[name].float().reshape(()) for name in names]
-        local_S = torch.stack([*values, torch.tensor(float(self.num_tokens), device=device)])
-        *totals, num_tokens = reduce(local_S, reduction="sum").tolist()
-        self.sums, self.num_tokens = {}, 0
-        means = [total / max(num_tokens, 1.0) for total in totals]
-        return dict(zip(names, means, strict=True)) | {"num_tokens": num_tokens}
+        """Return the means over all processes and the counts; start again at zero."""
+        values = [value.float().reshape(()) for value in self.sums.values()]
+        local_S = torch.stack([*values, *torch.tensor(self.counts, device=device).float()])
+        totals = reduce(local_S, reduction="sum").tolist()
+        found = {f"num_{unit}": totals[i - len(UNITS)] for i, unit in enumerate(UNITS)}
+        means = {
+            name: total / max(found[f"num_{self.units[name]}"], 1.0)
+            for name, total in zip(self.sums, totals, strict=False)  # the counts come last
+        }
+        self.sums, self.counts = {}, [0] * len(UNITS)
+        return means | found
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -163,9 +234,10 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if not logs or "loss" not in logs:
             return
         now = time.monotonic()
-        speed = logs.get("num_tokens", 0.0) / max(now - self.clock, 1e-9)
+        seconds = max(now - self.clock, 1e-9)
         self.clock = now
-        self._tell("step", state, **logs, tokens_per_s=speed)
+        speed = {f"{unit}_per_s": logs.get(f"num_{unit}", 0.0) / seconds for unit in UNITS}
+        self._tell("step", state, **logs, **speed)
 
     def _tell(self, event: str, state: TrainerState, **values: float) -> None:
         place = {"event": event, "step": state.global_step, "max_steps": state.max_steps}

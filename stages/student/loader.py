@@ -75,7 +75,7 @@ class Collator:
             input_ids_BT[b, : len(ids_T)] = ids_T
             labels_BT[b, start:stop] = ids_T[start:stop]
             positions.append(np.arange(start - 1, stop - 1) + b * width)
-        self._check_ids(rows, input_ids_BT, "input_ids_T")
+        check_ids(rows, "input_ids_T", self.vocab_size)
         batch = {
             "input_ids": input_ids_BT,
             "labels": labels_BT,
@@ -86,15 +86,18 @@ class Collator:
             batch |= DECODERS[self.encoding](rows)
             batch["teacher_next_logprobs_N"] = _joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
-            self._check_ids(rows, batch["token_ids_NK"], "token_ids_PK")
+            check_ids(rows, "token_ids_PK", self.vocab_size)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _check_ids(self, rows: Sequence[Row], ids: Array, column: str) -> None:
-        if ids.size and int(ids.max()) >= self.vocab_size:
-            worst = max(rows, key=lambda row: int(row[column].max(initial=0)))
+
+def check_ids(rows: Sequence[Row], column: str, vocab_size: int) -> None:
+    """Raise StoreError for a row with a token id that the student does not have."""
+    for row in rows:
+        largest = int(row[column].max(initial=0))
+        if largest >= vocab_size:
             raise StoreError(
-                f"sample {worst['sample_id']}: {column} holds id {int(ids.max())}, the student has "
-                f"{self.vocab_size} tokens: run `teachercache verify` on the data"
+                f"sample {row['sample_id']}: {column} holds id {largest}, the student has "
+                f"{vocab_size} tokens: run `teachercache verify` on the data"
             )
 
 
@@ -143,6 +146,7 @@ def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
         "token_ids_NK": _joined(rows, "token_ids_PK", np.int32),
         "probs_NK": probs_NK / mass_N[:, None],
         "rest_N": rest_N / mass_N,
+        "entropies_N": _joined(rows, "entropies_P", np.float32),
     }
 
 

@@ -25,14 +25,53 @@ class KdConfig(StageConfig):
     weight: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
-ObjectiveConfig = Annotated[CrossEntropyConfig | KdConfig, Field(discriminator="loss")]
+class BiAlignConfig(StageConfig):
+    """Forward KL on whole few-shot sequences plus ``rank_weight`` times the ranking loss.
+
+    ``detach_range`` keeps the ranking loss's denominator out of the gradient. ``kl_reduction`` is
+    the mean over tokens, or the sum over each sample's, averaged over samples.
+    """
+
+    loss: Literal["bialign"] = "bialign"
+    rank_weight: float = Field(default=1.0, gt=0.0)
+    detach_range: bool = True
+    kl_reduction: Literal["mean", "sum"] = "mean"
+
+
+CandidateScore = Literal["mean", "sum"]
+
+
+class IclDistillationConfig(StageConfig):
+    """Gold answers with weight alpha, the teacher's choice among candidates with the rest.
+
+    Alpha goes in a line from ``alpha_start`` at the first step to ``alpha_end`` at the last; both 1
+    is in-context tuning, which needs no teacher. ``lm_weight`` adds the same on running text.
+    """
+
+    loss: Literal["icl_distillation"] = "icl_distillation"
+    lm_weight: float = Field(default=0.2, ge=0.0)
+    alpha_start: float = Field(default=1.0, ge=0.0, le=1.0)
+    alpha_end: float = Field(default=0.0, ge=0.0, le=1.0)
+    candidate_score: CandidateScore = "mean"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some step looks at the teacher."""
+        return min(self.alpha_start, self.alpha_end) < 1.0
+
+
+ObjectiveConfig = Annotated[
+    CrossEntropyConfig | KdConfig | BiAlignConfig | IclDistillationConfig,
+    Field(discriminator="loss"),
+]
 
 
 class TrainConfig(StageConfig):
     """A run over cached data: give ``max_steps`` or ``epochs``, not both.
 
     A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows on each process, and
-    its loss is the mean over their scored tokens, however they fall into batches and processes.
+    its loss is the mean over their scored tokens (ICL losses: over the rows), however they fall
+    into batches and processes.
     ``dtype`` is that of the matrix products; weights and optimizer state are float32.
     ``warmup`` is a share of all steps.
     """
@@ -58,13 +97,34 @@ class TrainConfig(StageConfig):
         return self
 
 
+def lm_data_problem(objective: ObjectiveConfig, *, num_tables: int) -> str:
+    """Return what is wrong with the number of ``lm_data`` tables, ``""`` if nothing is."""
+    wants_text = isinstance(objective, IclDistillationConfig) and objective.lm_weight > 0
+    if wants_text and not num_tables:
+        return (
+            "objective 'icl_distillation' with lm_weight > 0 needs 'lm_data' (a documents table "
+            "and its signals), got none: name it, or set lm_weight to 0"
+        )
+    if num_tables and not wants_text:
+        return (
+            f"'lm_data' has {num_tables} tables that objective '{objective.loss}' would not read: "
+            f"leave it out, or use icl_distillation with lm_weight > 0"
+        )
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """Where a run happens; never hashed. ``num_workers`` decode rows, 0 decodes in the trainer."""
+    """Where a run happens; never hashed. ``num_workers`` decode rows, 0 decodes in the trainer.
+
+    ``micro_batch_tokens`` bounds a forward over subsets and candidates, whose number is not that of
+    the rows; activations of one such forward are held at a time.
+    """
 
     device: Literal["auto", "cpu"] = "auto"
     num_workers: int = 1
     eval_batch_size: int = 8
     log_every: int = 5
     checkpoint_every: int = 200
+    micro_batch_tokens: int = 8192
     verify: bool = True

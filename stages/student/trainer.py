@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import StoreError
 from schemas.shards import sha256_of, write_text
 from stages.checkpoint import (
     CHECKPOINTS,
@@ -32,7 +32,7 @@ from stages.checkpoint import (
 )
 from stages.student.distillation_trainer import DistillationTrainer, OnEvent, training_arguments
 from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
-from stages.student.loader import encoding_of
+from stages.student.required_tables import check_tables
 from stages.student.student_model import check_student, load_student, student_vocab_size
 from stages.student.train_config import TrainConfig, TrainOptions
 from stages.tokenizer_identity import copy_tokenizer
@@ -58,6 +58,7 @@ def train(
     *,
     student: Path,
     data: Sequence[Path],
+    lm_data: Sequence[Path] = (),
     output: Path,
     fingerprint: str = "",
     resume: bool = True,
@@ -67,6 +68,7 @@ def train(
 ) -> TrainResult:
     """Train ``student`` on the joined rows of the tables in ``data``; see the module.
 
+    ``lm_data`` are tables of running text, for the LM part of ``icl_distillation`` alone.
     ``fingerprint`` names the run; without one it is the hash of config, data and student. A folder
     that already holds this run is returned as it is. Raises ConfigError for a folder that holds
     another, IdentityMismatch for a student of another tokenizer or too small a vocabulary, and
@@ -74,8 +76,11 @@ def train(
     """
     options = options or TrainOptions()
     dataset = open_dataset(data, split="train", verify=options.verify)
-    _check_objective(config, dataset)
-    identity = _identity(config, dataset, student)
+    lm_dataset = None
+    if lm_data:
+        lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
+    check_tables(config.objective, dataset, lm_dataset)
+    identity = _identity(config, dataset, lm_dataset, student)
     fingerprint = fingerprint or run_fingerprint(identity)
     run = _Run(config, options, output, fingerprint, identity, on_event)
     claim_folder(output, fingerprint, resume=resume)
@@ -83,26 +88,22 @@ def train(
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
-    return run.carry_out(student, dataset, held_out, resume=resume)
+    return run.carry_out(student, dataset, lm_dataset, held_out, resume=resume)
 
 
-def _check_objective(config: TrainConfig, dataset: CachedDataset) -> None:
-    if config.objective.loss != "cross_entropy" and not encoding_of(dataset):
-        tables = ", ".join(manifest.table for manifest in dataset.manifests)
-        raise ConfigError(
-            f"objective '{config.objective.loss}' needs a teacher_logits table, the data has: "
-            f"{tables}; add the signal table to the data"
-        )
-
-
-def _identity(config: TrainConfig, dataset: CachedDataset, student: Path) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, dataset: CachedDataset, lm_dataset: CachedDataset | None, student: Path
+) -> dict[str, Any]:
     """What makes a run's weights what they are; step names and places do not."""
     files = [*sorted(student.glob("*.safetensors")), *sorted(student.glob("*.bin"))]
-    return {
+    identity = {
         "config": config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
         "data": [manifest.dataset_id for manifest in dataset.manifests],
         "student": {path.name: sha256_of(path) for path in files},
     }
+    if lm_dataset is not None:
+        identity["lm_data"] = [manifest.dataset_id for manifest in lm_dataset.manifests]
+    return identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +122,19 @@ class _Run:
         return self.output / CHECKPOINTS
 
     def carry_out(
-        self, student: Path, dataset: CachedDataset, held_out: CachedDataset | None, *, resume: bool
+        self,
+        student: Path,
+        dataset: CachedDataset,
+        lm_dataset: CachedDataset | None,
+        held_out: CachedDataset | None,
+        *,
+        resume: bool,
     ) -> TrainResult:
         """Measure, train, measure again, save."""
         args = training_arguments(self.config, self.options, self.checkpoints)
         model = load_student(student, device=args.device)
-        check_student(student, dataset, student_vocab_size(model))
+        for read in filter(None, (dataset, lm_dataset)):
+            check_student(student, read, student_vocab_size(model))
         teacher_head = teacher_head_of(dataset, args.device)
         scored = None
         if held_out is not None:
@@ -141,6 +149,8 @@ class _Run:
             config=self.config,
             teacher_head=teacher_head,
             on_event=self.on_event,
+            lm_dataset=lm_dataset,
+            micro_batch_tokens=self.options.micro_batch_tokens,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
@@ -168,10 +178,12 @@ class _Run:
         started = time.monotonic()
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.monotonic() - started
-        tokens = trainer.num_tokens * trainer.accelerator.num_processes
+        processes = trainer.accelerator.num_processes
+        tokens = trainer.num_tokens * processes
         return {
             "steps": float(output.global_step),
             "tokens": float(tokens),
+            "samples": float(trainer.num_samples * processes),
             "seconds": seconds,
             "tokens_per_s": tokens / max(seconds, 1e-9),
         }

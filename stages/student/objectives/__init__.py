@@ -1,17 +1,11 @@
 """The losses a student can be trained with: one a file, chosen by ``objective.loss``."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from stages.student.objectives import bialign, cross_entropy, icl_distillation, kd
+from stages.student.step import MakeTerms
 
-from torch import Tensor
-
-from stages.language_head import LanguageHead
-from stages.student.chunked_loss import Objective
-from stages.student.objectives import cross_entropy, kd
-
-MakeObjective = Callable[[Any, Mapping[str, Tensor], LanguageHead | None], Objective]
-
-OBJECTIVES: dict[str, MakeObjective] = {
-    "cross_entropy": cross_entropy.objective,
-    "kd": kd.objective,
+OBJECTIVES: dict[str, MakeTerms] = {
+    "cross_entropy": cross_entropy.terms,
+    "kd": kd.terms,
+    "bialign": bialign.terms,
+    "icl_distillation": icl_distillation.terms,
 }

@@ -3,14 +3,13 @@
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.language_head import LanguageHead
+from stages.student.step import Step, Term
 from stages.student.train_config import CrossEntropyConfig
 
 
@@ -42,8 +41,6 @@ def add_one_hot_(values_CV: Tensor, token_ids_C1: Tensor, amount: float) -> None
     values_CV.scatter_add_(1, token_ids_C1, amounts_C1)
 
 
-def objective(
-    config: CrossEntropyConfig, batch: Mapping[str, Tensor], teacher_head: LanguageHead | None
-) -> CrossEntropy:
-    """Build the objective of one batch; the teacher's columns, if any, are not looked at."""
-    return CrossEntropy(batch["next_token_ids_N"])
+def terms(config: CrossEntropyConfig, batch: dict[str, Any], step: Step) -> list[Term]:
+    """Return the loss of one batch; the teacher's columns, if any, are not looked at."""
+    return [step.over_positions(batch, CrossEntropy(batch["next_token_ids_N"]))]

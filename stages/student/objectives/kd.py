@@ -23,13 +23,14 @@ K = kept entries, D = hidden width of the teacher. All values in nats.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from stages.language_head import LanguageHead
 from stages.student.objectives.cross_entropy import add_one_hot_
+from stages.student.step import Step, Term
 from stages.student.train_config import KdConfig
 
 
@@ -195,8 +196,7 @@ def teacher_of(batch: Mapping[str, Tensor], head: LanguageHead | None) -> Teache
     return make(batch, head)
 
 
-def objective(
-    config: KdConfig, batch: Mapping[str, Tensor], teacher_head: LanguageHead | None
-) -> Kd:
-    """Build the objective of one batch."""
-    return Kd(batch["next_token_ids_N"], teacher_of(batch, teacher_head), config.weight)
+def terms(config: KdConfig, batch: dict[str, Any], step: Step) -> list[Term]:
+    """Return the loss of one batch."""
+    teacher = teacher_of(batch, step.teacher_head)
+    return [step.over_positions(batch, Kd(batch["next_token_ids_N"], teacher, config.weight))]

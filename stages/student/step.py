@@ -1,0 +1,70 @@
+"""One batch of one training step, as an objective sees it, and what it gives back.
+
+An objective is a list of terms. Each is a sum with a gradient that is divided by the whole step's
+count of its unit: scored tokens, or samples (rows), over all accumulated batches of all processes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.language_head import LanguageHead
+from stages.student.chunked_loss import Objective, chunked_loss
+from stages.student.sequence_logprobs import Continuations, continuation_logprobs
+from stages.student.student_model import last_layer_of, scored_hidden_states, student_head
+
+Unit = Literal["tokens", "samples"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``weight * total / count of unit``; ``sums`` are plain numbers for the log, per unit too."""
+
+    total: Tensor
+    sums: Mapping[str, Tensor]
+    unit: Unit
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The student and what a batch does not say.
+
+    ``model`` may be wrapped by DDP, which must see one forward a batch, no more; all other forwards
+    go through ``bare``. ``progress`` runs from 0 at the first step of the run to 1 at the last.
+    """
+
+    model: nn.Module
+    bare: PreTrainedModel
+    dtype: torch.dtype
+    teacher_head: LanguageHead | None
+    lm_teacher_head: LanguageHead | None
+    micro_batch_tokens: int
+    progress: float
+
+    def over_positions(self, batch: dict[str, Any], objective: Objective) -> Term:
+        """Sum an objective over a batch's scored positions: the one forward of ``model``."""
+        last_layer = last_layer_of(self.bare)
+        hidden_ND = scored_hidden_states(self.model, batch, last_layer=last_layer)
+        result = chunked_loss(hidden_ND, student_head(self.bare), objective, dtype=self.dtype)
+        sums = {name: value for name, value in result.sums.items() if name != "loss"}
+        return Term(result.loss, sums, "tokens")
+
+    def answer_logprobs(
+        self, asked: list[Continuations], *, wrapped: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return for each prompt the sums of log p of its answers; ``wrapped`` as above."""
+        logprobs: Any = continuation_logprobs(
+            self.model if wrapped else self.bare,
+            asked,
+            dtype=self.dtype,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
+        return tuple(logprobs.split([len(item.lengths_N) for item in asked]))
+
+
+MakeTerms = Callable[[Any, dict[str, Any], Step], list[Term]]
