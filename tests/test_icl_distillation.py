@@ -179,6 +179,29 @@ def icl_row(ids: list[int], candidates: list[list[int]], gold: int) -> dict[str,
     return columns | {"gold": gold} | scores
 
 
+def test_a_free_answer_beside_a_teacher_has_a_hard_part_alone() -> None:
+    """Its row of ``candidate_scores`` has one score, its answer's."""
+    episode = as_episode([5, 6, 7], [], 0, [8, 9], [], -1)
+    row = {
+        "sample_id": episode.sample_id,
+        "input_ids_T": episode.input_ids_T,
+        "answer_start": episode.answer_start,
+        "candidate_ids_C": episode.candidate_ids_C,
+        "candidate_lengths_N": episode.candidate_lengths_N,
+        "gold": -1,
+        "candidate_logprobs_N": np.array([-3.0], np.float32),
+        "candidate_num_tokens_N": np.array([2], np.int32),
+    }
+    chosen = icl_row([9, 30, 12], [[12], [13]], 1)
+    batch = IclCollator(64, None)([(row, None), (chosen, None)])
+    model = successor_model()
+    config = PLAIN.model_copy(update={"alpha_start": 0.5, "alpha_end": 0.5})
+    both = terms(config, batch, step_of(model, 0.0))[0].sums
+    alone = terms(config, IclCollator(64, None)([(chosen, None)]), step_of(model, 0.0))[0].sums
+    assert torch.equal(both["soft_icl"], alone["soft_icl"])
+    assert float(both["hard_icl"] - alone["hard_icl"]) < 1e-2  # 8 and 9 do follow 7
+
+
 def test_candidates_start_right_after_the_prompt() -> None:
     """A model that is sure of the successor chooses what counts up from the prompt's last token."""
     collate = IclCollator(64, None)

@@ -116,10 +116,11 @@ class IclCollator:
 
 
 def _teacher_scores(row: Mapping[str, Any]) -> Any:
-    """Return [N] float32 log-probs of the candidates; raises StoreError for other candidates."""
-    if row["candidate_num_tokens_N"].tolist() != row["candidate_lengths_N"].tolist():
+    """Return [N] float32 log-probs of ``answers_of``; raises StoreError for those of others."""
+    lengths_N = answers_of(row).lengths_N
+    if row["candidate_num_tokens_N"].tolist() != lengths_N.tolist():
         raise StoreError(
             f"sample {row['sample_id']}: scores of candidates of {row['candidate_num_tokens_N']} "
-            f"tokens, the episode's have {row['candidate_lengths_N']}: run `teachercache verify`"
+            f"tokens, the episode's have {lengths_N}: run `teachercache verify`"
         )
     return row["candidate_logprobs_N"].astype(np.float32)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from schemas.episodes import split_candidates, subset_input_ids
-from schemas.subset_preferences import split_subsets
+from schemas.episodes import split_candidates
+from stages.student.episode_loader import answers_of, subsets_of
 from stages.student.sequence_logprobs import Continuations, continuation_logprobs
 from stages.student.shared_prompt import shared_prompt_logprobs
 
@@ -32,7 +32,7 @@ def candidate_sums(
 ) -> list[F64Array]:
     """Return for each ``episodes`` row [N] sums of log p over each candidate's tokens, nats."""
     short = [row for row in rows if row["candidate_lengths_N"].max() == 1]
-    by_row = iter(_scored(model, short, _ask_choice, dtype))
+    by_row = iter(_scored(model, short, lambda row: [answers_of(row)], dtype))
     return [
         next(by_row) if row["candidate_lengths_N"].max() == 1 else _share_prompt(model, row, dtype)
         for row in rows
@@ -46,12 +46,7 @@ def subset_sums(
 
     ``rows`` are ``episodes`` joined with ``subset_preferences``, which names the subsets.
     """
-    return _scored(model, rows, _ask_subsets, dtype)
-
-
-def _ask_choice(row: Row) -> list[Continuations]:
-    prompt_T = row["input_ids_T"][: row["answer_start"]]
-    return [Continuations(prompt_T, row["candidate_ids_C"], row["candidate_lengths_N"])]
+    return _scored(model, rows, subsets_of, dtype)
 
 
 def _share_prompt(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> F64Array:
@@ -59,17 +54,6 @@ def _share_prompt(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> F64Ar
     prompt_T = row["input_ids_T"][: row["answer_start"]]
     sums_N = shared_prompt_logprobs(model, prompt_T, candidates, dtype=dtype)
     return np.asarray(sums_N.double().cpu(), np.float64)
-
-
-def _ask_subsets(row: Row) -> list[Continuations]:
-    num_answer_tokens = len(row["input_ids_T"]) - row["answer_start"]
-    spans = (row["input_ids_T"], row["demonstrations_M3"], row["query_start"])
-    asked = []
-    for kept in split_subsets(row["subset_demonstrations_S"], row["subset_sizes_N"]):
-        ids_T = subset_input_ids(*spans, kept)
-        start = len(ids_T) - num_answer_tokens
-        asked.append(Continuations(ids_T[:start], ids_T[start:], np.array([num_answer_tokens])))
-    return asked
 
 
 def _scored(

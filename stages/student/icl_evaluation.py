@@ -87,8 +87,8 @@ class TaskReport:
 class IclReport:
     """All tasks in the order of their names.
 
-    ``num_missing`` rows lacked a partner in some table (``candidate_scores`` has none for a free
-    answer), ``num_left_out`` free answers a tokenizer. ``positions`` is ``measure_student``'s.
+    ``num_missing`` rows lacked a partner in some table, ``num_left_out`` free answers a tokenizer.
+    ``positions`` is ``measure_student``'s.
     """
 
     tasks: tuple[TaskReport, ...]
