@@ -29,7 +29,7 @@ from schemas.sample_id import sample_id_of
 from schemas.shards import write_shard
 from stages.engines.engine import Engine, open_engine
 from stages.engines.options import EngineOptions
-from stages.scoring import positions_per_block, score_shard
+from stages.scoring import LogitBlocks, score_shard
 from stages.teacher_logits import TeacherLogitsStage
 
 Way = Callable[[], None]
@@ -194,10 +194,10 @@ def _capture_ways(engine: Engine, task: Task, count: int | None) -> dict[str, Wa
             assert hidden_TD.dtype == torch.float32
 
     def head() -> None:
-        step = positions_per_block(engine.head)
+        blocks = LogitBlocks(engine.head)
         for hidden_TD in engine.hidden_states(sequences):
-            for start in range(0, len(hidden_TD) - 1, step):
-                engine.head.logits(hidden_TD[start : start + step])
+            for _ in blocks.of(hidden_TD[:-1]):
+                pass
 
     def ours() -> None:
         file = task.folder / "shard.arrow"

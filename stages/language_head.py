@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError
@@ -147,13 +146,18 @@ class LanguageHead:
         return max(1, budget_bytes // (4 * self.vocab_size))
 
     @torch.no_grad()
-    def logits(self, hidden_PD: Tensor) -> Tensor:
-        """Return [P, V] float32 logits, on the head's device."""
+    def logits(self, hidden_PD: Tensor, *, out_PV: Tensor | None = None) -> Tensor:
+        """Return [P, V] float32 logits, on the head's device.
+
+        With ``out_PV`` (at least P rows, on a CPU) they lie in its first rows.
+        """
         hidden_PD = hidden_PD.to(self.weight_VD.device).to(self.dtype)
         if hidden_PD.is_cuda and self.dtype != torch.float32:
             logits_PV = torch.mm(hidden_PD, self.weight_VD.t(), out_dtype=torch.float32)
         else:
-            logits_PV = functional.linear(hidden_PD.to(self.weight_VD.dtype), self.weight_VD)
+            out_PV = None if out_PV is None else out_PV[: len(hidden_PD)]
+            wide_PD = hidden_PD.to(self.weight_VD.dtype)
+            logits_PV = torch.mm(wide_PD, self.weight_VD.t(), out=out_PV)
         if self.bias_V is not None:
             logits_PV += self.bias_V
         if self.scale != 1.0:
