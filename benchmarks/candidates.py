@@ -29,7 +29,7 @@ from stages.engines.engine import Engine, EngineKind, open_engine
 from stages.engines.options import EngineOptions
 from stages.ingest.episodes import EpisodesStage
 
-FULL, QUICK = (12, 3), (2, 1)  # episodes, repetitions
+FULL, QUICK = (8, 1), (1, 1)  # episodes, repetitions
 MIN_GAIN, MAX_DIFFERENCE = 3.0, 1e-3
 ENGINES: tuple[EngineKind, ...] = ("vllm", "transformers")
 SPELLED_OUT = {
