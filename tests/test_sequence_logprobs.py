@@ -196,8 +196,8 @@ def test_micro_batches_are_bounded_and_of_like_lengths(model: Any) -> None:
         Continuations(ids_T[:start], ids_T[start:], np.array([len(ids_T) - start]))
         for ids_T, start in zip(sequences, starts, strict=True)
     ]
-    assert rows_fed(model, asked, 40) == [(4, 8), (2, 20)]
-    assert rows_fed(model, asked, 20) == [(2, 6), (2, 8), (1, 13), (1, 20)]
+    assert rows_fed(model, asked, 10_000) == [(1, 2), (3, 8), (1, 13), (1, 20)]
+    assert rows_fed(model, asked, 20) == [(1, 2), (1, 6), (2, 8), (1, 13), (1, 20)]
     assert rows_fed(model, asked, 1) == [(1, n) for n in (2, 6, 8, 8, 13, 20)]
 
 
@@ -212,9 +212,13 @@ def test_activations_of_one_micro_batch_live_at_a_time(model: Any) -> None:
         layer.register_full_backward_pre_hook(lambda *_: order.append("backward")),
     ]
     found = sequence_logprobs(model, sequences, starts, micro_batch_tokens=20)
-    assert order == ["forward"] * 4
+    assert order == ["forward"] * 5
     torch.autograd.grad(found.sum(), [model.model.embed_tokens.weight])
-    assert order[4:] == ["backward"] + ["forward", "backward"] * 3
+    assert order[5:] == ["backward"] + ["forward", "backward"] * 4
+    order.clear()
+    found = sequence_logprobs(model, sequences, starts, micro_batch_tokens=10_000)
+    torch.autograd.grad(found.sum(), [model.model.embed_tokens.weight])
+    assert order == ["forward"] * 4 + ["backward"] * 4  # all fit together: nothing is made again
     for hook in hooks:
         hook.remove()
 

@@ -10,13 +10,15 @@ a prompt share one row; equal sequences are fed once, and one that begins anothe
 causal model sees the same). Answers of several tokens each repeat their prompt.
 
 Rows are sorted by length, padded on the right without a mask (see ``loader``) and cut into
-micro-batches. With gradients, all but the last are checkpointed: the last is differentiated first
-and freed before the others are made again, so activations of one micro-batch live at a time.
+micro-batches of like lengths. Where they are together too large for one, and a gradient is wanted,
+all but the last are checkpointed: the last is differentiated first and freed before the others are
+made again, so activations of one micro-batch live at a time.
 
 Dimensions: M = scored tokens, R = hidden states that predict them, C = those of one chunk,
 V = vocabulary, D = hidden width, B = rows of a micro-batch, T = tokens, N = answers.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +35,7 @@ from stages.student.chunked_loss import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, Studen
 from stages.student.student_model import final_hidden_states, last_layer_of, student_head
 
 MICRO_BATCH_TOKENS = 8192  # of a forward, padding included
+_SHORTEST = 0.75  # a row of a micro-batch, of its longest: at most a quarter is padding
 
 I64Array = npt.NDArray[np.int64]
 
@@ -215,7 +218,10 @@ def _hidden_rows(
     model: nn.Module, bare: PreTrainedModel, plan: _Plan, micro_batch_tokens: int
 ) -> Tensor:
     """Return [R, D] hidden states; ``model`` runs the last micro-batch, ``bare`` the others."""
-    runs = _runs([len(ids_T) for ids_T in plan.fed], micro_batch_tokens)
+    lengths = [len(ids_T) for ids_T in plan.fed]
+    runs = _runs(lengths, micro_batch_tokens)
+    together = sum((run.stop - run.start) * lengths[run.stop - 1] for run in runs)
+    keep_all = together <= micro_batch_tokens or not torch.is_grad_enabled()
     last_layer = last_layer_of(bare)
     parts = []
     for run in runs:
@@ -223,8 +229,10 @@ def _hidden_rows(
         ids_BT = _padded(plan.fed[run])
         flat = (plan.fed_R[first:stop] - run.start) * ids_BT.shape[1] + plan.positions_R[first:stop]
         ids, at = (torch.from_numpy(array).to(bare.device) for array in (ids_BT, flat))
-        if run is runs[-1] or not torch.is_grad_enabled():
+        if run is runs[-1]:
             parts.append(_forward(model, ids, at, last_layer))
+        elif keep_all:
+            parts.append(_forward(bare, ids, at, last_layer))
         else:
             parts.append(checkpoint(_forward, bare, ids, at, last_layer, use_reentrant=False))
     return torch.cat(parts)
@@ -236,11 +244,16 @@ def _forward(model: nn.Module, ids_BT: Tensor, flat: Tensor, last_layer: int) ->
 
 
 def _runs(lengths: Sequence[int], micro_batch_tokens: int) -> list[slice]:
-    """Cut rising lengths into runs of at most that many padded tokens (one row at least)."""
+    """Cut rising lengths into runs of at most that many padded tokens (one row at least).
+
+    No row is shorter than ``_SHORTEST`` of its run's longest.
+    """
     runs: list[slice] = []
     stop = len(lengths)
     while stop:
-        start = max(0, stop - max(1, micro_batch_tokens // lengths[stop - 1]))
+        longest = lengths[stop - 1]
+        start = max(0, stop - max(1, micro_batch_tokens // longest))
+        start = bisect_left(lengths, _SHORTEST * longest, lo=start, hi=stop)
         runs.append(slice(start, stop))
         stop = start
     return runs[::-1]
