@@ -52,6 +52,7 @@ _COLUMNS = (
     *("sample_id", "task", "kind", "query_id", "draw", "input_ids_T", "demonstrations_M3"),
     *("query_start", "answer_start", "candidate_ids_C", "candidate_lengths_N", "gold"),
     *("candidate_logprobs_N", "subset_demonstrations_S", "subset_sizes_N", "ranks_N"),
+    "num_answer_tokens",
 )
 
 Array = npt.NDArray[Any]
