@@ -125,7 +125,7 @@ def _plan_step(
         case EvaluateStage():
             inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
             models = {
-                name: _model(name, recipe, planned, f"{place}.students") for name in stage.students
+                ref: _model(ref, recipe, planned, f"{place}.students") for ref in stage.students
             }
     _refuse_other_tokenizer(models, inputs, place)
     group = "evaluations" if isinstance(stage, EvaluateStage) else "checkpoints"
@@ -133,8 +133,8 @@ def _plan_step(
         identity["table"] = [stage.table.name, stage.table.version, stage.table.variant]
         group = stage.table.name
     if isinstance(stage, TableStage):
-        for name in stage.other_models:
-            models[name] = _model(name, recipe, planned, place)
+        for other in stage.other_models:
+            models[other] = _model(other, recipe, planned, place)
     identity["config"] = config
     identity["inputs"] = [step.fingerprint for step in inputs]
     identity["models"] = [dict(model.identity) for model in models.values()]

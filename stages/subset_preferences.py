@@ -36,7 +36,7 @@ class SimilaritySampler(StageConfig):
     """
 
     kind: Literal["similarity"]
-    encoder: str
+    encoder: str = Field(exclude=True)  # hashed by what the model is, not by what it is called
     allow_empty: bool = False
 
 

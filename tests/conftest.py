@@ -13,7 +13,13 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 torch.set_num_threads(1)  # small products: starting a second thread costs more than it does
 
@@ -75,6 +81,31 @@ def tiny_model_large_vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose ids do not fit 16 or 17 bits: 151,936 logits, untied head."""
     folder = tmp_path_factory.mktemp("large")
     return save_tiny_model(folder, vocab_size=151_936, tie=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer BERT with a WordPiece tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(paragraphs[:50], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -180,3 +180,20 @@ def test_more_subsets_than_there_are_is_one_line(recipe: TinyRecipe) -> None:
     )
     assert said.code == 2
     assert "num_subsets is 16, but episodes of 4 demonstrations have 15 subsets" in said.error
+
+
+def test_an_encoder_is_hashed_by_content_and_takes_nobodys_name(
+    recipe: TinyRecipe, tiny_encoder: Path
+) -> None:
+    prints = []
+    for name in ("encoder", "other"):
+        steps = recipe.only("episodes", "preferences").plan(
+            f"models.{name}={{path: '{tiny_encoder}', engine: transformers, dtype: float32}}",
+            f"steps.preferences.sampler={{kind: similarity, encoder: {name}}}",
+        )
+        assert [step.name for step in steps] == ["episodes", "preferences"]
+        assert list(steps[1].models) == ["teacher", name]
+        prints.append(steps[1].fingerprint)
+    assert prints[0] == prints[1]
+    (_, plain) = recipe.only("episodes", "preferences").plan()
+    assert plain.fingerprint != prints[0]

@@ -6,37 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertModel
 
 from schemas.errors import ConfigError
 from stages.sentence_similarity import SentenceSimilarity
 from tests.tiny_episodes import make_episode
-
-
-@pytest.fixture(scope="module")
-def encoder(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer BERT with a WordPiece tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(paragraphs[:50], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def alone(model: Any, tokenizer: Any, text: str) -> Any:
@@ -47,12 +21,14 @@ def alone(model: Any, tokenizer: Any, text: str) -> Any:
     return (mean_D / mean_D.norm()).numpy()
 
 
-def test_similarity_is_the_cosine_of_mean_pooled_inputs(encoder: Path, tiny_model: Path) -> None:
+def test_similarity_is_the_cosine_of_mean_pooled_inputs(
+    tiny_encoder: Path, tiny_model: Path
+) -> None:
     episode = make_episode(np.random.default_rng(1), num_demonstrations=5)
-    found_M = SentenceSimilarity(encoder, texts_of=tiny_model).of(episode)
+    found_M = SentenceSimilarity(tiny_encoder, texts_of=tiny_model).of(episode)
     model, tokenizer = (
-        BertModel.from_pretrained(encoder).eval(),
-        AutoTokenizer.from_pretrained(encoder),
+        BertModel.from_pretrained(tiny_encoder).eval(),
+        AutoTokenizer.from_pretrained(tiny_encoder),
     )
     words = AutoTokenizer.from_pretrained(tiny_model)
     ids = episode.input_ids_T
