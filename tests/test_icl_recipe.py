@@ -96,7 +96,11 @@ def make_icl_recipe(folder: Path, model: Path, paragraphs: list[str]) -> TinyRec
         "steps": steps,
         "execution": {
             "root": str(folder / "root"),
-            "engine": {"device": "cpu", "cache_dir": str(folder / "head_check")},
+            "engine": {
+                "device": "cpu",
+                "num_threads": 1,  # what this process has: another number moves last bits
+                "cache_dir": str(folder / "head_check"),
+            },
         },
     }
     path = folder / "recipe.yaml"

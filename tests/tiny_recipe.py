@@ -126,7 +126,11 @@ def make_recipe(
         },
         "execution": {
             "root": str(folder / "root"),
-            "engine": {"device": "cpu", "cache_dir": str(folder / "head_check")},
+            "engine": {
+                "device": "cpu",
+                "num_threads": 1,  # what this process has: another number moves last bits
+                "cache_dir": str(folder / "head_check"),
+            },
         },
     }
     path = folder / "recipe.yaml"

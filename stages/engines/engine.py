@@ -89,6 +89,8 @@ def open_engine(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     device = _device(options)
     head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
     reference = reference_of(

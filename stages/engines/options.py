@@ -12,9 +12,11 @@ class EngineOptions(BaseModel):
     ``kv_cache_memory_bytes`` is per device, in place of ``gpu_memory_utilization`` (on a CPU: 2
     GiB). ``max_num_batched_tokens`` bounds one forward pass. ``enforce_eager`` unset means compiled
     on a GPU, eager on a CPU: there compiling took 90 s and gained 10 % (SmolLM2-135M, 2 cores).
+    ``num_threads`` are a worker's own on a CPU (default: what the process has); another number moves
+    last bits, so runs that are to give equal bytes on unlike machines name one.
     ``cache_dir`` keeps the references of the start-up check (default: the user's cache folder).
-    The transformers engine reads ``device``, ``max_model_len``, ``max_num_batched_tokens`` and
-    ``cache_dir``.
+    The transformers engine reads ``device``, ``max_model_len``, ``max_num_batched_tokens``,
+    ``num_threads`` and ``cache_dir``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -27,4 +29,5 @@ class EngineOptions(BaseModel):
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_chunked_prefill: bool | None = None
     enforce_eager: bool | None = None
+    num_threads: int | None = Field(default=None, ge=1)
     cache_dir: Path | None = None
