@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO
 from schemas.errors import StoreError
 
 LOCK_FILE = ".lock"
+_NAME_WITHIN_S = 1.0  # a holder writes its name right after it has the lock
 
 
 @contextmanager
@@ -19,16 +21,28 @@ def step_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
             raise StoreError(
-                f"{folder} is being written by {holder}; wait for it to end and run again, or "
+                f"{folder} is being written by {_holder(stream)}; wait for it to end and run again, or "
                 f"give this run another execution.root"
             ) from error
         with suppress(OSError):  # the name is for people: a full disk is met, and told, later
             os.ftruncate(stream.fileno(), 0)
             os.write(stream.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(stream.fileno(), 0)
+
+
+def _holder(stream: IO[str]) -> str:
+    deadline = time.monotonic() + _NAME_WITHIN_S
+    while True:
+        stream.seek(0)
+        name = stream.read().strip()
+        if name or time.monotonic() > deadline:
+            return name or "another process"
+        time.sleep(0.02)
 
 
 def _lock_file(folder: Path) -> IO[str]:
