@@ -54,13 +54,15 @@ class ModelSpec:
 class StageContext:
     """What a worker is given beside the configuration: places and widths, nothing hashed.
 
-    ``folder`` is the output table's folder, for files that lie beside its shards.
+    ``folder`` is the output table's folder, for files that lie beside its shards, ``input_table``
+    the name of the table that is read.
     """
 
     folder: Path
     vocab_size: int
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    input_table: str = ""
 
 
 Work = Callable[[pa.Table], Iterable[Any]]
@@ -128,6 +130,11 @@ class TableStage(StageConfig, ABC):
     @property
     def side_files(self) -> tuple[str, ...]:
         """Names of files that ``open`` writes beside the shards; they go into the manifest."""
+        return ()
+
+    @property
+    def partner_models(self) -> tuple[str, ...]:
+        """Models beside ``model`` that read the same token ids: their tokenizers have to agree."""
         return ()
 
     @property

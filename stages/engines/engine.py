@@ -91,7 +91,7 @@ def open_engine(
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = _device(options)
+    device = device_of(options)
     head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
     reference = reference_of(
         model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
@@ -111,7 +111,8 @@ def open_engine(
         engine.close()
 
 
-def _device(options: EngineOptions) -> torch.device:
+def device_of(options: EngineOptions) -> torch.device:
+    """Return where an engine is to run; raises ConfigError for a GPU that is not there."""
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ConfigError("engine.device is 'cuda', but torch sees no GPU: use 'auto' or 'cpu'")

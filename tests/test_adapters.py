@@ -1,0 +1,147 @@
+"""A PEFT adapter on a base: merged once into an ordinary folder, named by content, or refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pipeline.plan import make_plan
+from pipeline.recipe import load_recipe
+from schemas.errors import ConfigError
+from stages.engines.adapters import merged_folder
+from stages.tokenizer_identity import tokenizer_fingerprint
+from tests.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
+
+
+def save_adapter(base: Path, folder: Path, *, seed: int = 0) -> Path:
+    """An adapter with random weights in both factors, so that it changes every answer."""
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tiny_model, tmp_path_factory.mktemp("peft") / "adapter")
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, adapter: Path, paragraphs: list[str], tmp_path: Path) -> TinyRecipe:
+    made = make_recipe(tmp_path, tiny_model, paragraphs[:12])
+    edit_recipe(made, "models", "teacher", "adapter", value=str(adapter))
+    return made
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(5, 45)[None]).logits
+    return found
+
+
+def test_the_merged_folder_answers_as_the_adapted_model(
+    tiny_model: Path, adapter: Path, own_cache: Path
+) -> None:
+    folder = merged_folder(tiny_model, adapter, name="one")
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    before = logits_of(base)
+    wanted = logits_of(PeftModel.from_pretrained(base, str(adapter)))
+    found = logits_of(AutoModelForCausalLM.from_pretrained(folder))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert float((wanted - before).abs().max()) > 0.05
+    assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(tiny_model)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert merged_folder(tiny_model, adapter, name="one") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
+def test_an_adapter_is_part_of_the_name_and_where_it_lies_is_not(
+    recipe: TinyRecipe, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    def signals() -> str:
+        return recipe.step("signals").fingerprint
+
+    first = signals()
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    body = json.loads((copy / "adapter_config.json").read_text())
+    body["base_model_name_or_path"] = "elsewhere"
+    (copy / "adapter_config.json").write_text(json.dumps(body))
+    edit_recipe(recipe, "models", "teacher", "adapter", value=str(copy))
+    assert signals() == first
+    other = save_adapter(tiny_model, tmp_path / "other", seed=1)
+    edit_recipe(recipe, "models", "teacher", "adapter", value=str(other))
+    assert signals() != first
+    edit_recipe(recipe, "models", "teacher", "adapter", value=None)
+    assert signals() != first
+
+
+def test_planning_loads_no_torch_and_merges_nothing(recipe: TinyRecipe, own_cache: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.plan import make_plan;"
+        "from pipeline.recipe import load_recipe;"
+        "make_plan(load_recipe(Path(sys.argv[1])));"
+        "print([n for n in sys.modules if n in ('torch', 'peft', 'transformers')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe.path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+    assert not (own_cache / "merged").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_with_an_adapted_teacher(recipe: TinyRecipe, own_cache: Path) -> None:
+    """Its rows are those of the merged folder given as a plain model, under another name."""
+    said = teachercache("run", recipe.path)
+    assert said.code == 0, said.err
+    adapted = recipe.step("signals")
+    merged = adapted.models["teacher"].folder
+    edit_recipe(recipe, "models", "teacher", value={"path": str(merged), "dtype": "float32"})
+    edit_recipe(recipe, "models", "teacher", "engine", value="transformers")
+    assert teachercache("run", recipe.path).code == 0
+    plain = recipe.step("signals")
+    names = [path.name for path in sorted(plain.folder.glob("shard-*.arrow"))]
+    assert names and plain.fingerprint != adapted.fingerprint
+    for name in names:
+        assert (plain.folder / name).read_bytes() == (adapted.folder / name).read_bytes()
+
+
+def test_what_is_no_adapter_of_the_model_is_one_line(
+    recipe: TinyRecipe, tiny_model: Path, adapter: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    edit_recipe(recipe, "models", "teacher", "adapter", value=str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match=r"empty is not a PEFT adapter: expected adapter_config"):
+        make_plan(load_recipe(recipe.path))
+    other = shutil.copytree(adapter, tmp_path / "other")
+    body = json.loads((other / "adapter_config.json").read_text())
+    body["r"] = 3
+    (other / "adapter_config.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        merged_folder(tiny_model, other, name="two")
+    body |= {"r": 2, "target_modules": ["nowhere"]}
+    (other / "adapter_config.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        merged_folder(tiny_model, other, name="three")
+    assert not list((own_cache / "merged").iterdir())
+    edit_recipe(recipe, "models", "teacher", value={"step": "x", "adapter": "y"})
+    with pytest.raises(ConfigError, match="'adapter' goes with 'path'"):
+        load_recipe(recipe.path)
