@@ -137,8 +137,20 @@ def test_the_examples_run_from_pairs_to_a_table(tmp_path: Path) -> None:
         assert said.code == 0 and words in said.out, (name, said.err, said.out)
 
     student, baseline = steps["dckd"].folder, steps["sft"].folder
-    asked = ["--data", steps["pairs"].folder, "--baseline", baseline, "--max-tokens", "4"]
-    judge = ["--judge", steps["aligned_teacher"].folder, "--judge-reference", teacher]
+    asked: list[str | Path] = [
+        "--data",
+        steps["pairs"].folder,
+        "--baseline",
+        baseline,
+        "--max-tokens",
+        "4",
+    ]
+    judge: list[str | Path] = [
+        "--judge",
+        steps["aligned_teacher"].folder,
+        "--judge-reference",
+        teacher,
+    ]
     said = teachercache("evaluate", student, *asked, *judge, "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["students"]["student"]["kl_to_baseline"] > 0
