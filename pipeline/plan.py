@@ -22,7 +22,6 @@ from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.manifest import MANIFEST, Manifest, read_manifest
 from stages.advantages import AdvantagesStage
 from stages.checkpoint import read_checkpoint
-from stages.engines.adapters import merged_folder
 from stages.stage import ModelSpec, SourceStage, TableStage
 from stages.student.config import (
     EvaluateStage,
@@ -51,15 +50,16 @@ class Model:
     @property
     def folder(self) -> Path:
         """An ordinary transformers folder; an adapter is merged into its base when first asked."""
-        if self.adapter is None:
-            return self.base
-        weights = {key: self.identity[key] for key in ("config", "weights", "tokenizer", "adapter")}
-        return merged_folder(self.base, self.adapter, name=fingerprint_of(weights)[:32])
+        return self.base if self.adapter is None else self.spec().path
 
     def spec(self) -> ModelSpec:
         """The model as stages see it; its folder has to exist by now."""
         width = hidden_size_of(self.base)
-        return ModelSpec(self.folder, self.dtype, self.engine, width)
+        merged_name = ""
+        if self.adapter is not None:
+            parts = ("config", "weights", "tokenizer", "adapter")
+            merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
+        return ModelSpec(self.base, self.dtype, self.engine, width, self.adapter, merged_name)
 
 
 @dataclass(frozen=True, slots=True)

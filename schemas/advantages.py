@@ -7,9 +7,10 @@ row is about token j of the responses end to end, given the prompt and the token
 before it. Four supports:
 
 - ``exact``: both models' final hidden states; their heads lie once beside the shards.
-- ``threshold``: K tokens drawn from the mean of the distributions of aligned teacher, reference and
-  student (``schemas.distribution``), each with the log of its probability of being drawn, so that
-  ``sum_k pi(a_k) A(a_k) / inclusion_k`` is an unbiased estimate of the sum over the vocabulary.
+- ``threshold``: K tokens drawn with probabilities that rise with ``m |A|``, m the mean of the
+  distributions of aligned teacher, reference and student (``schemas.distribution`` says how), each
+  with the log of its probability of being drawn, so that ``sum_k pi(a_k) A(a_k) / inclusion_k`` is
+  an unbiased estimate of the sum over the vocabulary. A is rounded to 7 significant bits.
 - ``union_top_k``: the likeliest tokens of all three, exact, and one advantage for all others
   together: beta times the log of the ratio of what the two models leave over.
 - ``as_released``: the published code's top K, with its floor in the place of missing values.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from schemas.advantages import HEAD_FOLDERS, AnyAdvantages
-from schemas.distribution import uniforms
+from schemas.distribution import round_mantissa, uniforms
 from schemas.errors import ConfigError
 from schemas.responses import RESPONSES, Responses
 from stages.advantage_supports import (
@@ -79,7 +79,7 @@ def opened_scorer(stage: AdvantagesStage, context: StageContext) -> Iterator[Wor
 
 
 def _refuse_unlike_vocabularies(stage: AdvantagesStage, models: ModelPair) -> None:
-    sizes = [int(read_config(model.path).get_text_config().vocab_size) for model in models]
+    sizes = [int(read_config(model.base).get_text_config().vocab_size) for model in models]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"model '{stage.model}' has {sizes[0]} logits and reference '{stage.reference}' "
@@ -194,6 +194,8 @@ class _Keeper:
         ]
         if not all(_fits_float16(values) for values in columns.values()):
             return Rejected(sample_id, "an advantage that float16 cannot hold")
+        if isinstance(self.stage.support, ThresholdSupport):
+            columns["advantages_PK"] = round_mantissa(columns["advantages_PK"])
         if isinstance(self.stage.support, ExactSupport):
             for name, hidden_PD in zip(_HIDDEN, self.asked.hidden_PD, strict=True):
                 columns[name] = hidden_PD.float().numpy()

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.manifest import Manifest
 from schemas.table import BoundTable, Table
+from stages.engines.adapters import merged_folder
 from stages.engines.options import EngineOptions
 
 
@@ -42,12 +43,24 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as a stage sees it: an ordinary transformers folder, a dtype and an engine."""
+    """A model as a stage sees it: where it lies, a dtype and an engine.
 
-    path: Path
+    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
+    """
+
+    base: Path
     dtype: str
     engine: Literal["vllm", "transformers"]
     hidden_size: int
+    adapter: Path | None = None
+    merged_name: str = ""
+
+    @property
+    def path(self) -> Path:
+        """An ordinary transformers folder; an adapter is merged into its base when first asked."""
+        if self.adapter is None:
+            return self.base
+        return merged_folder(self.base, self.adapter, name=self.merged_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,7 +16,11 @@ from transformers import AutoModelForCausalLM
 from pipeline.plan import make_plan
 from pipeline.recipe import load_recipe
 from schemas.errors import ConfigError
-from stages.engines.adapters import merged_folder
+from stages.engines.adapters import merged_folder, served_rank
+from stages.engines.engine import Engine
+from stages.engines.engine_pair import OneEngine, is_one_engine, open_engine_pair
+from stages.engines.options import EngineOptions
+from stages.stage import ModelSpec
 from stages.tokenizer_identity import tokenizer_fingerprint
 from tests.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 
@@ -48,6 +53,65 @@ def recipe(tiny_model: Path, adapter: Path, paragraphs: list[str], tmp_path: Pat
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.vllm
+def test_one_vllm_engine_serves_base_and_adapter(
+    tiny_model: Path, adapter: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    """Hidden states are those of each alone (to 5e-4: other sums), and nothing is merged."""
+    base, adapted = (
+        ModelSpec(tiny_model, "float32", "vllm", 64, added, "unused") for added in (None, adapter)
+    )
+    assert is_one_engine((adapted, base)) and not is_one_engine((base, base))
+    options = EngineOptions(cache_dir=tmp_path / "check", kv_cache_memory_bytes=64 << 20)
+    sequences = [np.arange(5, 45), np.arange(5, 40), np.arange(100, 103)]
+
+    def run(engine: Engine) -> list[torch.Tensor]:
+        return engine.last_hidden_states(sequences, [4, 3, 2])
+
+    with open_engine_pair((adapted, base), options=options) as pair:
+        assert isinstance(pair, OneEngine)
+        found = pair.each(run)
+        again = pair.each(run)
+        assert pair.heads()[0] is pair.heads()[1]
+    assert not (own_cache / "merged").exists()
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = [states_of(model, ids_T) for ids_T in sequences]
+    wanted = [
+        states_of(PeftModel.from_pretrained(model, str(adapter)).base_model.model, ids_T)
+        for ids_T in sequences
+    ]
+    for states, first, second in zip(found, again, (wanted, plain), strict=True):
+        for here, repeated, there, count in zip(states, first, second, (4, 3, 2), strict=True):
+            torch.testing.assert_close(here, there[-count:], rtol=0, atol=5e-4)
+            assert torch.equal(here, repeated)
+    assert float((wanted[0] - plain[0]).abs().max()) > 0.05
+
+
+def states_of(model: Any, ids_T: Any) -> torch.Tensor:
+    with torch.no_grad():
+        hidden: torch.Tensor = model.model(input_ids=torch.tensor(ids_T)[None]).last_hidden_state
+    return hidden[0]
+
+
+def test_adapters_that_vllm_cannot_serve_are_merged(adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    cases: list[tuple[dict[str, Any], int | None]] = [
+        ({}, 8),
+        ({"r": 20}, 32),
+        ({"rank_pattern": {"q_proj": 65}}, 128),
+        ({"r": 1000}, None),
+        ({"peft_type": "IA3"}, None),
+        ({"use_dora": True}, None),
+        ({"bias": "all"}, None),
+        ({"modules_to_save": ["lm_head"]}, None),
+        ({"target_modules": ["q_proj", "lm_head"]}, None),
+        ({"target_modules": "all-linear"}, None),
+    ]
+    for changes, rank in cases:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+        assert served_rank(tmp_path) == rank, changes
 
 
 def logits_of(model: Any) -> torch.Tensor:

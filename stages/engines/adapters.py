@@ -1,5 +1,7 @@
 """A PEFT adapter on a base model, merged once into an ordinary folder that every engine takes.
 
+vLLM can also serve a plain LoRA adapter beside its base, out of one engine: ``served_rank``.
+
 The folder lies in the user's cache under a name by content, so equal pairs of base and adapter are
 merged once on a machine, whoever asks; two that ask at once both merge, and the first to finish
 wins. Weights are merged in the dtype in which the base is stored.
@@ -7,11 +9,13 @@ wins. Weights are merged in the dtype in which the base is stored.
 Cost: the base once in CPU memory, and once more on disk.
 """
 
+import json
 import os
 import shutil
 import uuid
 import warnings
 from pathlib import Path
+from typing import Any
 
 from schemas.errors import ConfigError, StoreError
 from stages.tokenizer_identity import copy_tokenizer
@@ -19,6 +23,8 @@ from stages.user_cache import user_cache
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "all-linear")
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as max_lora_rank
 
 
 def adapter_files(adapter: Path) -> list[Path]:
@@ -30,6 +36,27 @@ def adapter_files(adapter: Path) -> list[Path]:
             f"{' or '.join(ADAPTER_WEIGHTS)}, as save_pretrained writes them"
         )
     return found
+
+
+def served_rank(adapter: Path) -> int | None:
+    """Return the rank that vLLM has to make room for; None where the adapter must be merged.
+
+    It serves low-rank updates of the layers' own matrices, and neither weights saved whole, nor
+    DoRA, nor changes to embeddings or head (which we hold ourselves).
+    """
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    targets = config.get("target_modules") or []
+    named = [targets] if isinstance(targets, str) else targets
+    plain = (
+        config.get("peft_type") == "LORA"
+        and not config.get("modules_to_save")
+        and not config.get("use_dora")
+        and config.get("bias", "none") == "none"
+        and not any(name in target for target in named for name in _OUTSIDE_LAYERS)
+    )
+    ranks = [int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]
+    fitting = [rank for rank in _SERVED_RANKS if rank >= max(ranks)]
+    return fitting[0] if plain and fitting else None
 
 
 def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
@@ -60,25 +87,11 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    try:
-        from peft import PeftModel  # an extra
-    except ImportError as error:
-        raise ConfigError(
-            f"the adapter {adapter} needs PEFT ({error}): install teachercache[align]"
-        ) from error
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
     before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    try:
-        with torch.no_grad(), warnings.catch_warnings(action="error", category=UserWarning):
-            adapted = PeftModel.from_pretrained(model, str(adapter))
-            merged = adapted.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"the adapter {adapter} does not fit the model {base}: {reason}; use it with the model "
-            f"that it was trained on"
-        ) from error
+    with torch.no_grad():
+        merged = adapted_model(model, adapter, base).merge_and_unload(safe_merge=True)
     after = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}
     if after != before:
         raise ConfigError(
@@ -86,3 +99,23 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
             f"the adapted model as a full one"
         )
     merged.save_pretrained(output)
+
+
+def adapted_model(model: Any, adapter: Path, base: Path) -> Any:
+    """Return a loaded ``model`` with the adapter on it; raises what ``merged_folder`` raises."""
+    try:
+        from peft import PeftModel  # an extra
+    except ImportError as error:
+        raise ConfigError(
+            f"the adapter {adapter} needs PEFT ({error}): install teachercache[align]"
+        ) from error
+    try:
+        # PEFT only warns of weights that it finds no place for.
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            return PeftModel.from_pretrained(model, str(adapter))
+    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"the adapter {adapter} does not fit the model {base}: {reason}; use it with the model "
+            f"that it was trained on"
+        ) from error

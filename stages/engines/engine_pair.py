@@ -5,6 +5,8 @@ GPU to the last bits only: there half the memory may cut vLLM's batches elsewher
 other, each shard costs one start of an engine: the one that is open last goes first with the next
 shard. So shards should be large there.
 
+A plain LoRA adapter and its base are one vLLM engine, which serves both in turn.
+
 Two vLLM engines live in one process as long as none is closed: what closing one frees, both use.
 """
 
@@ -15,8 +17,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from stages.engines.engine import DTYPES, Engine, open_engine
+from stages.engines.adapters import served_rank
+from stages.engines.engine import DTYPES, Engine, open_adapted_engine, open_engine
 from stages.engines.options import EngineOptions
+from stages.engines.vllm_engine import VllmEngine
 from stages.language_head import LanguageHead, read_config
 from stages.stage import ModelSpec
 
@@ -45,13 +49,55 @@ def open_engine_pair(models: ModelPair, *, options: EngineOptions) -> Iterator[E
 
     Prefixes are shared, as in ``open_engine``, which says what is raised.
     """
-    pair: AbstractContextManager[EnginePair] = (
-        SideBySide.opened(models, options)
-        if fit_together(models, options)
-        else OneAfterTheOther.opened(models, options)
-    )
+    pair: AbstractContextManager[EnginePair]
+    if is_one_engine(models):
+        pair = OneEngine.opened(models, options)
+    elif fit_together(models, options):
+        pair = SideBySide.opened(models, options)
+    else:
+        pair = OneAfterTheOther.opened(models, options)
     with pair as opened:
         yield opened
+
+
+def is_one_engine(models: ModelPair) -> bool:
+    """Whether one of the two is the other with an adapter that vLLM can serve beside it."""
+    first, second = models
+    same = (first.base, first.dtype, first.engine) == (second.base, second.dtype, "vllm")
+    adapters = [model.adapter for model in models if model.adapter is not None]
+    return same and len(adapters) == 1 and served_rank(adapters[0]) is not None
+
+
+class OneEngine:
+    """Base and adapter in one engine; they share the head."""
+
+    def __init__(self, engine: VllmEngine, adapted: tuple[bool, bool]) -> None:
+        """Take an open engine, and which of the two models is the adapted one."""
+        self._engine, self._adapted = engine, adapted
+
+    @classmethod
+    @contextmanager
+    def opened(cls, models: ModelPair, options: EngineOptions) -> Iterator["OneEngine"]:
+        """Open the base with the adapter beside it."""
+        first, second = models
+        adapter = first.adapter or second.adapter
+        assert adapter is not None, "is_one_engine said so"
+        opened = open_adapted_engine(first.base, adapter, dtype=first.dtype, options=options)
+        with opened as engine:
+            yield cls(engine, (first.adapter is not None, second.adapter is not None))
+
+    def each(self, run: Callable[[Engine], Result]) -> tuple[Result, Result]:
+        """Run the first, then the second."""
+        first, second = (self._as(adapted, run) for adapted in self._adapted)
+        return first, second
+
+    def _as(self, adapted: bool, run: Callable[[Engine], Result]) -> Result:
+        self._engine.use_adapter = adapted
+        return run(self._engine)
+
+    def heads(self) -> tuple[LanguageHead, LanguageHead]:
+        """Return the one head twice."""
+        return self._engine.head, self._engine.head
 
 
 class SideBySide:
@@ -128,8 +174,10 @@ class OneAfterTheOther:
 
 
 def head_of(model: ModelSpec, *, device: torch.device | str) -> LanguageHead:
-    """Load a model's head without the model."""
-    return LanguageHead.from_model_folder(model.path, device=device, dtype=DTYPES[model.dtype])
+    """Load a model's head without the model; an adapter that vLLM serves leaves it alone."""
+    keeps_head = model.adapter is not None and served_rank(model.adapter) is not None
+    folder = model.base if keeps_head else model.path
+    return LanguageHead.from_model_folder(folder, device=device, dtype=DTYPES[model.dtype])
 
 
 def _opened(model: ModelSpec, options: EngineOptions) -> AbstractContextManager[Engine]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import EngineError
+from stages.engines.adapters import served_rank
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.language_head import LanguageHead
@@ -44,8 +45,13 @@ class VllmEngine:
         device: torch.device,
         options: EngineOptions,
         share_prefixes: bool = False,
+        adapter: Path | None = None,
     ) -> None:
-        """Start vLLM. Raises EngineError if it is not installed or does not start."""
+        """Start vLLM. Raises EngineError if it is not installed or does not start.
+
+        With an ``adapter`` (one that ``served_rank`` finds fit) the model answers without it or,
+        while ``use_adapter`` is set, with it.
+        """
         self.device = device
         arguments = common_arguments(dtype, device, options) | {
             "runner": "pooling",
@@ -58,7 +64,11 @@ class VllmEngine:
         }
         if share_prefixes and device.type == "cpu":
             arguments["block_size"] = _CPU_SHARED_BLOCK
+        if adapter is not None:
+            arguments |= {"enable_lora": True, "max_lora_rank": served_rank(adapter)}
         vllm, self._llm = start_vllm(model_path, arguments, device=device, options=options)
+        self.use_adapter = False
+        self._adapter: Any = None if adapter is None else _lora_request(adapter)
         self._may_share: Any = vllm.PoolingParams(skip_reading_prefix_cache=False)
         self.max_length = int(self._llm.model_config.max_model_len)
         try:  # after vLLM, which measures how much memory is free
@@ -137,7 +147,15 @@ class VllmEngine:
     def _encode(self, prompts: list[dict[str, list[int]]], params: Any = None) -> list[Any]:
         self._require_alive()
         try:
-            return list(self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
+            return list(
+                self._llm.encode(
+                    prompts,
+                    params,
+                    pooling_task=_TASK,
+                    use_tqdm=False,
+                    lora_request=self._adapter if self.use_adapter else None,
+                )
+            )
         except Exception as error:
             self.close()  # after a failed step the scheduler's state cannot be trusted
             raise EngineError(
@@ -169,6 +187,12 @@ def start_vllm(
     except Exception as error:
         free_vllm()
         raise EngineError(f"vLLM did not start on {model_path}: {first_line(error)}") from error
+
+
+def _lora_request(adapter: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, str(adapter))
 
 
 def free_vllm() -> None:
