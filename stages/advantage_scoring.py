@@ -51,7 +51,8 @@ from stages.engines.engine_pair import EnginePair, ModelPair, head_of, open_engi
 from stages.engines.options import EngineOptions
 from stages.language_head import read_config
 from stages.prompted import Prompted, prompted_of
-from stages.response_scoring import ResponseStates, response_states, sums_of
+from stages.response_scoring import sums_of
+from stages.response_states import ResponseStates, response_states
 from stages.scoring import LogitBlocks
 from stages.stage import Rejected, StageContext, Work
 

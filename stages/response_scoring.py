@@ -8,13 +8,10 @@ Dimensions: A = tokens of all responses of a row, end to end, N = its responses,
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from schemas.response_logprobs import ResponseLogprobs
 from stages.candidate_scoring import logprobs_of
@@ -22,7 +19,7 @@ from stages.engines.engine import Engine, open_engine
 from stages.engines.options import EngineOptions
 from stages.prompted import Prompted, prompted_of
 from stages.response_logprobs import ResponseLogprobsStage
-from stages.scoring import require_room
+from stages.response_states import response_states
 from stages.stage import Rejected, StageContext, Work
 
 F64Array = npt.NDArray[np.float64]
@@ -44,52 +41,6 @@ def opened_scorer(stage: ResponseLogprobsStage, context: StageContext) -> Iterat
             return score_responses(engine, prompted_of(shard), context.engine)
 
         yield work
-
-
-@dataclass(frozen=True, slots=True)
-class ResponseStates:
-    """What a model makes of rows: states [A, D] of each, or why it was not run.
-
-    The states are in ordinary memory: they outlive the engine.
-    """
-
-    hidden_AD: list[Tensor | None]
-    reasons: list[str]
-
-
-def response_states(
-    engine: Engine, rows: Sequence[Prompted], options: EngineOptions
-) -> ResponseStates:
-    """Run the rows that the model can take, as one unit and in an order of the engine's own.
-
-    Raises ConfigError where only ``options.max_model_len`` keeps a row out.
-    """
-    reasons = [_reason(engine, row) for row in rows]
-    if engine.max_length == options.max_model_len:
-        require_room(max((row.longest for row in rows), default=0), engine.max_length)
-    fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    states = iter(
-        engine.last_hidden_states(
-            [sequence for row in fitting for sequence in row.sequences],
-            [count for row in fitting for count in row.counts],
-        )
-    )
-    hidden = [
-        None if reason else torch.cat([next(states) for _ in row.responses]).cpu()
-        for row, reason in zip(rows, reasons, strict=True)
-    ]
-    return ResponseStates(hidden, reasons)
-
-
-def _reason(engine: Engine, row: Prompted) -> str:
-    """Say why a model cannot take a row, ``""`` if it can."""
-    vocab_size = engine.head.vocab_size
-    largest = max(int(row.prompt_T.max()), int(row.token_ids_A.max()))
-    if largest >= vocab_size:
-        return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"
-    if row.longest > engine.max_length:
-        return f"longer than the model's window of {engine.max_length} tokens"
-    return ""
 
 
 def score_responses(

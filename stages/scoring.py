@@ -26,7 +26,6 @@ from torch import Tensor
 
 from schemas.distribution import quantise_sticks, round_mantissa, uniforms
 from schemas.documents import DOCUMENTS
-from schemas.errors import ConfigError
 from schemas.preference_pairs import PREFERENCE_PAIRS
 from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages.encoding import (
@@ -38,9 +37,11 @@ from stages.encoding import (
     top_k,
 )
 from stages.engines.engine import Engine, HiddenStates, open_engine
-from stages.engines.sequences import TokenIds
+from stages.engines.options import EngineOptions
+from stages.engines.sequences import TokenIds, require_room
 from stages.language_head import LanguageHead
 from stages.prompted import Prompted, prompted_of
+from stages.response_states import response_states
 from stages.stage import Rejected, StageContext, Work
 from stages.teacher_logits import (
     ExactEncoding,
@@ -70,14 +71,9 @@ def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[
             engine.head.save(context.folder)
 
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
-            limited = engine.max_length == context.engine.max_model_len
             if of_pairs:
-                pairs = prompted_of(shard)
-                if limited:
-                    longest = max((pair.longest for pair in pairs), default=0)
-                    require_room(longest, engine.max_length)
-                return score_pairs(stage, engine, pairs)
-            if limited:
+                return score_pairs(stage, engine, prompted_of(shard), context.engine)
+            if engine.max_length == context.engine.max_model_len:
                 _require_room(shard, engine.max_length)
             return score_shard(stage, engine, shard)
 
@@ -86,18 +82,6 @@ def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[
 
 def _require_room(shard: pa.Table, max_model_len: int) -> None:
     require_room(pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0, max_model_len)
-
-
-def require_room(longest: int, max_model_len: int) -> None:
-    """Raise ConfigError for a row that only the engine's setting keeps out.
-
-    That setting is no part of a table's name: to reject by it would give one name two contents.
-    """
-    if longest > max_model_len:
-        raise ConfigError(
-            f"execution.engine.max_model_len is {max_model_len}, a row has {longest} tokens: "
-            f"raise it, or leave it out to reject only what exceeds the model's own window"
-        )
 
 
 def score_shard(
@@ -113,33 +97,23 @@ def score_shard(
             asked = _Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
             yield _encode(stage, blocks, asked, next(hidden)[:-1])
         else:
-            yield Rejected(sample_id, _too_long(engine))
+            reason = f"longer than the model's window of {engine.max_length} tokens"
+            yield Rejected(sample_id, reason)
 
 
 def score_pairs(
-    stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted]
+    stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted], options: EngineOptions
 ) -> Iterable[AnyLogits | Rejected]:
     """Yield one row, or one rejection, for each preference pair, in order."""
-    fitting = [pair for pair in pairs if pair.longest <= engine.max_length]
-    states = iter(
-        engine.last_hidden_states(
-            [sequence for pair in fitting for sequence in pair.sequences],
-            [count for pair in fitting for count in pair.counts],
-        )
-    )
+    states = response_states(engine, pairs, options)
     blocks = LogitBlocks(engine.head)
-    for pair in pairs:
-        if pair.longest > engine.max_length:
-            yield Rejected(pair.sample_id, _too_long(engine))
+    for pair, hidden_PD, reason in zip(pairs, states.hidden_AD, states.reasons, strict=True):
+        if hidden_PD is None:
+            yield Rejected(pair.sample_id, reason)
             continue
-        hidden_PD = torch.cat([next(states) for _ in pair.responses])
         targets_P = pair.token_ids_A.astype(np.int64)
         asked = _Asked(pair.sample_id, len(pair.prompt_T), targets_P)
         yield _encode(stage, blocks, asked, hidden_PD)
-
-
-def _too_long(engine: HiddenStates) -> str:
-    return f"longer than the model's window of {engine.max_length} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +136,7 @@ def _encode(
     stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: _Asked, hidden_PD: Tensor
 ) -> AnyLogits | Rejected:
     """Encode one row's positions, block by block."""
-    targets_P = torch.from_numpy(asked.targets_P).to(hidden_PD.device)
+    targets_P = torch.from_numpy(asked.targets_P).to(blocks.head.weight_VD.device)
     if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
         return Rejected(asked.sample_id, "hidden state outside float16")
     encoder = _Encoder(stage, asked)
