@@ -122,7 +122,7 @@ def completed_mean(aligned_V: F64Array, reference_V: F64Array, student: StudentT
     guess_V[known] = 0.0
     guess_V *= max(0.0, 1.0 - float(probs.sum())) / guess_V.sum()
     guess_V[known] = probs.numpy()
-    return (aligned_V + reference_V + guess_V) / 3
+    return np.asarray((aligned_V + reference_V + guess_V) / 3)
 
 
 def inclusions_of(mass_V: F64Array, k: int) -> F64Array:

@@ -377,7 +377,20 @@ def test_what_the_plan_is_told(folders: dict[str, Path], tmp_path: Path) -> None
     assert not stage_of("threshold").side_files
 
 
-def test_estimates_count_response_tokens() -> None:
+@pytest.mark.parametrize(
+    ("support", "measured"),
+    [
+        ({"kind": "threshold", "k": 8}, 39.4),
+        ({"kind": "threshold", "k": 16}, 73.4),
+        ({"kind": "union_top_k", "k": 16}, 65.2),
+        ({"kind": "as_released", "k": 50}, 171.7),
+        ({"kind": "exact"}, 4278.0),
+    ],
+)
+def test_estimates_are_near_what_the_benchmark_measured(
+    support: dict[str, Any], measured: float
+) -> None:
+    """Bytes a response position of docs/advantages.md."""
     record = ShardRecord(
         name="shard-00000-of-00001",
         split="train",
@@ -397,9 +410,10 @@ def test_estimates_count_response_tokens() -> None:
         identity={},
         shards=(record,),
     )
-    sizes = {kind: stage_of(kind).estimate(source, hidden_size=576) for kind in SUPPORTS}
-    assert {size.num_positions for size in sizes.values()} == {400}
-    assert sizes["threshold"].num_bytes < sizes["union_top_k"].num_bytes < sizes["exact"].num_bytes
+    stage = stage_of(support["kind"], support=support)
+    found = stage.estimate(source, hidden_size=576)
+    assert found.num_positions == 400
+    assert found.num_bytes / 400 == pytest.approx(measured, rel=0.1)
 
 
 def test_two_models_fit_together_while_memory_is_free(folders: dict[str, Path]) -> None:
