@@ -278,9 +278,13 @@ def teacher_align(
     seed: Annotated[int, typer.Option(min=0, help="Order of the pairs.")] = 0,
 ) -> None:
     """Align a teacher with preference pairs by DPO (TRL's trainer); prints held-out numbers."""
+    from schemas.errors import ConfigError
     from stages.alignment import align
     from stages.teacher_align import AlignConfig
 
+    for name, value in (("beta", beta), ("lr", lr)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} is {value:g}, expected a number above 0")
     config = AlignConfig(
         beta=beta,
         lr=lr,

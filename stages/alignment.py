@@ -6,11 +6,14 @@ sequences that it will score. The reference is the model before the first step; 
 made beforehand, by us. Weights are float32.
 
 A run that was killed starts over: TRL's is short beside what it is for. What is left in the folder
-counts as finished only with its ``checkpoint.json``.
+counts as finished only with its ``checkpoint.json``; a half-written model is told from somebody's
+own by the ``run.json`` beside it.
 
 Dimensions: B = pairs.
 """
 
+import copy
+import json
 import shutil
 import time
 import warnings
@@ -25,9 +28,13 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, TeacherCacheError
 from schemas.preference_pairs import PREFERENCE_PAIRS
+from schemas.shards import sha256_of, write_text
 from stages.checkpoint import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    RUN,
     CheckpointRecord,
     claim_folder,
     read_checkpoint,
@@ -43,7 +50,6 @@ from stages.tokenizer_identity import copy_tokenizer
 F64Array = npt.NDArray[np.float64]
 OnEvent = Callable[[dict[str, Any]], None]
 _SCORED_AT_ONCE = 8
-_SCRATCH = "trl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,38 +74,64 @@ def align(
     """Align ``model`` on the train rows of ``pairs`` into ``output``, a transformers folder.
 
     A folder that holds this run, finished, is returned as it is. Raises ConfigError where TRL is
-    not installed, for a table of another kind and a folder of another run, IdentityMismatch for a
-    model of another tokenizer.
+    not installed, for a table of another kind and a folder of another run or model,
+    IdentityMismatch for a model of another tokenizer, TeacherCacheError for a run that diverged.
     """
     dataset = open_dataset([pairs], split="train")
     if dataset.manifests[0].table != PREFERENCE_PAIRS.name:
         raise ConfigError(
             f"{pairs} is table {dataset.manifests[0].table}, expected {PREFERENCE_PAIRS.name}"
         )
+    weights = [*sorted(model.glob("*.safetensors")), *sorted(model.glob("*.bin"))]
     identity = identity or {
         "config": config.model_dump(mode="json", include=set(AlignConfig.model_fields)),
         "data": dataset.manifests[0].dataset_id,
-        "model": str(model),
+        "model": {path.name: sha256_of(path) for path in weights},
     }
     fingerprint = fingerprint or run_fingerprint(identity)
     claim_folder(output, fingerprint, resume=True)
     finished = read_checkpoint(output)
     if finished is not None:
         return AlignResult(output, fingerprint, finished.metrics)
+    _refuse_model(output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_student(model, device=device)
     check_student(model, dataset, student_vocab_size(loaded))
     held_out = _held_out(pairs, dataset)
     before = _logprobs(loaded, held_out)
-    use_cache = loaded.config.use_cache
-    trained, summary = _train(config, loaded, dataset, output / _SCRATCH, on_event)
-    trained.config.use_cache = use_cache
+    configs = copy.deepcopy((loaded.config, loaded.generation_config))
+    scratch = output / CHECKPOINTS
+    shutil.rmtree(scratch, ignore_errors=True)
+    trained, summary = _train(config, loaded, dataset, scratch, on_event)
+    trained.config, trained.generation_config = configs  # TRL names a padding token, no cache
     after = _logprobs(trained, held_out)
+    _refuse_divergence(config, trained, after)
     metrics = {"heldout": preference_metrics(after, before, beta=config.beta), "train": summary}
+    write_text(scratch / RUN, json.dumps({"fingerprint": fingerprint}) + "\n")
     _save(trained, model, output)
     record = CheckpointRecord(fingerprint=fingerprint, identity=identity, metrics=metrics)
     write_checkpoint(output, record)
+    shutil.rmtree(scratch, ignore_errors=True)
     return AlignResult(output, fingerprint, metrics)
+
+
+def _refuse_model(output: Path) -> None:
+    """Raise ConfigError for a model that no run of ours began to write, the one to align, say."""
+    ours = (output / CHECKPOINT).is_file() or (output / CHECKPOINTS / RUN).is_file()
+    if (output / "config.json").is_file() and not ours:
+        raise ConfigError(
+            f"{output} already holds another model: choose another folder for the aligned teacher, "
+            f"or remove it"
+        )
+
+
+def _refuse_divergence(config: AlignConfig, model: PreTrainedModel, after_B2: F64Array) -> None:
+    finite = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+    if not finite or not np.isfinite(after_B2).all():
+        raise TeacherCacheError(
+            f"the alignment diverged, weights or held-out log-probs are not finite: lower lr "
+            f"({config.lr:g})"
+        )
 
 
 def _held_out(pairs: Path, dataset: CachedDataset) -> list[Mapping[str, Any]]:
@@ -158,7 +190,6 @@ def _train(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Return the trained model, an adapter merged, and the run's numbers."""
     trl, lora = _libraries(config)
-    shutil.rmtree(scratch, ignore_errors=True)
     rows = [dataset[index] for index in range(len(dataset))]
     trainer = pair_trainer(trl)(
         model=model,
@@ -173,7 +204,6 @@ def _train(
     trained = trainer.model
     if lora is not None:
         trained = trained.merge_and_unload()
-    shutil.rmtree(scratch, ignore_errors=True)
     summary = {"steps": float(output.global_step), "loss": float(output.training_loss)}
     return trained, summary
 
@@ -239,7 +269,7 @@ def _tokenizer(model: PreTrainedModel) -> Any:
 
 
 def _arguments(trl: Any, config: AlignConfig, scratch: Path) -> Any:
-    return trl.DPOConfig(
+    args = trl.DPOConfig(
         output_dir=str(scratch),
         beta=config.beta,
         learning_rate=config.lr,
@@ -257,9 +287,13 @@ def _arguments(trl: Any, config: AlignConfig, scratch: Path) -> Any:
         data_seed=config.seed,
         save_strategy="no",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not a number
         report_to="none",
         disable_tqdm=True,
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # TRL refuses DataParallel, which the Trainer would choose
+    return args
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

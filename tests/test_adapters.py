@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.plan import make_plan
@@ -105,6 +106,10 @@ def test_adapters_that_vllm_cannot_serve_are_merged(adapter: Path, tmp_path: Pat
         ({"peft_type": "IA3"}, None),
         ({"use_dora": True}, None),
         ({"bias": "all"}, None),
+        ({"lora_bias": True}, None),
+        ({"layer_replication": [[0, 1], [0, 2]]}, None),
+        ({"init_lora_weights": "pissa"}, None),
+        ({"init_lora_weights": "gaussian"}, 8),
         ({"modules_to_save": ["lm_head"]}, None),
         ({"target_modules": ["q_proj", "lm_head"]}, None),
         ({"target_modules": "all-linear"}, None),
@@ -205,6 +210,17 @@ def test_what_is_no_adapter_of_the_model_is_one_line(
     (other / "adapter_config.json").write_text(json.dumps(body))
     with pytest.raises(ConfigError, match="does not fit the model"):
         merged_folder(tiny_model, other, name="three")
+    for broken, reason in ((other, "does not fit the model"), (tmp_path / "base", "cannot load")):
+        shutil.copytree(adapter if broken == other else tiny_model, broken, dirs_exist_ok=True)
+        weights = next(broken.glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ConfigError, match=reason):
+            merged_folder(tiny_model if broken == other else broken, other, name="four")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    nans = {name: tensor * float("nan") for name, tensor in tensors.items()}
+    save_file(nans, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"other cannot be merged into .*NaNs"):
+        merged_folder(tiny_model, other, name="five")
     assert not list((own_cache / "merged").iterdir())
     edit_recipe(recipe, "models", "teacher", value={"step": "x", "adapter": "y"})
     with pytest.raises(ConfigError, match="'adapter' goes with 'path'"):

@@ -1,6 +1,7 @@
 """Aligning a teacher: TRL is given the table's own ids, and what it made is a teacher like any."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from schemas.dataset import open_dataset
-from schemas.errors import ConfigError, IdentityMismatch
+from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
+from stages import alignment
 from stages.alignment import align, as_token_ids, pair_trainer, preference_metrics
 from stages.checkpoint import read_checkpoint
 from stages.teacher_align import AlignConfig
@@ -107,8 +109,13 @@ def test_it_is_an_ordinary_folder_with_the_same_tokenizer(
     assert tokenizer_fingerprint(aligned) == tokenizer_fingerprint(data.reference)
     config = json.loads((aligned / "config.json").read_text())
     before = json.loads((data.reference / "config.json").read_text())
-    assert config["use_cache"] == before["use_cache"]
-    assert not (aligned / "trl").exists()
+    noise = ("transformers_version", "dtype")
+    assert {k: v for k, v in config.items() if k not in noise} == {
+        k: v for k, v in before.items() if k not in noise
+    }
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (aligned / name).read_bytes() == (data.reference / name).read_bytes(), name
+    assert not [path for path in aligned.iterdir() if path.is_dir()]
 
 
 def test_equal_runs_give_equal_weights_and_a_finished_one_is_kept(
@@ -123,6 +130,68 @@ def test_equal_runs_give_equal_weights_and_a_finished_one_is_kept(
     other = CONFIG.model_copy(update={"beta": 0.3})
     with pytest.raises(ConfigError, match="holds training"):
         align(other, model=data.reference, pairs=data.pairs, output=aligned)
+
+
+def test_a_run_is_known_by_weights_and_not_by_where_they_lie(
+    data: PreferenceData, aligned: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(data.reference, tmp_path / "model")
+    stamp = (aligned / "model.safetensors").stat().st_mtime_ns
+    align(CONFIG, model=model, pairs=data.pairs, output=aligned)
+    assert (aligned / "model.safetensors").stat().st_mtime_ns == stamp
+    retrained: Any = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        next(retrained.parameters()).mul_(1.5)
+    retrained.save_pretrained(model)
+    with pytest.raises(ConfigError, match="holds training"):
+        align(CONFIG, model=model, pairs=data.pairs, output=aligned)
+
+
+def test_a_model_in_the_way_is_kept_and_a_half_written_run_is_not(
+    data: PreferenceData, aligned: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(data.reference, tmp_path / "model")
+    weights = (model / "model.safetensors").read_bytes()
+    for start in (model, data.reference):
+        with pytest.raises(ConfigError, match="model already holds another model: choose another"):
+            align(CONFIG, model=start, pairs=data.pairs, output=model)
+    assert (model / "model.safetensors").read_bytes() == weights
+    output = tmp_path / "out"
+
+    (output / "tokenizer.json").mkdir(parents=True)  # cannot be written over: stops it half-way
+    with pytest.raises(StoreError, match=r"cannot write the aligned teacher to .*out: .*directory"):
+        align(CONFIG, model=data.reference, pairs=data.pairs, output=output)
+    (output / "tokenizer.json").rmdir()
+    assert (output / "config.json").is_file() and read_checkpoint(output) is None
+    align(CONFIG, model=data.reference, pairs=data.pairs, output=output)
+    name = "model.safetensors"
+    assert (output / name).read_bytes() == (aligned / name).read_bytes()
+
+
+def test_a_run_that_diverges_leaves_no_teacher(data: PreferenceData, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    wild = CONFIG.model_copy(update={"lr": 1e30})
+    with pytest.raises(TeacherCacheError, match=r"diverged.*: lower lr \(1e\+30\)"):
+        align(wild, model=data.reference, pairs=data.pairs, output=output)
+    assert not list(output.rglob("*.safetensors"))
+    align(CONFIG, model=data.reference, pairs=data.pairs, output=output)
+
+
+def test_several_gpus_do_not_make_it_data_parallel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL refuses more than one a process; the Trainer would take all that it sees."""
+    import trl
+
+    monkeypatch.setattr(trl.DPOConfig, "n_gpu", property(lambda args: args._n_gpu))
+
+    def eight(args: Any) -> torch.device:
+        args._n_gpu = 8
+        return torch.device("cpu")
+
+    monkeypatch.setattr(trl.DPOConfig, "_setup_devices", property(eight))
+    args = alignment._arguments(trl, CONFIG, tmp_path)
+    assert args.n_gpu == 1
 
 
 def test_an_adapter_is_merged_into_an_ordinary_folder(data: PreferenceData, tmp_path: Path) -> None:
@@ -165,6 +234,18 @@ def test_what_cannot_be_aligned_is_one_line(data: PreferenceData, tmp_path: Path
     (other / "tokenizer.json").write_text(json.dumps(body))
     with pytest.raises(IdentityMismatch, match="has tokenizer"):
         align(CONFIG, model=other, pairs=data.pairs, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta", "0"), ("lr", "-1"), ("lr", "nan")])
+def test_a_number_that_cannot_be_is_one_line(
+    data: PreferenceData, tmp_path: Path, name: str, value: str
+) -> None:
+    said = teachercache(
+        *("teacher", "align", "--from", data.reference, "--pairs", data.pairs),
+        *(f"--{name}", value, tmp_path / "out"),
+    )
+    assert said.code == 2
+    assert said.err.strip() == f"error: --{name} is {value}, expected a number above 0"
 
 
 @pytest.mark.slow

@@ -24,6 +24,18 @@ from stages.user_cache import user_cache
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "all-linear")
+_NOT_SERVED = (
+    "modules_to_save",
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "trainable_token_indices",
+)
+# Ways to begin that leave the base alone; any other moves its weights when PEFT loads the adapter.
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.32 takes as max_lora_rank
 
 
@@ -42,15 +54,16 @@ def served_rank(adapter: Path) -> int | None:
     """Return the rank that vLLM has to make room for; None where the adapter must be merged.
 
     It serves low-rank updates of the layers' own matrices, and neither weights saved whole, nor
-    DoRA, nor changes to embeddings or head (which we hold ourselves).
+    DoRA and other kinds, nor changes to embeddings or head (which we hold ourselves).
     """
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     targets = config.get("target_modules") or []
+    beginning = config.get("init_lora_weights", True)
     named = [targets] if isinstance(targets, str) else targets
     plain = (
         config.get("peft_type") == "LORA"
-        and not config.get("modules_to_save")
-        and not config.get("use_dora")
+        and not any(config.get(name) for name in _NOT_SERVED)
+        and (not isinstance(beginning, str) or beginning.lower() in _PLAIN_BEGINNINGS)
         and config.get("bias", "none") == "none"
         and not any(name in target for target in named for name in _OUTSIDE_LAYERS)
     )
@@ -84,14 +97,18 @@ def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
 
 def _merge(base: Path, adapter: Path, output: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    model = _loaded(base)
     before = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        merged = adapted_model(model, adapter, base).merge_and_unload(safe_merge=True)
+    adapted = adapted_model(model, adapter, base)
+    try:
+        with torch.no_grad():
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # safe_merge found a number that is none
+        raise ConfigError(
+            f"the adapter {adapter} cannot be merged into {base}: {_first_line(error)}; train or "
+            f"save it again"
+        ) from error
     after = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}
     if after != before:
         raise ConfigError(
@@ -101,10 +118,29 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
     merged.save_pretrained(output)
 
 
+def _loaded(base: Path) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot load the model {base} to merge an adapter into it: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def adapted_model(model: Any, adapter: Path, base: Path) -> Any:
     """Return a loaded ``model`` with the adapter on it; raises what ``merged_folder`` raises."""
     try:
         from peft import PeftModel  # an extra
+        from safetensors import SafetensorError
     except ImportError as error:
         raise ConfigError(
             f"the adapter {adapter} needs PEFT ({error}): install teachercache[align]"
@@ -113,9 +149,8 @@ def adapted_model(model: Any, adapter: Path, base: Path) -> Any:
         # PEFT only warns of weights that it finds no place for.
         with warnings.catch_warnings(action="error", category=UserWarning):
             return PeftModel.from_pretrained(model, str(adapter))
-    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         raise ConfigError(
-            f"the adapter {adapter} does not fit the model {base}: {reason}; use it with the model "
-            f"that it was trained on"
+            f"the adapter {adapter} does not fit the model {base}: {_first_line(error)}; use it "
+            f"whole and with the model that it was trained on"
         ) from error
