@@ -97,6 +97,7 @@ def test_an_interval_is_the_seeds_and_has_the_width_of_its_standard_error() -> N
     assert bootstrap_interval(np.full(9, 0.25), seed=0) == (0.25, 0.25)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_true_share_about_95_times_in_100() -> None:
     """80 draws of 80 prompts: the share covered is 0.95 less what a percentile interval lacks."""
     rng = np.random.default_rng(11)

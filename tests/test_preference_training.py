@@ -195,6 +195,7 @@ def test_the_loss_curve_from_the_cache_is_the_live_one(
     assert cached == pytest.approx(live, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_the_students_learn_what_they_are_told(data: PreferenceData, tmp_path: Path) -> None:
     settings = {"max_steps": 24}
     dckd = run(data, tmp_path / "dckd", DckdConfig(chosen_weight=1.0), settings=settings)
@@ -220,6 +221,7 @@ def test_the_students_learn_what_they_are_told(data: PreferenceData, tmp_path: P
     assert sft.metrics["before"]["cross_entropy"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["threshold", "union_top_k"])
 def test_other_supports_point_the_same_way(
     data: PreferenceData, tmp_path: Path, support: str
@@ -231,6 +233,7 @@ def test_other_supports_point_the_same_way(
     assert result.history[-1]["advantage"] > result.history[0]["advantage"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [DckdConfig(), AdpaConfig(), AdpaConfig(mode="as_released"), DpoConfig()]
 )

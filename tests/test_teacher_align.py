@@ -118,6 +118,7 @@ def test_it_is_an_ordinary_folder_with_the_same_tokenizer(
     assert not [path for path in aligned.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_weights_and_a_finished_one_is_kept(
     data: PreferenceData, aligned: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_equal_runs_give_equal_weights_and_a_finished_one_is_kept(
         align(other, model=data.reference, pairs=data.pairs, output=aligned)
 
 
+@pytest.mark.slow
 def test_a_run_is_known_by_weights_and_not_by_where_they_lie(
     data: PreferenceData, aligned: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_several_gpus_do_not_make_it_data_parallel(
     assert args.n_gpu == 1
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_an_ordinary_folder(data: PreferenceData, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"lora_rank": 4, "lr": 2e-2})
     found = align(config, model=data.reference, pairs=data.pairs, output=tmp_path / "out")
