@@ -106,7 +106,7 @@ shard) and the sums.
 Tokens are drawn with probabilities that rise with `m |A|` (`stages/advantage_supports.py`), m the
 mean of the three distributions with the student's unknown rest shared out as the square root of the
 teachers' mean. An experiment apart (November 2026) computed the expected error of a position's
-gradient from those probabilities, on 384 of these positions, k = 16:
+gradient from those probabilities, on 384 such positions, k = 16:
 
 | drawn by | error |
 | --- | --- |
