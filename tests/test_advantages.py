@@ -255,6 +255,7 @@ def shard_bytes(stage: AdvantagesStage, pair: EnginePair, context: StageContext,
     return write_shard(context.folder / "s.arrow", stage.bind(context), made).sha256
 
 
+@pytest.mark.slow
 def test_side_by_side_and_one_after_the_other_give_the_same_bytes(
     engines: Engines, folders: dict[str, Path], rows: list[Responses], tmp_path: Path
 ) -> None:
@@ -301,6 +302,7 @@ def test_rows_that_cannot_be_scored_are_rejected_one_by_one(
     assert [found[place].sample_id for place in (2, 4)] == [rows[0].sample_id, fits.sample_id]
 
 
+@pytest.mark.slow
 def test_the_shorter_window_of_the_two_counts(
     folders: dict[str, Path], rows: list[Responses], tmp_path: Path
 ) -> None:

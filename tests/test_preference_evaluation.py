@@ -320,6 +320,7 @@ def test_cached_scores_of_the_judge_give_what_live_ones_do(
     assert cached.students == report.students
 
 
+@pytest.mark.slow
 def test_the_first_table_is_the_teachers(made: Made) -> None:
     """Other numbers in the tables show up with the sign of their place; live ones do not move."""
     write_scores(made, "shifted_scores", "teacher", made.held_out[:7], shift=100.0)

@@ -178,6 +178,7 @@ def live_losses(data: PreferenceData, output: Path, objective: ObjectiveConfig) 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "tolerance"),
     [
@@ -255,6 +256,7 @@ def stop_at_four(event: dict[str, Any]) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses(data: PreferenceData, tmp_path: Path) -> None:
     whole = run(data, tmp_path / "whole", AdpaConfig(), heldout=False)
     with pytest.raises(Stopped):

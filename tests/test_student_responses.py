@@ -116,6 +116,7 @@ def test_numbers_are_the_students_raw_logprobs(tiny_model: Path) -> None:
             assert (np.diff(top_AK.astype(np.float64)) <= 0).all()
 
 
+@pytest.mark.slow
 def test_equal_recipes_give_equal_tokens_and_draws_differ(tiny_model: Path) -> None:
     """A response is a matter of seed, sample and draw: not of the shard's order or its size."""
     pairs = [pair_of([7, 8, 9], name) for name in ("a", "b", "c")]

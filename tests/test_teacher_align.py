@@ -149,6 +149,7 @@ def test_a_run_is_known_by_weights_and_not_by_where_they_lie(
         align(CONFIG, model=model, pairs=data.pairs, output=aligned)
 
 
+@pytest.mark.slow
 def test_a_model_in_the_way_is_kept_and_a_half_written_run_is_not(
     data: PreferenceData, aligned: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_model_in_the_way_is_kept_and_a_half_written_run_is_not(
     assert (output / name).read_bytes() == (aligned / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_leaves_no_teacher(data: PreferenceData, tmp_path: Path) -> None:
     output = tmp_path / "out"
     wild = CONFIG.model_copy(update={"lr": 1e30})
