@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError, TeacherCacheError
 from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.shards import sha256_of, write_text
+from schemas.shards import write_text
 from stages.checkpoint import (
     CHECKPOINT,
     CHECKPOINTS,
@@ -39,8 +39,10 @@ from stages.checkpoint import (
     claim_folder,
     read_checkpoint,
     run_fingerprint,
+    weight_checksums,
     write_checkpoint,
 )
+from stages.student.preference_metrics import implicit_rewards, preference
 from stages.student.response_measures import response_logprobs
 from stages.student.sequence_logprobs import Continuations
 from stages.student.student_model import check_student, load_student, student_vocab_size
@@ -82,11 +84,10 @@ def align(
         raise ConfigError(
             f"{pairs} is table {dataset.manifests[0].table}, expected {PREFERENCE_PAIRS.name}"
         )
-    weights = [*sorted(model.glob("*.safetensors")), *sorted(model.glob("*.bin"))]
     identity = identity or {
         "config": config.model_dump(mode="json", include=set(AlignConfig.model_fields)),
         "data": dataset.manifests[0].dataset_id,
-        "model": {path.name: sha256_of(path) for path in weights},
+        "model": weight_checksums(model),
     }
     fingerprint = fingerprint or run_fingerprint(identity)
     claim_folder(output, fingerprint, resume=True)
@@ -147,11 +148,10 @@ def _logprobs(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> F64A
     """Return [B, 2] sums of log p of chosen and rejected, nats."""
     if not rows:
         return np.zeros((0, 2))
-    asked = []
-    for row in rows:
-        sides = row["chosen_ids_C"], row["rejected_ids_R"]
-        lengths = np.array([len(side) for side in sides])
-        asked.append(Continuations(row["prompt_ids_T"], np.concatenate(sides), lengths))
+    asked = [
+        Continuations.of(row["prompt_ids_T"], (row["chosen_ids_C"], row["rejected_ids_R"]))
+        for row in rows
+    ]
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -170,12 +170,12 @@ def preference_metrics(
     """
     if not len(aligned_B2):
         return {}
-    rewards_B2 = beta * (aligned_B2 - reference_B2)
-    margins_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+    rewards_B2 = implicit_rewards(aligned_B2, reference_B2, beta)
+    found = preference(*rewards_B2.T)
     return {
-        "pairs": float(len(margins_B)),
-        "accuracy": float((margins_B > 0).mean()),
-        "margin": float(margins_B.mean()),
+        "pairs": float(len(rewards_B2)),
+        "accuracy": found.accuracy,
+        "margin": found.margin,
         "chosen_reward": float(rewards_B2[:, 0].mean()),
         "rejected_reward": float(rewards_B2[:, 1].mean()),
     }

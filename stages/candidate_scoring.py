@@ -27,7 +27,7 @@ from torch import Tensor
 from schemas.candidate_scores import CandidateScores
 from schemas.episodes import EPISODES, Episode, split_candidates
 from stages.candidate_scores import CandidateScoresStage
-from stages.engines.engine import Engine, open_engine
+from stages.engines.engine import Engine, open_model
 from stages.engines.sequences import TokenIds, require_room
 from stages.language_head import LanguageHead
 from stages.scoring import positions_per_block
@@ -40,13 +40,7 @@ F64Array = npt.NDArray[np.float64]
 def opened_scorer(stage: CandidateScoresStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of episodes."""
     model = context.models[stage.model]
-    with open_engine(
-        model.engine,
-        model.path,
-        dtype=model.dtype,
-        options=context.engine,
-        share_prefixes=True,
-    ) as engine:
+    with open_model(model, context.engine, share_prefixes=True) as engine:
 
         def work(shard: pa.Table) -> Iterable[CandidateScores | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]

@@ -32,6 +32,12 @@ class CheckpointRecord:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
+def weight_checksums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each weight file of a model folder."""
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    return {path.name: sha256_of(path) for path in files}
+
+
 def run_fingerprint(identity: Mapping[str, Any]) -> str:
     """Return a hash of a run's identity, for a caller that has no fingerprint of its own."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

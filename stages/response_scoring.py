@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from schemas.response_logprobs import ResponseLogprobs
 from stages.candidate_scoring import logprobs_of
-from stages.engines.engine import Engine, open_engine
+from stages.engines.engine import Engine, open_model
 from stages.engines.options import EngineOptions
 from stages.prompted import Prompted, prompted_of
 from stages.response_logprobs import ResponseLogprobsStage
@@ -29,13 +29,7 @@ F64Array = npt.NDArray[np.float64]
 def opened_scorer(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of pairs or responses."""
     model = context.models[stage.model]
-    with open_engine(
-        model.engine,
-        model.path,
-        dtype=model.dtype,
-        options=context.engine,
-        share_prefixes=True,
-    ) as engine:
+    with open_model(model, context.engine, share_prefixes=True) as engine:
 
         def work(shard: pa.Table) -> Iterable[ResponseLogprobs | Rejected]:
             return score_responses(engine, prompted_of(shard), context.engine)

@@ -36,7 +36,7 @@ from stages.encoding import (
     threshold_sample,
     top_k,
 )
-from stages.engines.engine import Engine, HiddenStates, open_engine
+from stages.engines.engine import Engine, HiddenStates, open_model
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds, require_room
 from stages.language_head import LanguageHead
@@ -60,13 +60,7 @@ def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[
     """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
     model = context.models[stage.model]
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
-    with open_engine(
-        model.engine,
-        model.path,
-        dtype=model.dtype,
-        options=context.engine,
-        share_prefixes=of_pairs,
-    ) as engine:
+    with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
         if isinstance(stage.encoding, ExactEncoding):
             engine.head.save(context.folder)
 

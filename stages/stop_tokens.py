@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
 from stages.language_head import read_config
+from stages.student.greedy_decoding import end_tokens, load_tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
 _ANSWER = "0123456789"
@@ -27,9 +27,9 @@ def stop_tokens_of(folder: Path) -> tuple[int, ...]:
 
     Raises ConfigError where the folder names none, or more in ``generation_config.json``.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     config = read_config(folder).get_text_config()
-    found = {*_ids(config.eos_token_id), *_ids(tokenizer.eos_token_id)}
+    found = {*end_tokens(config, tokenizer)}
     found |= _end_of_turn(tokenizer, folder)
     if not found:
         raise ConfigError(
@@ -77,11 +77,3 @@ def _of_generation_config(folder: Path) -> set[int]:
         return _ids(json.loads(path.read_text()).get("eos_token_id"))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): save the model again") from error
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load the tokenizer of {folder}: {first_line}") from error

@@ -20,7 +20,7 @@ from schemas.episodes import EPISODES, Episode
 from schemas.errors import ConfigError
 from schemas.subset_preferences import SubsetPreferences
 from stages.candidate_scoring import logprobs_of
-from stages.engines.engine import Engine, open_engine
+from stages.engines.engine import Engine, open_model
 from stages.engines.sequences import TokenIds, require_room
 from stages.sentence_similarity import SentenceSimilarity
 from stages.stage import Rejected, StageContext, Work
@@ -36,13 +36,7 @@ def opened_scorer(stage: SubsetPreferencesStage, context: StageContext) -> Itera
     if isinstance(stage.sampler, SimilaritySampler):
         encoder = context.models[stage.sampler.encoder]
         similarity = SentenceSimilarity(encoder.path, texts_of=model.path)
-    with open_engine(
-        model.engine,
-        model.path,
-        dtype=model.dtype,
-        options=context.engine,
-        share_prefixes=True,
-    ) as engine:
+    with open_model(model, context.engine, share_prefixes=True) as engine:
 
         def work(shard: pa.Table) -> Iterable[SubsetPreferences | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]

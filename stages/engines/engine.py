@@ -7,7 +7,7 @@ Dimensions: T = tokens of a sequence, D = hidden width.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, TypedDict
 
@@ -21,6 +21,7 @@ from stages.engines.sequences import TokenIds
 from stages.engines.transformers_engine import TransformersEngine
 from stages.engines.vllm_engine import VllmEngine
 from stages.language_head import LanguageHead, head_features, read_config
+from stages.stage import ModelSpec
 
 EngineKind = Literal["vllm", "transformers"]
 
@@ -89,6 +90,7 @@ def open_engine(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    set_threads(options)
     device = device_of(options)
     head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
     reference = reference_of(
@@ -107,6 +109,19 @@ def open_engine(
         engine.close()
 
 
+def open_model(
+    model: ModelSpec, options: EngineOptions, *, share_prefixes: bool
+) -> AbstractContextManager[Engine]:
+    """Open the engine that a stage's model names; see ``open_engine``."""
+    return open_engine(
+        model.engine,
+        model.path,
+        dtype=model.dtype,
+        options=options,
+        share_prefixes=share_prefixes,
+    )
+
+
 @contextmanager
 def open_adapted_engine(
     model_path: Path, adapter: Path, *, dtype: str, options: EngineOptions
@@ -115,6 +130,7 @@ def open_adapted_engine(
 
     Prefixes are shared. Both of its answers are checked; raises what ``open_engine`` raises.
     """
+    set_threads(options)
     device = device_of(options)
     head_features(read_config(model_path))
     references = [
@@ -144,13 +160,14 @@ def _check(engine: Engine, reference: Reference, model_path: Path) -> None:
     check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
 
 
-def device_of(options: EngineOptions) -> torch.device:
-    """Return where an engine is to run, on as many CPU threads as the options say.
-
-    Raises ConfigError for a GPU that is not there.
-    """
+def set_threads(options: EngineOptions) -> None:
+    """Take as many CPU threads as the options say, in all of this process."""
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
+
+
+def device_of(options: EngineOptions) -> torch.device:
+    """Return where an engine is to run; raises ConfigError for a GPU that is not there."""
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ConfigError("engine.device is 'cuda', but torch sees no GPU: use 'auto' or 'cpu'")

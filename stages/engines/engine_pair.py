@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from stages.engines.adapters import served_rank
-from stages.engines.engine import DTYPES, Engine, open_adapted_engine, open_engine
+from stages.engines.engine import DTYPES, Engine, open_adapted_engine, open_model
 from stages.engines.options import EngineOptions
 from stages.engines.vllm_engine import VllmEngine
 from stages.language_head import LanguageHead, read_config
@@ -114,8 +114,9 @@ class SideBySide:
         halves = options.model_copy(
             update={"gpu_memory_utilization": options.gpu_memory_utilization / 2}
         )
-        with _opened(models[0], halves) as first, _opened(models[1], halves) as second:
-            yield cls(first, second)
+        first, second = (open_model(model, halves, share_prefixes=True) for model in models)
+        with first as one, second as other:
+            yield cls(one, other)
 
     def each(self, run: Callable[[Engine], Result]) -> tuple[Result, Result]:
         """Run the first, then the second."""
@@ -161,7 +162,7 @@ class OneAfterTheOther:
         if self._open is None or self._open[0] != index:
             self._open = None
             self._stack.close()
-            opened = _opened(self._models[index], self._options)
+            opened = open_model(self._models[index], self._options, share_prefixes=True)
             self._open = index, self._stack.enter_context(opened)
         return self._open[1]
 
@@ -178,12 +179,6 @@ def head_of(model: ModelSpec, *, device: torch.device | str) -> LanguageHead:
     keeps_head = model.adapter is not None and served_rank(model.adapter) is not None
     folder = model.base if keeps_head else model.path
     return LanguageHead.from_model_folder(folder, device=device, dtype=DTYPES[model.dtype])
-
-
-def _opened(model: ModelSpec, options: EngineOptions) -> AbstractContextManager[Engine]:
-    return open_engine(
-        model.engine, model.path, dtype=model.dtype, options=options, share_prefixes=True
-    )
 
 
 def fit_together(models: ModelPair, options: EngineOptions) -> bool:

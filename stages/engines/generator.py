@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from schemas.errors import ConfigError
 from stages.engines.decoding import Decoding, Generated
-from stages.engines.engine import DTYPES, EngineKind, device_of
+from stages.engines.engine import DTYPES, EngineKind, device_of, set_threads
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds
 from stages.engines.transformers_generator import TransformersGenerator
@@ -55,8 +53,7 @@ def open_generator(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    set_threads(options)
     make = VllmGenerator if kind == "vllm" else TransformersGenerator
     generator: Generator = make(
         model_path, dtype=DTYPES[dtype], device=device_of(options), options=options

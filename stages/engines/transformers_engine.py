@@ -35,7 +35,7 @@ class TransformersEngine:
         """Load the model. Raises EngineError if transformers cannot."""
         config = read_config(model_path).get_text_config()
         self.device = device
-        self.max_length = _max_length(config.max_position_embeddings, options.max_model_len)
+        self.max_length = window_of(config.max_position_embeddings, options.max_model_len)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
@@ -66,7 +66,7 @@ class TransformersEngine:
             for row, index in enumerate(group.members):
                 end = len(sequences[index]) - group.shared
                 results[index] = hidden_BTD[row, end - counts[index] : end].clone()
-        for batch in _batches([len(sequences[index]) for index in alone], self._batch_tokens):
+        for batch in batches([len(sequences[index]) for index in alone], self._batch_tokens):
             members = [alone[place] for place in batch]
             hidden_BTD = self._forward([sequences[index] for index in members])
             for row, index in enumerate(members):
@@ -84,7 +84,7 @@ class TransformersEngine:
     def _run(self, window: Sequence[TokenIds]) -> list[Tensor]:
         """Return the window's hidden states; views of the batches they were computed in."""
         results: dict[int, Tensor] = {}
-        for batch in _batches([len(ids_T) for ids_T in window], self._batch_tokens):
+        for batch in batches([len(ids_T) for ids_T in window], self._batch_tokens):
             hidden_BTD = self._forward([window[index] for index in batch])
             for row, index in enumerate(batch):
                 results[index] = hidden_BTD[row, : len(window[index])]
@@ -133,11 +133,12 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         ) from error
 
 
-def _max_length(model_length: int, wanted: int | None) -> int:
+def window_of(model_length: int, wanted: int | None) -> int:
+    """Return the tokens that a sequence may have."""
     return model_length if wanted is None else min(model_length, wanted)
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Yield indices of like lengths, longest first; a batch padded to its first fits."""
     batch: list[int] = []
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

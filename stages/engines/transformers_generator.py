@@ -34,6 +34,7 @@ from schemas.errors import EngineError
 from stages.engines.decoding import Decoding, Generated
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds, check_sequences
+from stages.engines.transformers_engine import batches, window_of
 from stages.language_head import read_config
 
 _BATCH_TOKENS = 16_384  # keys and values of this many are held at a time
@@ -51,9 +52,7 @@ class TransformersGenerator:
         config = read_config(model_path).get_text_config()
         self.device = device
         self.vocab_size = int(config.vocab_size)
-        self.max_length = int(config.max_position_embeddings)
-        if options.max_model_len is not None:
-            self.max_length = min(self.max_length, options.max_model_len)
+        self.max_length = window_of(config.max_position_embeddings, options.max_model_len)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
         self._model.generation_config = GenerationConfig()  # nothing the folder suggests
@@ -66,7 +65,8 @@ class TransformersGenerator:
         check_sequences(prompts, max_length=room, vocab_size=self.vocab_size)
         assert len(prompts) == len(seeds)
         results: dict[int, Generated] = {}
-        for batch in self._batches([len(prompt_T) for prompt_T in prompts], decoding.max_tokens):
+        lengths = [len(prompt_T) + decoding.max_tokens for prompt_T in prompts]
+        for batch in batches(lengths, self._batch_tokens):
             drawer = _Drawer([seeds[index] for index in batch], decoding)
             self._run([prompts[index] for index in batch], drawer, decoding)
             results.update(zip(batch, drawer.responses(), strict=True))
@@ -78,17 +78,6 @@ class TransformersGenerator:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-        """Yield indices of like lengths, longest first; what a batch comes to fits."""
-        batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-            if batch and (len(batch) + 1) * (lengths[batch[0]] + max_tokens) > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[TokenIds], drawer: "_Drawer", decoding: Decoding) -> None:

@@ -21,7 +21,7 @@ from .episode_building import EpisodeBuilder
 from .episode_draws import draw_episodes
 from .episodes import EpisodesStage
 from .prepared import PreparedShards, cut_shards
-from .prepared_rows import PreparedRows, identity_of
+from .prepared_rows import PreparedRows, prepare_rows
 from .task_readers import read_tasks
 from .task_split import split_tasks
 from .templates import template_of
@@ -32,15 +32,7 @@ def prepare_episodes(
     stage: EpisodesStage, work_dir: Path, on_progress: OnProgress
 ) -> PreparedShards:
     """Return the shards, made before or now; raises ConfigError where no row can be made."""
-    made = PreparedRows(EPISODES, work_dir)
-    identity = identity_of(stage)
-    prepared = made.finished(identity)
-    if prepared is None:
-        made.clear()
-        tokenizer = TextTokenizer(Path(stage.tokenizer).expanduser())
-        rows, prepared = _make(stage, tokenizer, on_progress)
-        made.write(rows, prepared, identity=identity, vocab_size=tokenizer.vocab_size)
-    return prepared
+    return prepare_rows(EPISODES, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
 
 def read_episodes(work_dir: Path, index: int) -> Iterator[Episode]:

@@ -21,7 +21,7 @@ from .pair_building import PairBuilder
 from .pair_readers import read_pairs
 from .preference_pairs import PreferencePairsStage
 from .prepared import PreparedShards, cut_shards, within
-from .prepared_rows import PreparedRows, identity_of
+from .prepared_rows import PreparedRows, prepare_rows
 from .tokens import TextTokenizer
 
 
@@ -29,15 +29,7 @@ def prepare_pairs(
     stage: PreferencePairsStage, work_dir: Path, on_progress: OnProgress
 ) -> PreparedShards:
     """Return the shards, made before or now; raises ConfigError where a split has no row."""
-    made = PreparedRows(PREFERENCE_PAIRS, work_dir)
-    identity = identity_of(stage)
-    prepared = made.finished(identity)
-    if prepared is None:
-        made.clear()
-        tokenizer = TextTokenizer(Path(stage.tokenizer).expanduser())
-        rows, prepared = _make(stage, tokenizer, on_progress)
-        made.write(rows, prepared, identity=identity, vocab_size=tokenizer.vocab_size)
-    return prepared
+    return prepare_rows(PREFERENCE_PAIRS, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
 
 def read_prepared_pairs(work_dir: Path, index: int) -> Iterator[PreferencePair]:

@@ -6,7 +6,7 @@ the same configuration, files and tokenizer, there is nothing to do.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from stages.stage import SourceStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 from .prepared import PreparedShards, SourceShard
-from .tokens import model_limits
+from .tokens import TextTokenizer, model_limits
 
 
 def identity_of(stage: SourceStage) -> dict[str, Any]:
@@ -30,6 +30,24 @@ def identity_of(stage: SourceStage) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(folder),
         "limits": list(model_limits(folder, 0)),
     } | stage.source_identity()
+
+
+def prepare_rows(
+    table: Table[Any],
+    stage: SourceStage,
+    work_dir: Path,
+    make: Callable[[TextTokenizer], tuple[Sequence[Any], PreparedShards]],
+) -> PreparedShards:
+    """Return the shards of ``stage`` in ``work_dir``; ``make`` makes them where they are not."""
+    made = PreparedRows(table, work_dir)
+    identity = identity_of(stage)
+    prepared = made.finished(identity)
+    if prepared is None:
+        made.clear()
+        tokenizer = TextTokenizer(Path(stage.tokenizer).expanduser())
+        rows, prepared = make(tokenizer)
+        made.write(rows, prepared, identity=identity, vocab_size=tokenizer.vocab_size)
+    return prepared
 
 
 class PreparedRows:

@@ -65,7 +65,7 @@ def end_tokens(*configs: Any) -> list[int]:
 def load_tokenizer(folder: Path) -> Any:
     """Load a model folder's tokenizer; raises ConfigError if it cannot be."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f"cannot load the tokenizer of {folder}: {first_line}") from error

@@ -84,7 +84,7 @@ class Collator:
         }
         if self.encoding:
             batch |= DECODERS[self.encoding](rows)
-            batch["teacher_next_logprobs_N"] = _joined(rows, "next_token_logprobs_P", np.float32)
+            batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
             check_ids(rows, "token_ids_PK", self.vocab_size)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -115,27 +115,28 @@ def scored_span(row: Row) -> tuple[int, int]:
     return start, stop
 
 
-def _joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:
-    joined: Array = np.concatenate([row[name] for row in rows]).astype(dtype)
-    return joined
+def joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:
+    """Return one column of all rows, end to end."""
+    column: Array = np.concatenate([row[name] for row in rows]).astype(dtype)
+    return column
 
 
 def _threshold(rows: Sequence[Row]) -> dict[str, Array]:
-    token_ids_NK = _joined(rows, "token_ids_PK", np.int32)
-    num_head_N = _joined(rows, "num_head_P", np.uint8)
-    codes_E = _joined(rows, "head_codes_E", np.uint8)
+    token_ids_NK = joined(rows, "token_ids_PK", np.int32)
+    num_head_N = joined(rows, "num_head_P", np.uint8)
+    codes_E = joined(rows, "head_codes_E", np.uint8)
     return {
         "token_ids_NK": token_ids_NK,
         "weights_NK": unpack_threshold(token_ids_NK, num_head_N, codes_E),
         "num_head_N": num_head_N,
-        "entropies_N": _joined(rows, "entropies_P", np.float32),
+        "entropies_N": joined(rows, "entropies_P", np.float32),
     }
 
 
 def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
     """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out."""
-    logprobs_NK = _joined(rows, "logprobs_PK", np.float16)
-    probs_NK, rest_N = unpack_top_k(logprobs_NK, _joined(rows, "rest_logprobs_P", np.float16))
+    logprobs_NK = joined(rows, "logprobs_PK", np.float16)
+    probs_NK, rest_N = unpack_top_k(logprobs_NK, joined(rows, "rest_logprobs_P", np.float16))
     mass_N = probs_NK.sum(axis=1) + rest_N
     if mass_N.size and not float(np.abs(mass_N - 1).max()) <= MAX_MASS_ERROR:
         raise StoreError(
@@ -143,17 +144,17 @@ def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
             f"{float(mass_N[np.abs(mass_N - 1).argmax()]):.3f}, not 1: score them again"
         )
     return {
-        "token_ids_NK": _joined(rows, "token_ids_PK", np.int32),
+        "token_ids_NK": joined(rows, "token_ids_PK", np.int32),
         "probs_NK": probs_NK / mass_N[:, None],
         "rest_N": rest_N / mass_N,
-        "entropies_N": _joined(rows, "entropies_P", np.float32),
+        "entropies_N": joined(rows, "entropies_P", np.float32),
     }
 
 
 def _exact(rows: Sequence[Row]) -> dict[str, Array]:
     return {
-        "hidden_ND": _joined(rows, "hidden_PD", np.float16),
-        "entropies_N": _joined(rows, "entropies_P", np.float32),
+        "hidden_ND": joined(rows, "hidden_PD", np.float16),
+        "entropies_N": joined(rows, "entropies_P", np.float32),
     }
 
 

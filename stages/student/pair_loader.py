@@ -25,7 +25,7 @@ from torch import Tensor
 from schemas.dataset import CachedDataset
 from schemas.episodes import split_candidates
 from schemas.errors import StoreError
-from stages.student.loader import Collator, Row, check_ids
+from stages.student.loader import Collator, Row, check_ids, joined
 from stages.student.sequence_logprobs import Continuations
 
 Array = npt.NDArray[Any]
@@ -140,7 +140,7 @@ def _answers(row: Row) -> Continuations:
             f"{row['response_num_tokens_N'].tolist()} tokens, the pair's have {lengths}: were they "
             f"made of the student's responses, and not of the pairs?"
         )
-    return Continuations(row["prompt_ids_T"], np.concatenate(responses), np.array(lengths))
+    return Continuations.of(row["prompt_ids_T"], responses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class AdpaCollator:
     def _advantages(self, rows: Sequence[Row]) -> dict[str, Any]:
         if "teacher_hidden_PD" in rows[0]:
             columns = "teacher_hidden_PD", "reference_hidden_PR"
-            hidden = [np.concatenate([row[name] for row in rows]) for name in columns]
+            hidden = [joined(rows, name, np.float32) for name in columns]
             states = zip(("teacher_hidden_MD", "reference_hidden_MR"), hidden, strict=True)
             return {"beta": self.beta, **{name: torch.from_numpy(h) for name, h in states}}
         if "num_entries_P" in rows[0]:
@@ -187,13 +187,13 @@ class AdpaCollator:
             check_ids(rows, "token_ids_E", self.vocab_size)
         else:
             check_ids(rows, "token_ids_PK", self.vocab_size)
-            ids_MK = _joined(rows, "token_ids_PK")
-            values_MK = _joined(rows, "advantages_PK").astype(np.float32)
+            ids_MK = joined(rows, "token_ids_PK", np.int64)
+            values_MK = joined(rows, "advantages_PK", np.float32)
             rest_M = np.zeros(len(ids_MK), np.float32)
             if "log_inclusions_PK" in rows[0]:
-                values_MK *= np.exp(-_joined(rows, "log_inclusions_PK").astype(np.float32))
+                values_MK *= np.exp(-joined(rows, "log_inclusions_PK", np.float32))
         return {
-            "token_ids_MK": torch.from_numpy(ids_MK.astype(np.int64)),
+            "token_ids_MK": torch.from_numpy(ids_MK),
             "values_MK": torch.from_numpy(values_MK),
             "rest_M": torch.from_numpy(rest_M),
         }
@@ -208,22 +208,18 @@ def _check_positions(row: Row, responses: Sequence[Row]) -> None:
         )
 
 
-def _joined(rows: Sequence[Row], name: str) -> Array:
-    return np.concatenate([row[name] for row in rows])
-
-
 def _union(rows: Sequence[Row]) -> tuple[Array, Array, Array]:
     """Return ids and values [M, K] padded with zeros, and the advantage of the rest [M].
 
     As probabilities sum to one, ``sum_k pi_k A_k + pi_rest A_rest`` is ``A_rest`` and
     ``sum_k pi_k (A_k - A_rest)``: the values are those differences, so padding adds nothing.
     """
-    counts_M = _joined(rows, "num_entries_P").astype(np.int64)
-    rest_M = _joined(rows, "rest_advantages_P").astype(np.float32)
+    counts_M = joined(rows, "num_entries_P", np.int64)
+    rest_M = joined(rows, "rest_advantages_P", np.float32)
     filled_MK = np.arange(int(counts_M.max())) < counts_M[:, None]
     ids_MK = np.zeros(filled_MK.shape, np.int64)
     values_MK = np.zeros(filled_MK.shape, np.float32)
-    ids_MK[filled_MK] = _joined(rows, "token_ids_E")
-    values_MK[filled_MK] = _joined(rows, "advantages_E").astype(np.float32)
+    ids_MK[filled_MK] = joined(rows, "token_ids_E", np.int64)
+    values_MK[filled_MK] = joined(rows, "advantages_E", np.float32)
     values_MK -= np.where(filled_MK, rest_M[:, None], 0.0)
     return ids_MK, values_MK, rest_M

@@ -28,7 +28,7 @@ from stages.student.evaluation import device_of
 from stages.student.greedy_decoding import decode_greedily, end_tokens, load_tokenizer
 from stages.student.preference_metrics import implicit_rewards
 from stages.student.preference_results import Answered, PreferenceReport, Rewards, make_report
-from stages.student.preference_rows import HeldOutPairs, Pair, read_pairs
+from stages.student.preference_rows import HeldOutPairs, read_pairs
 from stages.student.response_measures import (
     batches_by_length,
     mean_kl,
@@ -174,7 +174,7 @@ class _Run:
             )
             by_pair.update(zip(batch, map(np.asarray, decoded), strict=True))
         responses = [by_pair[index] for index in range(len(pairs))]
-        asked = [_continuations(pair, pair.responses) for pair in pairs]
+        asked = [Continuations.of(pair.prompt_T, pair.responses) for pair in pairs]
         written = [(pair.prompt_T, ids_T) for pair, ids_T in zip(pairs, responses, strict=True)]
         return Answered(
             responses=responses,
@@ -198,16 +198,11 @@ class _Run:
             else:
                 cached_P2.append(pair.judge_logprobs[place])
             distinct, places_R = without_repeats(responses)
-            asked.append(_continuations(pair, distinct))
+            asked.append(Continuations.of(pair.prompt_T, distinct))
             places_PR.append(places_R)
         found = response_logprobs(model, asked, batch_size=self.options.batch_size)
         sums_PR = np.stack([sums[at] for sums, at in zip(found, places_PR, strict=True)])
         return np.concatenate([sums_PR, cached_P2], axis=1) if cached_P2 else sums_PR
-
-
-def _continuations(pair: Pair, responses: Sequence[Array]) -> Continuations:
-    lengths_N = np.array([len(response) for response in responses])
-    return Continuations(pair.prompt_T, np.concatenate(responses), lengths_N)
 
 
 def _refuse_unknown_ids(folder: Path, num_logits: int, answered: Mapping[str, Answered]) -> None:

@@ -58,6 +58,11 @@ class Continuations:
             )
         assert int(lengths_N.sum()) == len(self.token_ids_C)
 
+    @classmethod
+    def of(cls, prompt_T: npt.NDArray[Any], answers: Sequence[npt.NDArray[Any]]) -> "Continuations":
+        """Lay answers end to end; there is one at least."""
+        return cls(prompt_T, np.concatenate(answers), np.array([len(a) for a in answers]))
+
 
 def sequence_logprobs(
     model: nn.Module,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
-from schemas.shards import sha256_of, write_text
+from schemas.shards import write_text
 from stages.checkpoint import (
     CHECKPOINTS,
     METRICS,
@@ -28,6 +28,7 @@ from stages.checkpoint import (
     last_checkpoint,
     read_checkpoint,
     run_fingerprint,
+    weight_checksums,
     write_checkpoint,
 )
 from stages.student.distillation_trainer import DistillationTrainer, OnEvent, training_arguments
@@ -95,11 +96,10 @@ def _identity(
     config: TrainConfig, dataset: CachedDataset, lm_dataset: CachedDataset | None, student: Path
 ) -> dict[str, Any]:
     """What makes a run's weights what they are; step names and places do not."""
-    files = [*sorted(student.glob("*.safetensors")), *sorted(student.glob("*.bin"))]
     identity = {
         "config": config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
         "data": [manifest.dataset_id for manifest in dataset.manifests],
-        "student": {path.name: sha256_of(path) for path in files},
+        "student": weight_checksums(student),
     }
     if lm_dataset is not None:
         identity["lm_data"] = [manifest.dataset_id for manifest in lm_dataset.manifests]
