@@ -22,7 +22,7 @@ IMPORT_SITES = {
     "vllm": ("stages/engines/vllm_engine.py",),
     "ray": ("pipeline/ray_executor.py",),
     "airflow": ("airflow_dags/",),
-    "torch": ("stages/",),
+    "torch": ("stages/", "pipeline/training_launch.py"),
     "transformers": ("stages/", "pipeline/inspect_rows.py"),
     "datasets": ("stages/ingest/",),
     "polars": ("stages/ingest/",),
@@ -74,7 +74,7 @@ COMMANDS = {
     "status": {"--set", "--json"},
     "verify": set(),
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer"},
-    "train": {"--step", "--set"},
+    "train": {"--step", "--nproc", "--set"},
     "evaluate": {"--data", "--split", "--batch-size", "--score", "--json"},
     "student init": {"--from", "--layers"},
 }
