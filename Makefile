@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make tasks      each sets up what it needs, and resumes a half-done set-up.
+# make demo | make test | make check | make bench | make tasks | make pairs      each sets up what it needs, and resumes a half-done set-up.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 
-.PHONY: demo test check bench assets tasks install clean
+.PHONY: demo test check bench assets tasks pairs install clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ assets: $(STAMP)
 tasks: assets
 	@$(BIN)/python examples/fetch_tasks.py --cache $(CACHE)
 
+# Preference pairs for the alignment examples.
+pairs: assets
+	@$(BIN)/python examples/fetch_pairs.py --cache $(CACHE)
+
 demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
 
@@ -49,7 +53,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow and not vllm" -q
 
-bench: tasks
+bench: tasks pairs
 	$(BIN)/python benchmarks/run_all.py
 
 clean:

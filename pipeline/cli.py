@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 student_app = typer.Typer(no_args_is_help=True, help="Make student models.")
 app.add_typer(student_app, name="student")
+teacher_app = typer.Typer(no_args_is_help=True, help="Make teacher models.")
+app.add_typer(teacher_app, name="teacher")
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
@@ -166,7 +168,7 @@ def evaluate(
     student: Annotated[Path, typer.Argument(help="A model folder.")],
     data: Annotated[
         list[Path],
-        typer.Option(help="Documents or episodes folder, then tables about it. Repeatable."),
+        typer.Option(help="Documents, episodes or pairs folder, then tables about it. Repeatable."),
     ],
     split: Annotated[str, typer.Option(help="Which rows: heldout or train.")] = "heldout",
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -174,18 +176,64 @@ def evaluate(
         Literal["mean", "sum"],
         typer.Option(help="Episodes: score a candidate by mean or sum of log-probs."),
     ] = "mean",
+    judge: Annotated[
+        Path | None, typer.Option(help="Pairs: the aligned teacher that rewards responses.")
+    ] = None,
+    judge_reference: Annotated[
+        Path | None, typer.Option(help="Pairs: the model that the judge was aligned from.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Pairs: factor of the judge's log-ratio.")] = 0.1,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Pairs: the student to compare with, such as the SFT one.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Pairs: most tokens that a student may answer.")
+    ] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Measure a student on cached rows: cross-entropy, KL to the teacher, top-1 agreement.
 
     On episodes: accuracy and macro-F1 by task, votes over draws, P@k, free answers, agreement with
     the teacher on candidates and subsets, with baselines beside.
+
+    On preference pairs: preference accuracy and margin, length, KL to the baseline, and with a
+    judge the implicit reward of greedy responses and the share of wins over the baseline. DATA may
+    hold response_logprobs of the judge, then of its reference.
     """
-    from pipeline import icl_report, report
+    from pipeline import icl_report, preference_report, report
+    from schemas.errors import ConfigError
     from schemas.manifest import read_manifest
 
     _quiet_libraries()
-    if read_manifest(data[0]).table == "episodes":
+    table = read_manifest(data[0]).table
+    if table != "preference_pairs" and (judge or judge_reference or baseline):
+        raise ConfigError(
+            f"--judge, --judge-reference and --baseline are about preference_pairs, {data[0]} is "
+            f"table {table}"
+        )
+    if table == "preference_pairs":
+        from stages.student.preference_evaluation import (
+            Judge,
+            PreferenceOptions,
+            evaluate_preferences,
+        )
+
+        if (judge is None) != (judge_reference is None):
+            raise ConfigError("--judge and --judge-reference go together: give both or neither")
+        judges = Judge(judge, judge_reference, beta) if judge and judge_reference else None
+        compared = {"student": student} | ({"baseline": baseline} if baseline else {})
+        measured = evaluate_preferences(
+            compared,
+            data,
+            baseline="baseline" if baseline else None,
+            judge=judges,
+            split=split,
+            options=PreferenceOptions(max_tokens=max_tokens, batch_size=batch_size),
+        )
+        preference_report.print_preference_report(
+            console, str(student), measured.as_dict(), as_json=as_json
+        )
+    elif table == "episodes":
         from stages.student.icl_evaluation import evaluate_episodes
 
         found = evaluate_episodes(student, data, split=split, scoring=score, batch_size=batch_size)
@@ -218,6 +266,42 @@ def student_init(
             {"student": str(output), "layers": list(info.layers), "parameters": info.num_parameters}
         )
     )
+
+
+@teacher_app.command("align")
+def teacher_align(
+    model: Annotated[Path, typer.Option("--from", help="The model folder to align.")],
+    pairs: Annotated[Path, typer.Option(help="A finished preference_pairs folder.")],
+    output: Annotated[Path, typer.Argument(help="Where to save the aligned teacher.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 20,
+    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train an adapter of this rank, then merge it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Order of the pairs.")] = 0,
+) -> None:
+    """Align a teacher with preference pairs by DPO (TRL's trainer); prints held-out numbers."""
+    from schemas.errors import ConfigError
+    from stages.alignment import align
+    from stages.teacher_align import AlignConfig
+
+    for name, value in (("beta", beta), ("lr", lr)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} is {value:g}, expected a number above 0")
+    config = AlignConfig(
+        beta=beta,
+        lr=lr,
+        max_steps=steps,
+        per_device_batch_size=batch_size,
+        lora_rank=lora_rank,
+        seed=seed,
+    )
+    _quiet_libraries()
+    with _reporting() as reporter:
+        found = align(config, model=model, pairs=pairs, output=output, on_event=reporter.trained)
+    console.print_json(json.dumps({"teacher": str(output), **found.metrics}))
 
 
 def _quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from schemas.errors import ConfigError, StoreError
 from schemas.shards import sha256_of, write_text
+from stages.engines.adapters import ADAPTER_CONFIG, adapter_files
 from stages.tokenizer_identity import tokenizer_fingerprint
 from stages.user_cache import user_cache
 
@@ -21,6 +22,7 @@ ADDRESS_DIGITS = 12
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 # What a config file says about its own origin, which moves no weight and no logit.
 _CONFIG_NOISE = ("_name_or_path", "transformers_version")
+_ADAPTER_NOISE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 def canonical_json(value: Any) -> str:
@@ -50,21 +52,36 @@ def _check_stable(value: Any, path: str) -> None:
         raise TypeError(f"{path} is a {type(value).__name__}, which has no stable bytes")
 
 
-def model_identity(folder: Path, *, dtype: str, engine: str) -> dict[str, Any]:
+def model_identity(
+    folder: Path, *, dtype: str, engine: str, adapter: Path | None = None
+) -> dict[str, Any]:
     """Return what makes a model answer as it does: weights, config, tokenizer, dtype and engine.
 
-    Weight files are hashed whole, once: the result is remembered by path, size and time.
+    Weight files are hashed whole, once: the result is remembered by path, size and time. A PEFT
+    ``adapter`` adds its own weights and config.
     """
     config = _model_config(folder)
     weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
     if not weights:
         raise ConfigError(f"{folder} has no weight file (*.safetensors or *.bin)")
-    return {
+    identity: dict[str, Any] = {
         "config": {key: value for key, value in config.items() if key not in _CONFIG_NOISE},
         "weights": {path.name: remembered_sha256(path) for path in weights},
         "tokenizer": tokenizer_fingerprint(folder),
         "dtype": dtype,
         "engine": engine,
+    }
+    if adapter is not None:
+        identity["adapter"] = _adapter_identity(adapter)
+    return identity
+
+
+def _adapter_identity(adapter: Path) -> dict[str, Any]:
+    weights = adapter_files(adapter)
+    config = _json_object(adapter / ADAPTER_CONFIG)
+    return {
+        "config": {key: value for key, value in config.items() if key not in _ADAPTER_NOISE},
+        "weights": {path.name: remembered_sha256(path) for path in weights},
     }
 
 
@@ -75,13 +92,17 @@ def _model_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder: it has no config.json; give the path of a folder "
             f"saved by transformers"
         )
+    return _json_object(path)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; save the model again") from error
-    if not isinstance(config, dict):
+    if not isinstance(body, dict):
         raise ConfigError(f"{path} holds no JSON object; save the model again")
-    return config
+    return body
 
 
 def vocab_size_of(folder: Path) -> int:

@@ -1,6 +1,5 @@
 """A readable look at rows: the text, and at each position what the teacher thought."""
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,19 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pipeline.inspect_pairs import (
+    Decode,
+    advantages_table,
+    pair_table,
+    response_logprobs_table,
+    responses_table,
+)
+from schemas.advantages import (
+    ExactAdvantages,
+    ReleasedAdvantages,
+    ThresholdAdvantages,
+    UnionAdvantages,
+)
 from schemas.candidate_scores import CandidateScores
 from schemas.dataset import known_table
 from schemas.distribution import unpack_threshold, unpack_top_k
@@ -17,12 +29,13 @@ from schemas.documents import Document
 from schemas.episodes import Episode, split_candidates
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest, read_manifest
+from schemas.preference_pairs import PreferencePair
+from schemas.response_logprobs import ResponseLogprobs
+from schemas.responses import Responses
 from schemas.shards import read_shard
 from schemas.subset_preferences import SubsetPreferences, split_subsets
 from schemas.table import Table
 from schemas.teacher_logits import ThresholdLogits, TopKLogits
-
-Decode = Callable[[Any], str]
 
 
 def inspect_rows(
@@ -60,6 +73,18 @@ def inspect_rows(
                 console.print(_subsets_table(row))
             case CandidateScores():
                 console.print(_candidates_table(row))
+            case PreferencePair():
+                console.print(pair_table(row, decode))
+            case Responses():
+                console.print(responses_table(row, decode))
+            case ResponseLogprobs():
+                console.print(response_logprobs_table(row))
+            case (
+                ExactAdvantages() | ThresholdAdvantages() | UnionAdvantages() | ReleasedAdvantages()
+            ):
+                whole, view = advantages_table(row, positions=positions, top=top, decode=decode)
+                console.print(whole, highlight=False)
+                console.print(view)
             case _:
                 console.print(_positions_table(row, positions=positions, top=top, decode=decode))
 

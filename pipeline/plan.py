@@ -20,9 +20,16 @@ from pipeline.fingerprint import (
 from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.manifest import MANIFEST, Manifest, read_manifest
+from stages.advantages import AdvantagesStage
 from stages.checkpoint import read_checkpoint
 from stages.stage import ModelSpec, SourceStage, TableStage
-from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
+from stages.student.config import (
+    EvaluateStage,
+    PreferenceEvaluationStage,
+    StudentInitStage,
+    TrainStage,
+)
+from stages.teacher_align import TeacherAlignStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 State = Literal["done", "partial", "pending"]
@@ -31,18 +38,28 @@ EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model a step uses: its folder, how to run it, and what names it by content."""
+    """A model a step uses: where it lies, how to run it, and what names it by content."""
 
-    folder: Path
+    base: Path
     dtype: str
     engine: Literal["vllm", "transformers"]
     identity: Mapping[str, Any]
     tokenizer: str
+    adapter: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """An ordinary transformers folder; an adapter is merged into its base when first asked."""
+        return self.base if self.adapter is None else self.spec().path
 
     def spec(self) -> ModelSpec:
         """The model as stages see it; its folder has to exist by now."""
-        width = hidden_size_of(self.folder)
-        return ModelSpec(self.folder, self.dtype, self.engine, width)
+        width = hidden_size_of(self.base)
+        merged_name = ""
+        if self.adapter is not None:
+            parts = ("config", "weights", "tokenizer", "adapter")
+            merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
+        return ModelSpec(self.base, self.dtype, self.engine, width, self.adapter, merged_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +82,7 @@ class PlannedStep:
     @property
     def makes_model(self) -> bool:
         """Whether a later step may use this one as its model."""
-        return isinstance(self.stage, StudentInitStage | TrainStage)
+        return isinstance(self.stage, TeacherAlignStage | StudentInitStage | TrainStage)
 
     @property
     def tokenizer(self) -> str:
@@ -114,6 +131,13 @@ def _plan_step(
         case TableStage():
             inputs = (_input_step(stage, planned, f"{place}.input"),)
             models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
+            for ref in stage.partner_models:
+                models[ref] = _model(ref, recipe, planned, f"{place}.reference")
+            if isinstance(stage, AdvantagesStage):
+                _refuse_equal_models(stage, models, place)
+        case TeacherAlignStage():
+            inputs = (_table_step(stage.data, planned, f"{place}.data"),)
+            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
         case StudentInitStage():
             models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
         case TrainStage():
@@ -127,8 +151,14 @@ def _plan_step(
             models = {
                 ref: _model(ref, recipe, planned, f"{place}.students") for ref in stage.students
             }
+        case PreferenceEvaluationStage():
+            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
+            models = {ref: _model(ref, recipe, planned, place) for ref in stage.all_models}
+            check_judge(stage, inputs, models, place)
+            config["roles"] = stage.roles
     _refuse_other_tokenizer(models, inputs, place)
-    group = "evaluations" if isinstance(stage, EvaluateStage) else "checkpoints"
+    measures = isinstance(stage, EvaluateStage | PreferenceEvaluationStage)
+    group = "evaluations" if measures else "checkpoints"
     if isinstance(stage, SourceStage | TableStage):
         identity["table"] = [stage.table.name, stage.table.version, stage.table.variant]
         group = stage.table.name
@@ -167,6 +197,43 @@ def _refuse_other_tokenizer(
                 )
 
 
+def _refuse_equal_models(stage: AdvantagesStage, models: Mapping[str, Model], place: str) -> None:
+    same = models[stage.model].identity == models[stage.reference].identity
+    if same and not stage.allow_equal_models:
+        raise ConfigError(
+            f"{place}: reference '{stage.reference}' is the aligned teacher '{stage.model}' "
+            f"itself, so all advantages would be 0: name the model that it was aligned from, "
+            f"or set allow_equal_models"
+        )
+
+
+def check_judge(
+    stage: PreferenceEvaluationStage,
+    inputs: Sequence[PlannedStep],
+    models: Mapping[str, Model],
+    place: str,
+) -> None:
+    """Raise ConfigError where the judge is one model twice, or its tables are not its own.
+
+    The two tables are told apart by their order, and held to the models that make them.
+    """
+    if stage.judge is None:
+        return
+    judges = (stage.judge.teacher, stage.judge.reference)
+    if models[judges[0]].identity == models[judges[1]].identity:
+        raise ConfigError(
+            f"{place}.judge: teacher '{judges[0]}' and reference '{judges[1]}' are one model, so "
+            f"every reward would be 0: name the model that was aligned and the one before"
+        )
+    for source, name in zip(inputs[1:], judges, strict=False):
+        makers = list(source.models.values())
+        if not makers or makers[0].identity != models[name].identity:
+            raise ConfigError(
+                f"{place}.data: '{source.name}' was not scored by '{name}': after the pairs come "
+                f"the scores of '{judges[0]}', then those of '{judges[1]}'"
+            )
+
+
 def _table_step(reference: str, planned: Mapping[str, PlannedStep], place: str) -> PlannedStep:
     step = planned.get(reference)
     if step is None or not step.writes_table:
@@ -203,8 +270,10 @@ def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], p
         )
     if ref.step is not None:
         return _checkpoint_model(ref, planned, f"models.{reference}.step")
-    identity = model_identity(ref.folder, dtype=ref.dtype, engine=ref.engine)
-    return Model(ref.folder, ref.dtype, ref.engine, identity, str(identity["tokenizer"]))
+    adapter = None if ref.adapter is None else Path(ref.adapter).expanduser()
+    identity = model_identity(ref.folder, dtype=ref.dtype, engine=ref.engine, adapter=adapter)
+    tokenizer = str(identity["tokenizer"])
+    return Model(ref.folder, ref.dtype, ref.engine, identity, tokenizer, adapter)
 
 
 def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: str) -> Model:
@@ -258,10 +327,10 @@ def _unfinished(step: PlannedStep) -> Progress:
         waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
         return Progress(state, why + waits, finished)
     model = next(iter(step.models.values()))
-    if not (model.folder / "config.json").is_file():  # an earlier step has yet to make the model
+    if not (model.base / "config.json").is_file():  # an earlier step has yet to make the model
         return Progress(state, why, finished, len(source.shards), source.num_rows)
     assert isinstance(step.stage, TableStage)
-    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.folder))
+    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.base))
     return Progress(
         state=state,
         why=why,

@@ -14,33 +14,53 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import ConfigError
+from stages.advantages import AdvantagesStage
 from stages.candidate_scores import CandidateScoresStage
 from stages.engines.options import EngineOptions
 from stages.ingest.episodes import EpisodesStage
+from stages.ingest.preference_pairs import PreferencePairsStage
 from stages.ingest.text import IngestStage
+from stages.response_logprobs import ResponseLogprobsStage
 from stages.stage import StageConfig
-from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
+from stages.student.config import (
+    EvaluateStage,
+    PreferenceEvaluationStage,
+    StudentInitStage,
+    TrainStage,
+)
+from stages.student_responses import StudentResponsesStage
 from stages.subset_preferences import SubsetPreferencesStage
+from stages.teacher_align import TeacherAlignStage
 from stages.teacher_logits import TeacherLogitsStage
 
 Step = Annotated[
     IngestStage
     | EpisodesStage
+    | PreferencePairsStage
     | TeacherLogitsStage
     | SubsetPreferencesStage
     | CandidateScoresStage
+    | StudentResponsesStage
+    | ResponseLogprobsStage
+    | AdvantagesStage
+    | TeacherAlignStage
     | StudentInitStage
     | TrainStage
-    | EvaluateStage,
+    | EvaluateStage
+    | PreferenceEvaluationStage,
     Field(discriminator="stage"),
 ]
 
 
 class ModelRef(StageConfig):
-    """A model to run: a local folder, or the checkpoint that an earlier step makes."""
+    """A model to run: a local folder, or the checkpoint that an earlier step makes.
+
+    ``adapter`` is the folder of a PEFT adapter on a ``path`` model.
+    """
 
     path: str | None = None
     step: str | None = None
+    adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     engine: Literal["vllm", "transformers"] = "vllm"
 
@@ -48,6 +68,8 @@ class ModelRef(StageConfig):
     def _one_place(self) -> "ModelRef":
         if (self.path is None) == (self.step is None):
             raise ValueError("give either 'path' (a model folder) or 'step' (a step's name)")
+        if self.adapter is not None and self.path is None:
+            raise ValueError("'adapter' goes with 'path', the model folder it was trained on")
         return self
 
     @property
@@ -130,6 +152,9 @@ def _problems(error: ValidationError, body: dict[str, Any]) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "no such setting; check the spelling"
+        elif problem["type"] == "union_tag_invalid":
+            found, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "")
+            message = f"Input tag '{found}' found, expected one of {known}"
         lines.append(f"{place}: {message}")
     return "; ".join(lines)
 

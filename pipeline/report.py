@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
+from pipeline.run import EVALUATION
 from schemas.manifest import read_notes
 from stages.checkpoint import read_checkpoint
-from stages.student.config import EvaluateStage, TrainStage
+from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 
 
 def print_plan(
@@ -81,6 +83,10 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
     for step in steps:
         if isinstance(step.stage, EvaluateStage):
             console.print(_evaluation_table(step))
+        if isinstance(step.stage, PreferenceEvaluationStage):
+            body = json.loads((step.folder / EVALUATION).read_text())
+            for table in preference_tables(body, title=step.name):
+                console.print(table)
     tables = [step for step in steps if step.writes_table]
     if tables:
         console.print(_tables_table(tables))

@@ -6,7 +6,7 @@ and a second run is refused in one line.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,13 @@ from schemas.manifest import (
 from schemas.shards import sha256_of, write_text
 from stages.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, StageContext, TableStage
-from stages.student.config import EvaluateStage, StudentInitStage, TrainStage
+from stages.student.config import (
+    EvaluateStage,
+    PreferenceEvaluationStage,
+    StudentInitStage,
+    TrainStage,
+)
+from stages.teacher_align import TeacherAlignStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 WORK_FOLDER = ".work"
@@ -83,6 +89,18 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             _run_source(step, stage, reporter)
         case TableStage() as stage:
             _run_table(step, stage, execution, reporter)
+        case TeacherAlignStage() as stage:
+            from stages.alignment import align  # loads torch and TRL
+
+            align(
+                stage,
+                model=step.models[stage.model].folder,
+                pairs=step.inputs[0].folder,
+                output=step.folder,
+                fingerprint=step.fingerprint,
+                identity=step.identity,
+                on_event=reporter.trained,
+            )
         case StudentInitStage() as stage:
             from stages.student.init import init_student  # loads torch
 
@@ -93,6 +111,8 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             _run_training(step, stage, execution, reporter)
         case EvaluateStage() as stage:
             _run_evaluation(step, stage, reporter)
+        case PreferenceEvaluationStage() as stage:
+            _run_preference_evaluation(step, stage, reporter)
 
 
 def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
@@ -134,7 +154,11 @@ def _run_table(
     models = {name: model.spec() for name, model in step.models.items()}
     vocab_size = vocab_size_of(models[stage.model].path)
     context = StageContext(
-        folder=step.folder, vocab_size=vocab_size, models=models, engine=execution.engine
+        folder=step.folder,
+        vocab_size=vocab_size,
+        models=models,
+        engine=execution.engine,
+        input_table=source.table,
     )
     tasks = [
         ShardTask(
@@ -239,7 +263,39 @@ def _run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter)
             reports[name], metrics[name] = report.as_dict(), report.summary()
         else:
             reports[name] = metrics[name] = evaluate(model.folder, data)
-    write_text(step.folder / EVALUATION, json.dumps(reports, indent=1, sort_keys=True) + "\n")
+    _write_evaluation(step, reports, metrics)
+
+
+def _run_preference_evaluation(
+    step: PlannedStep, stage: PreferenceEvaluationStage, reporter: Reporter
+) -> None:
+    """Measure the students side by side; ``evaluation.json`` has win rates and examples too."""
+    from stages.student.preference_evaluation import (  # loads torch
+        Judge,
+        PreferenceOptions,
+        evaluate_preferences,
+    )
+
+    folders = {name: model.folder for name, model in step.models.items()}
+    judge = None
+    if stage.judge is not None:
+        teacher, reference = folders[stage.judge.teacher], folders[stage.judge.reference]
+        judge = Judge(teacher, reference, stage.judge.beta)
+    report = evaluate_preferences(
+        {name: folders[name] for name in stage.measured},
+        [source.folder for source in step.inputs],
+        baseline=stage.baseline,
+        judge=judge,
+        options=PreferenceOptions(stage.max_tokens, stage.batch_size, stage.seed),
+        on_progress=reporter.said,
+    )
+    _write_evaluation(step, report.as_dict(), report.students)
+
+
+def _write_evaluation(
+    step: PlannedStep, body: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]
+) -> None:
+    write_text(step.folder / EVALUATION, json.dumps(body, indent=1) + "\n")
     record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity, metrics=metrics)
     write_checkpoint(step.folder, record)
 
@@ -252,7 +308,7 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
         raise ConfigError(
             f"'{name}' is not a training step; there are: {', '.join(names) or 'none'}"
         )
-    students = {model.folder for model in chosen.models.values()}
+    students = {model.base for model in chosen.models.values()}
     makers = [step for step in plan if step.folder in students]
     for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
         if progress_of(source).state != "done":

@@ -22,8 +22,8 @@ def step_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(
-                f"{folder} is being written by {_holder(stream)}; wait for it to end and run again, or "
-                f"give this run another execution.root"
+                f"{folder} is being written by {_holder(stream)}; wait for it to end and run "
+                f"again, or give this run another execution.root"
             ) from error
         with suppress(OSError):  # the name is for people: a full disk is met, and told, later
             os.ftruncate(stream.fileno(), 0)

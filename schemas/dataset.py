@@ -16,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from .advantages import SUPPORTS
 from .candidate_scores import CANDIDATE_SCORES
 from .documents import DOCUMENTS
 from .episodes import EPISODES
 from .errors import IdentityMismatch, SchemaMismatch, StoreError
 from .manifest import Manifest, damaged_shards, read_manifest
+from .preference_pairs import PREFERENCE_PAIRS
+from .response_logprobs import RESPONSE_LOGPROBS
+from .responses import RESPONSES
 from .shards import ROWS_PER_BATCH
 from .subset_preferences import SUBSET_PREFERENCES
 from .table import Table
@@ -32,10 +36,16 @@ _KNOWN: tuple[Table[Any], ...] = (
     EPISODES,
     SUBSET_PREFERENCES,
     CANDIDATE_SCORES,
+    PREFERENCE_PAIRS,
+    RESPONSES,
+    RESPONSE_LOGPROBS,
     *ENCODINGS.values(),
+    *SUPPORTS.values(),
 )
 TABLES: dict[tuple[str, str], Table[Any]] = {(table.name, table.variant): table for table in _KNOWN}
 CACHED_BATCHES = 64
+# Columns that tables about one sample share; any other is one table's alone.
+_SHARED = {"sample_id", "prompt_ids_T"}
 
 
 def open_dataset(
@@ -45,7 +55,8 @@ def open_dataset(
 
     ``split`` keeps only that split's shards. ``verify`` re-hashes every shard first (about 1 GB/s);
     pass False where ``teachercache verify`` has just run. Raises StoreError for an unfinished or
-    damaged table, SchemaMismatch for another version, IdentityMismatch for another tokenizer.
+    damaged table, SchemaMismatch for another version or for two tables that share a column,
+    IdentityMismatch for another tokenizer.
     """
     parts = [_open_table(Path(folder), split=split, verify=verify) for folder in folders]
     first = parts[0]
@@ -55,7 +66,21 @@ def open_dataset(
                 f"{part.folder} holds ids of tokenizer {part.manifest.tokenizer[:12]}, "
                 f"{first.folder} of {first.manifest.tokenizer[:12]}: make both with one tokenizer"
             )
+    _refuse_equal_columns(parts)
     return CachedDataset(parts)
+
+
+def _refuse_equal_columns(parts: "Sequence[_OpenTable]") -> None:
+    """One of two columns with the same name would hide the other without a word."""
+    holder: dict[str, _OpenTable] = {}
+    for part in parts:
+        for name in part.table.columns:
+            other = holder.setdefault(name, part)
+            if other is not part and name not in _SHARED:
+                raise SchemaMismatch(
+                    f"{other.folder} and {part.folder} both have a column '{name}', which would "
+                    f"hide one another: open one of them"
+                )
 
 
 class CachedDataset:

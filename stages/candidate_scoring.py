@@ -28,9 +28,9 @@ from schemas.candidate_scores import CandidateScores
 from schemas.episodes import EPISODES, Episode, split_candidates
 from stages.candidate_scores import CandidateScoresStage
 from stages.engines.engine import Engine, open_engine
-from stages.engines.sequences import TokenIds
+from stages.engines.sequences import TokenIds, require_room
 from stages.language_head import LanguageHead
-from stages.scoring import positions_per_block, require_room
+from stages.scoring import positions_per_block
 from stages.stage import Rejected, StageContext, Work
 
 F64Array = npt.NDArray[np.float64]

@@ -5,17 +5,20 @@ time, in blocks of positions, and the encoding keeps what the recipe asks for. A
 goes to the engine as one unit and in one order, so that a re-run meets the same batches.
 
 Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
-token t + 1, so entry j comes from index j and ``first_target`` is 1.
+token t + 1, so entry j comes from index j and ``first_target`` is 1. Of a preference pair only the
+responses are scored, each after the prompt, which the engine is asked to run once.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from schemas.distribution import quantise_sticks, round_mantissa, uniforms
 from schemas.documents import DOCUMENTS
-from schemas.errors import ConfigError
+from schemas.preference_pairs import PREFERENCE_PAIRS
 from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages.encoding import (
     MAX_BLOCK_BYTES,
@@ -33,9 +36,12 @@ from stages.encoding import (
     threshold_sample,
     top_k,
 )
-from stages.engines.engine import HiddenStates, open_engine
-from stages.engines.sequences import TokenIds
+from stages.engines.engine import Engine, HiddenStates, open_engine
+from stages.engines.options import EngineOptions
+from stages.engines.sequences import TokenIds, require_room
 from stages.language_head import LanguageHead
+from stages.prompted import Prompted, prompted_of
+from stages.response_states import response_states
 from stages.stage import Rejected, StageContext, Work
 from stages.teacher_logits import (
     ExactEncoding,
@@ -53,12 +59,20 @@ _CPU_BLOCK_POSITIONS = 256
 def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
     model = context.models[stage.model]
-    opened = open_engine(model.engine, model.path, dtype=model.dtype, options=context.engine)
-    with opened as engine:
+    of_pairs = context.input_table == PREFERENCE_PAIRS.name
+    with open_engine(
+        model.engine,
+        model.path,
+        dtype=model.dtype,
+        options=context.engine,
+        share_prefixes=of_pairs,
+    ) as engine:
         if isinstance(stage.encoding, ExactEncoding):
             engine.head.save(context.folder)
 
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
+            if of_pairs:
+                return score_pairs(stage, engine, prompted_of(shard), context.engine)
             if engine.max_length == context.engine.max_model_len:
                 _require_room(shard, engine.max_length)
             return score_shard(stage, engine, shard)
@@ -68,18 +82,6 @@ def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[
 
 def _require_room(shard: pa.Table, max_model_len: int) -> None:
     require_room(pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0, max_model_len)
-
-
-def require_room(longest: int, max_model_len: int) -> None:
-    """Raise ConfigError for a row that only the engine's setting keeps out.
-
-    That setting is no part of a table's name: to reject by it would give one name two contents.
-    """
-    if longest > max_model_len:
-        raise ConfigError(
-            f"execution.engine.max_model_len is {max_model_len}, a row has {longest} tokens: "
-            f"raise it, or leave it out to reject only what exceeds the model's own window"
-        )
 
 
 def score_shard(
@@ -92,10 +94,35 @@ def score_shard(
     blocks = LogitBlocks(engine.head)
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
-            yield _encode(stage, blocks, sample_id, ids_T, next(hidden))
+            asked = _Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
+            yield _encode(stage, blocks, asked, next(hidden)[:-1])
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
             yield Rejected(sample_id, reason)
+
+
+def score_pairs(
+    stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted], options: EngineOptions
+) -> Iterable[AnyLogits | Rejected]:
+    """Yield one row, or one rejection, for each preference pair, in order."""
+    states = response_states(engine, pairs, options)
+    blocks = LogitBlocks(engine.head)
+    for pair, hidden_PD, reason in zip(pairs, states.hidden_AD, states.reasons, strict=True):
+        if hidden_PD is None:
+            yield Rejected(pair.sample_id, reason)
+            continue
+        targets_P = pair.token_ids_A.astype(np.int64)
+        asked = _Asked(pair.sample_id, len(pair.prompt_T), targets_P)
+        yield _encode(stage, blocks, asked, hidden_PD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One row to be: its key, and the tokens that its positions predict."""
+
+    sample_id: str
+    first_target: int
+    targets_P: npt.NDArray[np.int64]
 
 
 def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
@@ -106,25 +133,19 @@ def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
 
 
 def _encode(
-    stage: TeacherLogitsStage,
-    blocks: "LogitBlocks",
-    sample_id: str,
-    input_ids_T: TokenIds,
-    hidden_TD: Tensor,
+    stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: _Asked, hidden_PD: Tensor
 ) -> AnyLogits | Rejected:
     """Encode one row's positions, block by block."""
-    targets = np.asarray(input_ids_T[1:], np.int64)
-    targets_P = torch.from_numpy(targets).to(hidden_TD.device)
-    hidden_PD = hidden_TD[:-1]
+    targets_P = torch.from_numpy(asked.targets_P).to(blocks.head.weight_VD.device)
     if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
-        return Rejected(sample_id, "hidden state outside float16")
-    encoder = _Encoder(stage, sample_id, len(targets))
+        return Rejected(asked.sample_id, "hidden state outside float16")
+    encoder = _Encoder(stage, asked)
     for start, logits_PV in blocks.of(hidden_PD):
         for part in cache_slices(logits_PV):
             at = slice(start + part.start, start + part.stop)
             measured = measure(logits_PV[part], targets_P[at])
             if not measured.finite:
-                return Rejected(sample_id, "non-finite logits")
+                return Rejected(asked.sample_id, "non-finite logits")
             encoder.add(measured, hidden_PD[at], at.start)
     return encoder.row()
 
@@ -161,16 +182,20 @@ def _fits_float16(hidden_PD: Tensor) -> bool:
 
 
 class _Encoder:
-    """Collects the blocks of one document and makes its row."""
+    """Collects the blocks of one row and makes it."""
 
-    def __init__(self, stage: TeacherLogitsStage, sample_id: str, num_positions: int) -> None:
+    def __init__(self, stage: TeacherLogitsStage, asked: _Asked) -> None:
         self.encoding = stage.encoding
-        self.sample_id = sample_id
+        self.place: dict[str, Any] = {
+            "sample_id": asked.sample_id,
+            "first_target": asked.first_target,
+        }
         self.columns: dict[str, list[np.ndarray[Any, Any]]] = {}
         if isinstance(self.encoding, ThresholdEncoding):
-            key = hashlib.blake2b(f"{stage.seed}:{sample_id}".encode(), digest_size=8).digest()
+            seed = f"{stage.seed}:{asked.sample_id}".encode()
+            key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
             count = self.encoding.k + 1  # one for the systematic sample, k for rounding sticks
-            self.uniforms_PN = uniforms(int.from_bytes(key, "little"), num_positions, count)
+            self.uniforms_PN = uniforms(key, len(asked.targets_P), count)
 
     def add(self, measured: Measured, hidden_PD: Tensor, start: int) -> None:
         """Encode the block that begins at position ``start``."""
@@ -208,8 +233,8 @@ class _Encoder:
             case ThresholdEncoding():
                 for name in ("next_token_logprobs_P", "entropies_P"):
                     arrays[name] = round_mantissa(arrays[name])
-                return ThresholdLogits(sample_id=self.sample_id, first_target=1, **arrays)
+                return ThresholdLogits(**self.place, **arrays)
             case TopKEncoding():
-                return TopKLogits(sample_id=self.sample_id, first_target=1, **arrays)
+                return TopKLogits(**self.place, **arrays)
             case ExactEncoding():
-                return ExactLogits(sample_id=self.sample_id, first_target=1, **arrays)
+                return ExactLogits(**self.place, **arrays)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.manifest import Manifest
 from schemas.table import BoundTable, Table
+from stages.engines.adapters import merged_folder
 from stages.engines.options import EngineOptions
 
 
@@ -42,25 +43,39 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model as a stage sees it: an ordinary transformers folder, a dtype and an engine."""
+    """A model as a stage sees it: where it lies, a dtype and an engine.
 
-    path: Path
+    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
+    """
+
+    base: Path
     dtype: str
     engine: Literal["vllm", "transformers"]
     hidden_size: int
+    adapter: Path | None = None
+    merged_name: str = ""
+
+    @property
+    def path(self) -> Path:
+        """An ordinary transformers folder; an adapter is merged into its base when first asked."""
+        if self.adapter is None:
+            return self.base
+        return merged_folder(self.base, self.adapter, name=self.merged_name)
 
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
     """What a worker is given beside the configuration: places and widths, nothing hashed.
 
-    ``folder`` is the output table's folder, for files that lie beside its shards.
+    ``folder`` is the output table's folder, for files that lie beside its shards, ``input_table``
+    the name of the table that is read.
     """
 
     folder: Path
     vocab_size: int
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    input_table: str = ""
 
 
 Work = Callable[[pa.Table], Iterable[Any]]
@@ -128,6 +143,11 @@ class TableStage(StageConfig, ABC):
     @property
     def side_files(self) -> tuple[str, ...]:
         """Names of files that ``open`` writes beside the shards; they go into the manifest."""
+        return ()
+
+    @property
+    def partner_models(self) -> tuple[str, ...]:
+        """Models beside ``model`` that read the same token ids: their tokenizers have to agree."""
         return ()
 
     @property

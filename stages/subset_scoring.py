@@ -21,8 +21,7 @@ from schemas.errors import ConfigError
 from schemas.subset_preferences import SubsetPreferences
 from stages.candidate_scoring import logprobs_of
 from stages.engines.engine import Engine, open_engine
-from stages.engines.sequences import TokenIds
-from stages.scoring import require_room
+from stages.engines.sequences import TokenIds, require_room
 from stages.sentence_similarity import SentenceSimilarity
 from stages.stage import Rejected, StageContext, Work
 from stages.subset_preferences import SimilaritySampler, SubsetPreferencesStage

@@ -1,5 +1,7 @@
 """Stage ``teacher_logits``: token sequences -> what the teacher predicts at every position.
 
+Of documents and episodes every position is scored, of preference pairs those of the two responses.
+
 This file is the stage's configuration and what the planner needs of it, so that ``plan`` and
 ``status`` start without torch; ``stages.scoring`` is the work.
 """
@@ -15,6 +17,7 @@ from schemas.documents import DOCUMENTS
 from schemas.episodes import EPISODES
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
+from schemas.preference_pairs import PREFERENCE_PAIRS
 from schemas.table import BoundTable, Table
 from schemas.teacher_logits import ENCODINGS
 from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
@@ -52,7 +55,7 @@ class TeacherLogitsStage(TableStage):
     """
 
     VERSION: ClassVar[int] = 1
-    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (DOCUMENTS, EPISODES)
+    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (DOCUMENTS, EPISODES, PREFERENCE_PAIRS)
 
     stage: Literal["teacher_logits"]
     encoding: Encoding = ThresholdEncoding()
@@ -83,6 +86,7 @@ class TeacherLogitsStage(TableStage):
     def estimate(self, source: Manifest, *, hidden_size: int) -> Estimate:
         """All positions but the first of each row; real text came within a tenth of the bytes.
 
+        Prompts of preference pairs are not scored, so pairs come to less.
         Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
         byte, and the two float16 columns hardly at all.
         """

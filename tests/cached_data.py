@@ -66,7 +66,7 @@ def make_cached_data(root: Path) -> CachedData:
     return data
 
 
-def save_model(folder: Path, *, seed: int, num_layers: int) -> None:
+def save_model(folder: Path, *, seed: int, num_layers: int, head_dim: int = 8) -> None:
     """Save a random llama and a word-level tokenizer; sharp logits, so that there is a teacher."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -76,6 +76,7 @@ def save_model(folder: Path, *, seed: int, num_layers: int) -> None:
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         initializer_range=0.3,

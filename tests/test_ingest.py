@@ -19,8 +19,7 @@ from schemas.documents import Document
 from schemas.errors import ConfigError, StoreError
 from schemas.sample_id import sample_id_of
 from stages.ingest.cleaning import clean
-from stages.ingest.preparation import within
-from stages.ingest.prepared import PreparedSource
+from stages.ingest.prepared import PreparedSource, within
 from stages.ingest.text import IngestStage
 from stages.ingest.tokens import TextTokenizer
 

@@ -16,10 +16,14 @@ from stages.student.evaluation import Scores
 from stages.student.objectives import OBJECTIVES
 from stages.student.objectives.kd import Kd, ThresholdTeacher, TopKTeacher
 from stages.student.train_config import (
+    AdpaConfig,
     BiAlignConfig,
     CrossEntropyConfig,
+    DckdConfig,
+    DpoConfig,
     IclDistillationConfig,
     KdConfig,
+    SftConfig,
 )
 
 N, V, K = 24, 211, 8
@@ -118,5 +122,7 @@ def test_agreement_counts_positions_where_the_teacher_is_known() -> None:
 
 
 def test_every_objective_of_a_recipe_has_a_loss() -> None:
-    configs = (CrossEntropyConfig(), KdConfig(), BiAlignConfig(), IclDistillationConfig())
+    preference = (SftConfig(), DpoConfig(), DckdConfig(), AdpaConfig())
+    in_context = (BiAlignConfig(), IclDistillationConfig())
+    configs = (CrossEntropyConfig(), KdConfig(), *in_context, *preference)
     assert {config.loss for config in configs} == set(OBJECTIVES)

@@ -10,10 +10,14 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from schemas.advantages import SUPPORTS, ReleasedAdvantages, ThresholdAdvantages, UnionAdvantages
 from schemas.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.documents import DOCUMENTS, Document
 from schemas.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.errors import SchemaMismatch
+from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.responses import RESPONSES, Responses
 from schemas.sample_id import sample_id_of
 from schemas.shards import read_shard, write_shard
 from schemas.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
@@ -21,7 +25,7 @@ from schemas.table import BoundTable
 from schemas.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
 
 GOLDEN = Path(__file__).parent / "golden"
-SIZES = {"K": 4, "D": 8}
+SIZES = {"K": 4, "D": 8, "R": 6}
 BOUND: dict[str, BoundTable[Any]] = {
     "documents": DOCUMENTS.bind(vocab_size=49_152),
     "documents_large_vocabulary": DOCUMENTS.bind(vocab_size=262_144),
@@ -32,6 +36,13 @@ BOUND: dict[str, BoundTable[Any]] = {
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
     "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
     "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
+    "preference_pairs": PREFERENCE_PAIRS.bind(vocab_size=49_152),
+    "responses": RESPONSES.bind(vocab_size=151_936, sizes=SIZES),
+    "response_logprobs": RESPONSE_LOGPROBS.bind(vocab_size=49_152),
+    **{
+        f"advantages_{name}": table.bind(vocab_size=49_152, sizes=SIZES)
+        for name, table in SUPPORTS.items()
+    },
 }
 
 
@@ -175,8 +186,80 @@ def episode(**changes: Any) -> Episode:
     return dataclasses.replace(row, **changes)
 
 
-def test_episodes_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Path) -> None:
+SCORED: dict[str, Any] = {
+    "sample_id": "e" * 24,
+    "token_advantages_P": np.array([0.5, -0.25], np.float16),
+    "teacher_logprobs_N": np.array([-3.5], np.float32),
+    "reference_logprobs_N": np.array([-4.0], np.float32),
+}
+TWO_BY_FOUR = np.arange(8).reshape(2, 4)
+
+
+def responses(**changes: Any) -> Responses:
+    """Return two responses, of two tokens and of one."""
+    row = Responses(
+        sample_id="e" * 24,
+        prompt_ids_T=np.array([1, 2, 3]),
+        response_ids_A=np.array([140_000, 2, 9]),
+        response_lengths_N=np.array([2, 1], np.int32),
+        finish_reasons_N=np.array([1, 0], np.uint8),
+        logprobs_A=np.array([-1.5, -0.5, -3.0], np.float32),
+        top_ids_AK=np.arange(12).reshape(3, 4),
+        top_logprobs_AK=-np.arange(12.0).reshape(3, 4).astype(np.float16),
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def test_rows_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Path) -> None:
     rows: dict[str, tuple[Any, Any]] = {
+        "preference_pairs": (
+            PREFERENCE_PAIRS,
+            PreferencePair(
+                sample_id="e" * 24,
+                split="heldout",
+                prompt_ids_T=np.array([1, 2, 3]),
+                chosen_ids_C=np.array([4, 2]),
+                rejected_ids_R=np.array([49_151]),
+                chosen_finished=True,
+                rejected_finished=False,
+            ),
+        ),
+        "responses": (RESPONSES, responses()),
+        "response_logprobs": (
+            RESPONSE_LOGPROBS,
+            ResponseLogprobs(
+                sample_id="e" * 24,
+                response_logprobs_N=np.array([-10.5, -20.25], np.float32),
+                response_num_tokens_N=np.array([4, 7], np.int32),
+            ),
+        ),
+        "advantages_threshold": (
+            SUPPORTS["threshold"],
+            ThresholdAdvantages(
+                token_ids_PK=TWO_BY_FOUR,
+                advantages_PK=(TWO_BY_FOUR - 3.5).astype(np.float16),
+                log_inclusions_PK=-TWO_BY_FOUR.astype(np.float16),
+                **SCORED,
+            ),
+        ),
+        "advantages_as_released": (
+            SUPPORTS["as_released"],
+            ReleasedAdvantages(
+                token_ids_PK=TWO_BY_FOUR,
+                advantages_PK=(TWO_BY_FOUR - 3.5).astype(np.float16),
+                **SCORED,
+            ),
+        ),
+        "advantages_union_top_k": (
+            SUPPORTS["union_top_k"],
+            UnionAdvantages(
+                num_entries_P=np.array([3, 1], np.uint16),
+                token_ids_E=np.array([5, 6, 7, 49_151]),
+                advantages_E=np.array([1.0, -2.0, 0.5, 0.25], np.float16),
+                rest_advantages_P=np.array([0.5, -0.5], np.float16),
+                **SCORED,
+            ),
+        ),
         "episodes": (EPISODES, episode()),
         "subset_preferences": (
             SUBSET_PREFERENCES,
@@ -248,3 +331,17 @@ def test_a_subset_keeps_query_answer_and_each_demonstrations_separator() -> None
     assert [c.tolist() for c in candidates] == [[32], [33, 34]]
     assert split_candidates(np.zeros(0), np.zeros(0)) == []
     assert split_subsets(np.array([0, 1, 1]), np.array([2, 0, 1])) == [[0, 1], [], [1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"response_lengths_N": np.array([2, 2])}, r"responses of \[2, 2\] tokens, 3 are there"),
+        ({"response_lengths_N": np.array([3, 0])}, r"responses of \[3, 0\] tokens"),
+        ({"logprobs_A": np.zeros(2)}, r"3 tokens beside \[2, 3\] log-probs"),
+        ({"prompt_ids_T": np.zeros(0)}, "the prompt has no token"),
+    ],
+)
+def test_responses_that_disagree_are_no_row(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"sample {'e' * 24}: {reason}"):
+        responses(**changes)

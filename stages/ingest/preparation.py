@@ -28,7 +28,14 @@ from stages.stage import OnProgress
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 from .document_spool import spool_documents
-from .prepared import PREPARED, PreparedSource, cut_shards, read_prepared, write_prepared
+from .prepared import (
+    PREPARED,
+    PreparedSource,
+    cut_shards,
+    read_prepared,
+    within,
+    write_prepared,
+)
 from .sequence_spool import spool_sequences
 from .sequences import ROWS, SCHEMA, count_rows, range_path, write_sequences
 from .source import COMPRESSIONS, HubRows, Source
@@ -160,19 +167,6 @@ class Preparation:
                     f"(rejected: {reasons or 'none'}); give more text, or lower length or "
                     f"min_chars, or change heldout_fraction ({self.stage.heldout_fraction})"
                 )
-
-
-def within(rows: dict[str, int], max_rows: int | None) -> dict[str, int]:
-    """Return how many rows of each split to keep, in the proportion they are there.
-
-    Rows come in the order of a hash, so the first ones are a sample of all.
-    """
-    total = sum(rows.values())
-    if max_rows is None or total <= max_rows:
-        return rows
-    return {
-        split: max(1, count * max_rows // total) if count else 0 for split, count in rows.items()
-    }
 
 
 def text_bytes(source: Source, files: tuple[Path, ...]) -> int:

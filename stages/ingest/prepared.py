@@ -61,6 +61,19 @@ def cut_shards(rows: dict[str, int], rows_per_shard: int) -> tuple[SourceShard, 
     )
 
 
+def within(rows: dict[str, int], max_rows: int | None) -> dict[str, int]:
+    """Return how many rows of each split to keep, in the proportion they are there.
+
+    Rows come in the order of a hash, so the first ones are a sample of all.
+    """
+    total = sum(rows.values())
+    if max_rows is None or total <= max_rows:
+        return rows
+    return {
+        split: max(1, count * max_rows // total) if count else 0 for split, count in rows.items()
+    }
+
+
 def write_prepared(work_dir: Path, prepared: PreparedSource) -> None:
     """Mark ``work_dir`` as complete."""
     write_text(work_dir / PREPARED, json.dumps(asdict(prepared), indent=1) + "\n")

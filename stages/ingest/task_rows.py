@@ -4,28 +4,20 @@ Labels kept as integers get the names that the recipe gives them, or else those 
 itself carries (a ``ClassLabel`` column).
 """
 
-import glob
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import datasets
 
 from schemas.errors import ConfigError
 
-from .reading import json_object, raw_lines, readable
-from .source import HubData, RowFiles
+from .records import read_records
 from .task_lines import text_of, texts_of
 from .task_sources import TableRows
 from .tasks import Example, Task, make_task
 
-_Record = tuple[str, dict[str, Any]]  # its place, and its columns
-
 
 def read_table(source: TableRows, counts: Counter[str]) -> Task:
     """Return the task; raises ConfigError for a missing column or a value that will not do."""
-    rows = [_example(source, place, record) for place, record in _records(source.source)]
+    rows = [_example(source, place, record) for place, record in read_records(source.source)]
     if not rows:
         raise ConfigError(f"task '{source.name}': its source holds no row")
     fixed = source.options if isinstance(source.options, tuple) else ()
@@ -48,52 +40,3 @@ def _output(source: TableRows, place: str, record: dict[str, Any]) -> str:
             f"{sorted(source.label_names)}"
         )
     return source.label_names[value]
-
-
-def _records(source: RowFiles | HubData) -> Iterator[_Record]:
-    if isinstance(source, HubData):
-        source.files()  # refuses a folder of that name
-        where = f"hub data set '{source.name}' at {source.revision[:12]}"
-        with readable(where, "hub"):
-            stream = datasets.load_dataset(
-                source.name,
-                source.config,
-                split=source.split,
-                revision=source.revision,
-                streaming=True,
-            )
-            yield from _streamed(stream, where)
-        return
-    for path in source.files():
-        with readable(str(path), source.kind):
-            yield from _json_rows(path) if source.kind == "jsonl" else _columnar(source.kind, path)
-
-
-def _json_rows(path: Path) -> Iterator[_Record]:
-    number = 0
-    for lines in raw_lines(path, "line"):
-        for line in lines:
-            number += 1
-            if line.strip():
-                record = json_object(line, path, number)
-                if not isinstance(record, dict):
-                    raise ConfigError(f"{path}:{number}: not UTF-8; save the file as UTF-8")
-                yield f"{path}:{number}", record
-
-
-def _columnar(kind: str, path: Path) -> Iterator[_Record]:
-    name = glob.escape(str(path))
-    stream = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True)
-    yield from _streamed(stream, str(path))
-
-
-def _streamed(stream: Any, where: str) -> Iterator[_Record]:
-    features = stream.features or {}
-    labels = {name: kind for name, kind in features.items() if hasattr(kind, "int2str")}
-    for number, record in enumerate(stream, 1):
-        named = {
-            name: kind.int2str(record[name])
-            for name, kind in labels.items()
-            if record[name] is not None
-        }
-        yield f"{where}:{number}", record | named

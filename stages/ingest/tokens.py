@@ -2,16 +2,19 @@
 
 No special token is added. Text that spells a special token (``<|im_end|>``) becomes that token,
 as everywhere in transformers; ids at or above the model's vocabulary are reported, never kept.
+Chat templates that print today's date are given one fixed date, or every day would make other ids.
 
 Cost: 1.5 MB of English a CPU second (SmolLM2's tokenizer, 2026-11); all cores are used.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
@@ -19,7 +22,12 @@ from schemas.errors import ConfigError
 from .packing import IdArray
 
 _BREAK = "\n"
+_TODAY = date(2024, 7, 26)  # as Llama 3.2's template says where it knows no date
 _NO_LIMIT = 10**12  # transformers writes 1e30 where a tokenizer states no maximum
+
+
+class TemplateRefusal(Exception):
+    """A chat template that will not write these messages; the message is its own first line."""
 
 
 class TextTokenizer:
@@ -40,17 +48,18 @@ class TextTokenizer:
         self.vocab_size, self.max_length = model_limits(folder, len(tokenizer))
         self.max_length = min(self.max_length, int(tokenizer.model_max_length))
         self.eos_id: int | None = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         alone, inside = self.encode(["a", f"{_BREAK}a"])
         self._prepends = alone.tolist() != inside[-len(alone) :].tolist()
 
-    def require(self, *, length: int, eos: bool) -> None:
+    def require(self, *, length: int, eos: bool, setting: str = "length") -> None:
         """Raise ConfigError when rows of ``length`` tokens (parted by an EOS) cannot be made."""
         if length > self.max_length:
             raise ConfigError(
-                f"length: got {length}, but the model in {self.folder} takes at most "
+                f"{setting}: got {length}, but the model in {self.folder} takes at most "
                 f"{self.max_length} tokens"
             )
         if eos and self.eos_id is None:
@@ -63,6 +72,36 @@ class TextTokenizer:
         """Return the ids of each text, without special tokens."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """How all special tokens are spelled, the longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = {token.content for token in added if token.special}
+        texts.update(self._tokenizer.all_special_tokens)
+        return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``render_chat`` can be called."""
+        template = self._tokenizer.chat_template
+        return "default" in template if isinstance(template, dict) else template is not None
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, header: bool) -> str:
+        """Return the text that the model's chat template makes of ``role`` and ``content``.
+
+        ``header`` adds what opens the assistant's turn. Raises TemplateRefusal.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=header,
+                strftime_now=_TODAY.strftime,
+            )
+        except TemplateError as error:
+            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else "") from error
+        return text
 
     @property
     def prefix_ids(self) -> IdArray:

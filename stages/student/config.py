@@ -1,6 +1,6 @@
 """Steps about students: make one, train it, measure several. Needs no torch to be planned."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,3 +59,86 @@ class EvaluateStage(StageConfig):
     students: tuple[str, ...] = Field(min_length=1)
     data: tuple[str, ...] = Field(min_length=1)
     score: Literal["mean", "sum"] = "mean"
+
+
+class JudgeConfig(StageConfig):
+    """Two models whose log-ratio judges responses: ``beta (log p_teacher - log p_reference)``."""
+
+    teacher: str
+    reference: str
+    beta: float = Field(default=0.1, gt=0.0)
+
+    @model_validator(mode="after")
+    def _two_models(self) -> "JudgeConfig":
+        if self.teacher == self.reference:
+            raise ValueError(
+                f"'teacher' and 'reference' are both '{self.teacher}', so every reward would be 0: "
+                f"name the model that was aligned and the one it was aligned from"
+            )
+        return self
+
+
+class PreferenceEvaluationStage(StageConfig):
+    """Measure ``students`` on held-out preference pairs, beside ``baseline`` and under ``judge``.
+
+    ``data`` is the pairs, then none or two tables of ``response_logprobs`` about them: those of the
+    judge's teacher and of its reference, in this order. ``seed`` is that of the bootstrap and of
+    which rows are shown.
+    """
+
+    VERSION: ClassVar[int] = 1
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "baseline", "data", "judge")
+
+    stage: Literal["evaluate_preferences"]
+    students: tuple[str, ...] = Field(min_length=1)
+    baseline: str
+    data: tuple[str, ...] = Field(min_length=1)
+    judge: JudgeConfig | None = None
+    max_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _tables_of_the_judge(self) -> "PreferenceEvaluationStage":
+        if problem := judge_tables_problem(len(self.data) - 1, has_judge=self.judge is not None):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The students, and the baseline where it is none of them."""
+        return tuple(dict.fromkeys((*self.students, self.baseline)))
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """Every model that is loaded, each once."""
+        judges = (self.judge.teacher, self.judge.reference) if self.judge else ()
+        return tuple(dict.fromkeys((*self.measured, *judges)))
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """Which of ``all_models`` is what, without names: hashed in the place of the names."""
+        place = {name: index for index, name in enumerate(self.all_models)}
+        roles: dict[str, Any] = {
+            "students": [place[name] for name in self.students],
+            "baseline": place[self.baseline],
+        }
+        if self.judge:
+            roles["judge"] = {
+                "teacher": place[self.judge.teacher],
+                "reference": place[self.judge.reference],
+                "beta": self.judge.beta,
+            }
+        return roles
+
+
+def judge_tables_problem(num_tables: int, *, has_judge: bool) -> str:
+    """Return what is wrong with the number of tables beside the pairs, ``""`` if nothing is."""
+    if num_tables not in (0, 2):
+        return (
+            f"'data' has {num_tables} tables beside the preference pairs, expected none or two "
+            f"of response_logprobs: the judge's teacher's, then its reference's"
+        )
+    if num_tables and not has_judge:
+        return "'data' has response_logprobs, which only a judge would read: name the judge"
+    return ""

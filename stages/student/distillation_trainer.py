@@ -38,17 +38,22 @@ from schemas.shards import write_text
 from stages.checkpoint import WHOLE
 from stages.language_head import LanguageHead
 from stages.student.episode_loader import BiAlignCollator, EpisodesWithText, IclCollator
-from stages.student.evaluation import DTYPES, teacher_head_of
+from stages.student.evaluation import DTYPES, advantage_heads_of, teacher_head_of
 from stages.student.loader import Collator, SignalRows, encoding_of
 from stages.student.objectives import OBJECTIVES
+from stages.student.pair_loader import AdpaCollator, ChosenCollator, DckdCollator, DpoCollator
 from stages.student.sequence_logprobs import MICRO_BATCH_TOKENS
 from stages.student.step import Step, Term, Unit
 from stages.student.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn
 from stages.student.student_model import student_vocab_size
 from stages.student.train_config import (
+    AdpaConfig,
     BiAlignConfig,
     CrossEntropyConfig,
+    DckdConfig,
+    DpoConfig,
     IclDistillationConfig,
+    SftConfig,
     TrainConfig,
     TrainOptions,
 )
@@ -89,6 +94,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._config = config
         self._teacher_head = teacher_head
         self._lm_teacher_head = teacher_head_of(lm_dataset, args.device) if lm_dataset else None
+        self._advantage_heads = advantage_heads_of(dataset, args.device)
         self._micro_batch_tokens = micro_batch_tokens
         self._logged = _Sums()
         # Of this process, since this call of train(): scored tokens, and rows.
@@ -149,6 +155,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             lm_teacher_head=self._lm_teacher_head,
             micro_batch_tokens=self._micro_batch_tokens,
             progress=self.state.global_step / max(self.state.max_steps - 1, 1),
+            advantage_heads=self._advantage_heads,
         )
 
     def _get_num_items_in_batch(
@@ -195,14 +202,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 def counts_of(batch: dict[str, Any]) -> tuple[int, int]:
     """Return a batch's scored tokens and samples (``UNITS``), for losses to be divided by.
 
-    The answers of ``IclCollator`` count as samples, so only running text has tokens there.
+    The answers of ``IclCollator`` and ``DpoCollator`` count as samples, so only running text has
+    tokens there; both sequences of a preference pair are one sample.
     """
     if STAND_IN in batch:
         return 0, 0
     if "answers" in batch:
         text = batch.get("lm")
         return len(text["positions_N"]) if text else 0, len(batch["answers"])
-    return len(batch["positions_N"]), len(batch["input_ids"])
+    return len(batch["positions_N"]), batch.get("num_samples", len(batch["input_ids"]))
 
 
 def _rows_and_collator(
@@ -225,6 +233,15 @@ def _rows_and_collator(
                 text = Collator(encoding_of(lm_dataset) if icl.needs_teacher else "", vocab_size)
             rows = EpisodesWithText(dataset, lm_dataset, seed=config.seed)
             return rows, IclCollator(vocab_size, text)
+        case SftConfig():
+            return SignalRows(dataset), ChosenCollator(Collator("", vocab_size))
+        case DpoConfig():
+            return SignalRows(dataset), DpoCollator(vocab_size)
+        case DckdConfig():
+            signals = Collator(encoding_of(dataset), vocab_size)
+            return SignalRows(dataset), DckdCollator(signals)
+        case AdpaConfig():
+            return SignalRows(dataset), AdpaCollator.of(dataset, vocab_size)
         case _:
             return SignalRows(dataset), Collator(encoding_of(dataset), vocab_size)
 

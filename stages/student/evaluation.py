@@ -3,6 +3,7 @@
 All means are over scored tokens, in nats. ``kl_to_teacher`` is exact for ``exact``, an unbiased
 estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers of one table only.
 ``top1_agreement`` counts the positions where the cache tells the teacher's likeliest token.
+Of preference pairs the chosen responses are measured.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
@@ -11,18 +12,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
+from schemas.advantages import HEAD_FOLDERS
 from schemas.dataset import CachedDataset, open_dataset
+from schemas.preference_pairs import PREFERENCE_PAIRS
 from stages.language_head import LanguageHead
 from stages.student.chunked_loss import chunked_loss
 from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised
 from stages.student.objectives.kd import Teacher, teacher_of
+from stages.student.pair_loader import ChosenCollator
 from stages.student.student_model import (
     check_student,
     last_layer_of,
@@ -102,9 +106,25 @@ def device_of(options: TrainOptions) -> torch.device:
 
 def teacher_head_of(dataset: CachedDataset, device: torch.device) -> LanguageHead | None:
     """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
+    folder = _exact_table(dataset, "teacher_logits")
+    return None if folder is None else LanguageHead.load(folder, device=device)
+
+
+def advantage_heads_of(
+    dataset: CachedDataset, device: torch.device
+) -> tuple[LanguageHead, LanguageHead] | None:
+    """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
+    folder = _exact_table(dataset, "advantages")
+    if folder is None:
+        return None
+    teacher, reference = (LanguageHead.load(folder / name, device=device) for name in HEAD_FOLDERS)
+    return teacher, reference
+
+
+def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
     for folder, manifest in zip(dataset.folders, dataset.manifests, strict=True):
-        if manifest.variant == "exact":
-            return LanguageHead.load(folder, device=device)
+        if (manifest.table, manifest.variant) == (table, "exact"):
+            return folder
     return None
 
 
@@ -124,7 +144,9 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
 
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
     mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
-    collator = Collator(encoding_of(held_out.dataset), student_vocab_size(model))
+    collator: Any = Collator(encoding_of(held_out.dataset), student_vocab_size(model))
+    if held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
+        collator = ChosenCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
         batch_size=held_out.options.eval_batch_size,

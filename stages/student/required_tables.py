@@ -3,10 +3,14 @@
 from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
 from stages.student.train_config import (
+    AdpaConfig,
     BiAlignConfig,
+    DckdConfig,
+    DpoConfig,
     IclDistillationConfig,
     KdConfig,
     ObjectiveConfig,
+    SftConfig,
     lm_data_problem,
 )
 
@@ -20,6 +24,8 @@ def check_tables(
         raise ConfigError(problem)
     needed, lm_needed = _needed_tables(objective)
     _require(objective.loss, needed, dataset, "data")
+    if isinstance(objective, AdpaConfig):
+        _require_support(objective, dataset)
     if lm_dataset is not None:
         _require(objective.loss, lm_needed, lm_dataset, "lm_data")
 
@@ -35,6 +41,14 @@ def _needed_tables(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[s
             signals = ("teacher_logits",) if objective.needs_teacher else ()
             scores = ("candidate_scores",) if objective.needs_teacher else ()
             return ("episodes", *scores), ("documents", *signals)
+        case SftConfig():
+            return ("preference_pairs",), ()
+        case DpoConfig():
+            return ("preference_pairs", "response_logprobs"), ()
+        case DckdConfig():
+            return ("preference_pairs", "teacher_logits"), ()
+        case AdpaConfig():
+            return ("preference_pairs", "responses", "advantages"), ()
         case _:
             return (), ()
 
@@ -48,3 +62,13 @@ def _require(loss: str, needed: tuple[str, ...], dataset: CachedDataset, name: s
                 f"objective '{loss}' needs {article} {table} table, the {name} has: "
                 f"{', '.join(found)}; add the step that makes it to {name}"
             )
+
+
+def _require_support(objective: AdpaConfig, dataset: CachedDataset) -> None:
+    """The published code's advantages are another quantity than the paper's."""
+    support = next(m.variant for m in dataset.manifests if m.table == "advantages")
+    if (support == "as_released") != (objective.mode == "as_released"):
+        raise ConfigError(
+            f"objective 'adpa' in mode '{objective.mode}' cannot read advantages of support "
+            f"'{support}': mode as_released reads support as_released, mode paper any other"
+        )

@@ -50,14 +50,21 @@ class Step:
     lm_teacher_head: LanguageHead | None
     micro_batch_tokens: int
     progress: float
+    advantage_heads: tuple[LanguageHead, LanguageHead] | None = None
 
     def over_positions(self, batch: dict[str, Any], objective: Objective) -> Term:
         """Sum an objective over a batch's scored positions: the one forward of ``model``."""
-        last_layer = last_layer_of(self.bare)
-        hidden_ND = scored_hidden_states(self.model, batch, last_layer=last_layer)
+        return self.over(self.hidden_states(batch), objective)
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Return [N, D] of a batch's scored positions: the one forward of ``model``."""
+        return scored_hidden_states(self.model, batch, last_layer=last_layer_of(self.bare))
+
+    def over(self, hidden_ND: Tensor, objective: Objective, unit: Unit = "tokens") -> Term:
+        """Sum an objective over some positions' hidden states."""
         result = chunked_loss(hidden_ND, student_head(self.bare), objective, dtype=self.dtype)
         sums = {name: value for name, value in result.sums.items() if name != "loss"}
-        return Term(result.loss, sums, "tokens")
+        return Term(result.loss, sums, unit)
 
     def answer_logprobs(
         self, asked: list[Continuations], *, wrapped: bool = False

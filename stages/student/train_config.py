@@ -62,8 +62,60 @@ class IclDistillationConfig(StageConfig):
         return min(self.alpha_start, self.alpha_end) < 1.0
 
 
+class SftConfig(StageConfig):
+    """Cross-entropy on the chosen responses of preference pairs, over all their tokens."""
+
+    loss: Literal["sft"] = "sft"
+
+
+class DpoConfig(StageConfig):
+    """Direct preference optimisation against cached log-probs of the reference."""
+
+    loss: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0.0)
+
+
+class DckdConfig(StageConfig):
+    """Cross-entropy on chosen responses, forward KL to the teacher on chosen and rejected ones.
+
+    The defaults are the published code's; the paper's alpha stands before two KLs of weight 1.
+    """
+
+    loss: Literal["dckd"] = "dckd"
+    sft_weight: float = Field(default=1.0, ge=0.0)
+    alpha: float = Field(default=1.0, gt=0.0)
+    chosen_weight: float = Field(default=0.1, ge=0.0)
+    rejected_weight: float = Field(default=0.1, ge=0.0)
+
+    @model_validator(mode="after")
+    def _teacher_is_used(self) -> "DckdConfig":
+        if not self.chosen_weight + self.rejected_weight:
+            raise ValueError("chosen_weight and rejected_weight are both 0: use loss sft")
+        return self
+
+
+class AdpaConfig(StageConfig):
+    """Cross-entropy on chosen responses less ``gamma`` times the expected advantage.
+
+    ``as_released`` clips advantages to [1e-8, 1 - 1e-8] as the published code does, and reads
+    that code's support alone; ``paper`` takes them as they are, from any other.
+    """
+
+    loss: Literal["adpa"] = "adpa"
+    mode: Literal["paper", "as_released"] = "paper"
+    sft_weight: float = Field(default=1.0, ge=0.0)
+    gamma: float = Field(default=1.6, gt=0.0)
+
+
 ObjectiveConfig = Annotated[
-    CrossEntropyConfig | KdConfig | BiAlignConfig | IclDistillationConfig,
+    CrossEntropyConfig
+    | KdConfig
+    | BiAlignConfig
+    | IclDistillationConfig
+    | SftConfig
+    | DpoConfig
+    | DckdConfig
+    | AdpaConfig,
     Field(discriminator="loss"),
 ]
 
@@ -72,8 +124,8 @@ class TrainConfig(StageConfig):
     """A run over cached data: give ``max_steps`` or ``epochs``, not both.
 
     A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows, on one process or
-    divided over several (``share``), and its loss is the mean over their scored tokens (ICL losses:
-    over the rows), however they fall into batches and processes.
+    divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
+    preference losses: over the rows), however they fall into batches and processes.
     ``dtype`` is that of the matrix products; weights and optimizer state are float32.
     ``warmup`` is a share of all steps.
     """

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from stages.language_head import LanguageHead
-from stages.student.objectives.cross_entropy import add_one_hot_
+from stages.student.objectives.cross_entropy import add_one_hot_, weigh_gradient_, weighted
 from stages.student.step import Step, Term
 from stages.student.train_config import KdConfig
 
@@ -140,13 +140,17 @@ def _finite(values_C: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kd:
-    """The objective over all scored positions of a batch; ``weight`` is the share of the KL."""
+    """The objective over all scored positions of a batch; ``weight`` is the share of the KL.
+
+    With ``weights_N`` a position's losses and gradient are multiplied by its own weight.
+    """
 
     SUMS: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
 
     next_token_ids_N: Tensor
     teacher: Teacher
     weight: float
+    weights_N: Tensor | None = None
 
     @property
     def extra_blocks(self) -> int:
@@ -156,10 +160,14 @@ class Kd:
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
         """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
         next_C1 = self.next_token_ids_N[rows, None]
-        cross_entropy = -logprobs_CV.gather(1, next_C1).sum()
-        kl = self.teacher.kl_(logprobs_CV, rows, self.weight if with_grad else None).sum()
-        if with_grad and self.weight < 1.0:
-            add_one_hot_(logprobs_CV, next_C1, self.weight - 1.0)
+        next_C = logprobs_CV.gather(1, next_C1)[:, 0]
+        cross_entropy = -weighted(next_C, self.weights_N, rows).sum()
+        kl_C = self.teacher.kl_(logprobs_CV, rows, self.weight if with_grad else None)
+        kl = weighted(kl_C, self.weights_N, rows).sum()
+        if with_grad:
+            if self.weight < 1.0:
+                add_one_hot_(logprobs_CV, next_C1, self.weight - 1.0)
+            weigh_gradient_(logprobs_CV, self.weights_N, rows)
         loss = self.weight * kl + (1.0 - self.weight) * cross_entropy
         return torch.stack([loss, cross_entropy, kl])
 

@@ -1,0 +1,70 @@
+"""The work of ``response_logprobs``: prompts run once, and the sum of log p over each response.
+
+A response of A tokens needs the last A states of prompt + response without its last token: token j
+is predicted at index ``len(prompt) - 1 + j``. A stop token is a position like any other.
+
+Dimensions: A = tokens of all responses of a row, end to end, N = its responses, D = hidden width.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.response_logprobs import ResponseLogprobs
+from stages.candidate_scoring import logprobs_of
+from stages.engines.engine import Engine, open_engine
+from stages.engines.options import EngineOptions
+from stages.prompted import Prompted, prompted_of
+from stages.response_logprobs import ResponseLogprobsStage
+from stages.response_states import response_states
+from stages.stage import Rejected, StageContext, Work
+
+F64Array = npt.NDArray[np.float64]
+
+
+@contextmanager
+def opened_scorer(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[Work]:
+    """Start the engine of ``stage.model``; the work scores one shard of pairs or responses."""
+    model = context.models[stage.model]
+    with open_engine(
+        model.engine,
+        model.path,
+        dtype=model.dtype,
+        options=context.engine,
+        share_prefixes=True,
+    ) as engine:
+
+        def work(shard: pa.Table) -> Iterable[ResponseLogprobs | Rejected]:
+            return score_responses(engine, prompted_of(shard), context.engine)
+
+        yield work
+
+
+def score_responses(
+    engine: Engine, rows: Sequence[Prompted], options: EngineOptions
+) -> Iterator[ResponseLogprobs | Rejected]:
+    """Yield one row, or one rejection, for each prompt, in order."""
+    states = response_states(engine, rows, options)
+    for row, hidden_AD, reason in zip(rows, states.hidden_AD, states.reasons, strict=True):
+        if hidden_AD is None:
+            yield Rejected(row.sample_id, reason)
+            continue
+        places_A = np.arange(len(hidden_AD))
+        logprobs_A = logprobs_of(engine.head, hidden_AD, places_A, row.token_ids_A)
+        sums_N = sums_of(row, logprobs_A)
+        if not np.isfinite(sums_N).all():
+            yield Rejected(row.sample_id, "non-finite logits")
+            continue
+        yield ResponseLogprobs(
+            sample_id=row.sample_id,
+            response_logprobs_N=sums_N.astype(np.float32),
+            response_num_tokens_N=np.array(row.counts, np.int32),
+        )
+
+
+def sums_of(row: Prompted, values_A: F64Array) -> F64Array:
+    """Return the sum [N] over the tokens of each response."""
+    return np.asarray(np.add.reduceat(values_A, np.cumsum([0, *row.counts[:-1]])))

@@ -1,0 +1,229 @@
+"""Rows of preference pairs -> training batches for the objectives that read responses.
+
+A pair becomes two sequences of one batch, prompt + chosen and prompt + rejected (of ADPA: the
+student's own responses in the place of the rejected one), all chosen ones first, so one forward
+serves both. Positions lie in the order of the sequences: the first ``num_chosen`` of N are of
+chosen responses.
+
+``weights_N`` is one over the tokens of a position's response (and over the number of responses to
+its prompt), so sums of weighted positions are sums over samples of means over tokens.
+
+Dimensions: N = scored positions of the batch, M = those after the first ``num_chosen``, K = kept
+tokens (of ragged supports: the most of the batch), D and R = hidden widths of aligned teacher and
+reference, B = samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from schemas.dataset import CachedDataset
+from schemas.episodes import split_candidates
+from schemas.errors import StoreError
+from stages.student.loader import Collator, Row, check_ids
+from stages.student.sequence_logprobs import Continuations
+
+Array = npt.NDArray[Any]
+
+
+def chosen_row(row: Row) -> dict[str, Any]:
+    """Return the chosen response as a row of its own, its teacher columns with it."""
+    return _side(row, row["chosen_ids_C"], 0)
+
+
+def rejected_row(row: Row) -> dict[str, Any]:
+    """Return the rejected response, likewise."""
+    return _side(row, row["rejected_ids_R"], len(row["chosen_ids_C"]))
+
+
+def response_rows(row: Row) -> list[dict[str, Any]]:
+    """Return the student's responses, each a row of its own without a teacher's columns."""
+    responses = split_candidates(row["response_ids_A"], row["response_lengths_N"])
+    return [_sequence(row, response) for response in responses]
+
+
+def _sequence(row: Row, response_ids: Array) -> dict[str, Any]:
+    prompt_T = row["prompt_ids_T"]
+    return {
+        "sample_id": row["sample_id"],
+        "input_ids_T": np.concatenate([prompt_T, response_ids]),
+        "first_target": len(prompt_T),
+    }
+
+
+def _side(row: Row, response_ids: Array, start: int) -> dict[str, Any]:
+    """Cut a response's positions out of the teacher's columns, which hold both end to end."""
+    side = _sequence(row, response_ids)
+    if "next_token_logprobs_P" not in row:
+        return side
+    scored = len(row["next_token_logprobs_P"])
+    expected = len(row["chosen_ids_C"]) + len(row["rejected_ids_R"])
+    if scored != expected or row["first_target"] != side["first_target"]:
+        raise StoreError(
+            f"sample {row['sample_id']}: signals for {scored} tokens from {row['first_target']} "
+            f"on, the pair's responses have {expected} from {side['first_target']} on: run "
+            f"`teachercache verify` on the data"
+        )
+    stop = start + len(response_ids)
+    for name, values in row.items():
+        if name.endswith(("_P", "_PK", "_PD")):
+            side[name] = values[start:stop]
+    if "head_codes_E" in row:
+        ends = np.cumsum([0, *row["num_head_P"]])
+        side["head_codes_E"] = row["head_codes_E"][ends[start] : ends[stop]]
+    return side
+
+
+def _token_means(lengths: Sequence[int], shares: Sequence[float]) -> Tensor:
+    weights_S = np.asarray(shares) / np.asarray(lengths)
+    return torch.from_numpy(np.repeat(weights_S, lengths).astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenCollator:
+    """A batch of the chosen responses alone."""
+
+    signals: Collator
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch that ``signals`` makes of them."""
+        return {**self.signals([chosen_row(row) for row in rows])}
+
+
+@dataclass(frozen=True, slots=True)
+class DckdCollator:
+    """Chosen and rejected responses with the teacher's distributions on both."""
+
+    signals: Collator
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch; see the module."""
+        sides = [*map(chosen_row, rows), *map(rejected_row, rows)]
+        batch: dict[str, Any] = {**self.signals(sides)}
+        lengths = [len(side["next_token_logprobs_P"]) for side in sides]
+        return batch | {
+            "num_chosen": sum(lengths[: len(rows)]),
+            "num_samples": len(rows),
+            "weights_N": _token_means(lengths, [1.0] * len(lengths)),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DpoCollator:
+    """Prompts with both responses, and what the reference gives them [B, 2]."""
+
+    vocab_size: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return ``answers`` (chosen, rejected) and ``reference_logprobs``."""
+        for column in ("prompt_ids_T", "chosen_ids_C", "rejected_ids_R"):
+            check_ids(rows, column, self.vocab_size)
+        return {
+            "answers": [_answers(row) for row in rows],
+            "reference_logprobs": torch.from_numpy(
+                np.stack([row["response_logprobs_N"] for row in rows]).astype(np.float32)
+            ),
+        }
+
+
+def _answers(row: Row) -> Continuations:
+    responses = row["chosen_ids_C"], row["rejected_ids_R"]
+    lengths = [len(response) for response in responses]
+    if row["response_num_tokens_N"].tolist() != lengths:
+        raise StoreError(
+            f"sample {row['sample_id']}: reference log-probs of responses of "
+            f"{row['response_num_tokens_N'].tolist()} tokens, the pair's have {lengths}: were they "
+            f"made of the student's responses, and not of the pairs?"
+        )
+    return Continuations(row["prompt_ids_T"], np.concatenate(responses), np.array(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class AdpaCollator:
+    """Chosen responses, then the student's own with the advantages of the tokens that are kept.
+
+    ``beta`` is that of the table; only its ``exact`` support leaves it to be applied.
+    """
+
+    vocab_size: int
+    beta: float
+
+    @classmethod
+    def of(cls, dataset: CachedDataset, vocab_size: int) -> "AdpaCollator":
+        """Read beta off the manifest of the table of advantages."""
+        (manifest,) = [m for m in dataset.manifests if m.table == "advantages"]
+        return cls(vocab_size, float(manifest.identity["config"]["beta"]))
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch; see the module."""
+        responses = [response_rows(row) for row in rows]
+        sides = [*map(chosen_row, rows), *(side for own in responses for side in own)]
+        batch: dict[str, Any] = {**Collator("", self.vocab_size)(sides)}
+        lengths = [len(side["input_ids_T"]) - side["first_target"] for side in sides]
+        shares = [*([1.0] * len(rows)), *(1.0 / len(own) for own in responses for _ in own)]
+        num_chosen = sum(lengths[: len(rows)])
+        for row, own in zip(rows, responses, strict=True):
+            _check_positions(row, own)
+        return batch | {
+            "num_chosen": num_chosen,
+            "num_samples": len(rows),
+            "weights_N": _token_means(lengths, shares),
+            "advantages": self._advantages(rows),
+        }
+
+    def _advantages(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if "teacher_hidden_PD" in rows[0]:
+            columns = "teacher_hidden_PD", "reference_hidden_PR"
+            hidden = [np.concatenate([row[name] for row in rows]) for name in columns]
+            states = zip(("teacher_hidden_MD", "reference_hidden_MR"), hidden, strict=True)
+            return {"beta": self.beta, **{name: torch.from_numpy(h) for name, h in states}}
+        if "num_entries_P" in rows[0]:
+            ids_MK, values_MK, rest_M = _union(rows)
+            check_ids(rows, "token_ids_E", self.vocab_size)
+        else:
+            check_ids(rows, "token_ids_PK", self.vocab_size)
+            ids_MK = _joined(rows, "token_ids_PK")
+            values_MK = _joined(rows, "advantages_PK").astype(np.float32)
+            rest_M = np.zeros(len(ids_MK), np.float32)
+            if "log_inclusions_PK" in rows[0]:
+                values_MK *= np.exp(-_joined(rows, "log_inclusions_PK").astype(np.float32))
+        return {
+            "token_ids_MK": torch.from_numpy(ids_MK.astype(np.int64)),
+            "values_MK": torch.from_numpy(values_MK),
+            "rest_M": torch.from_numpy(rest_M),
+        }
+
+
+def _check_positions(row: Row, responses: Sequence[Row]) -> None:
+    scored, found = len(row["token_advantages_P"]), len(row["response_ids_A"])
+    if scored != found or not responses:
+        raise StoreError(
+            f"sample {row['sample_id']}: advantages at {scored} positions, the responses have "
+            f"{found} tokens: run `teachercache verify` on the data"
+        )
+
+
+def _joined(rows: Sequence[Row], name: str) -> Array:
+    return np.concatenate([row[name] for row in rows])
+
+
+def _union(rows: Sequence[Row]) -> tuple[Array, Array, Array]:
+    """Return ids and values [M, K] padded with zeros, and the advantage of the rest [M].
+
+    As probabilities sum to one, ``sum_k pi_k A_k + pi_rest A_rest`` is ``A_rest`` and
+    ``sum_k pi_k (A_k - A_rest)``: the values are those differences, so padding adds nothing.
+    """
+    counts_M = _joined(rows, "num_entries_P").astype(np.int64)
+    rest_M = _joined(rows, "rest_advantages_P").astype(np.float32)
+    filled_MK = np.arange(int(counts_M.max())) < counts_M[:, None]
+    ids_MK = np.zeros(filled_MK.shape, np.int64)
+    values_MK = np.zeros(filled_MK.shape, np.float32)
+    ids_MK[filled_MK] = _joined(rows, "token_ids_E")
+    values_MK[filled_MK] = _joined(rows, "advantages_E").astype(np.float32)
+    values_MK -= np.where(filled_MK, rest_M[:, None], 0.0)
+    return ids_MK, values_MK, rest_M
