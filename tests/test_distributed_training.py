@@ -23,7 +23,14 @@ from stages.student.train_config import IclDistillationConfig, KdConfig, TrainCo
 from tests.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.episode_data import EpisodeData, make_episode_data
 from tests.test_cli import STUDENTS
-from tests.tiny_recipe import TinyRecipe, finish, make_recipe, start, teachercache
+from tests.tiny_recipe import (
+    TinyRecipe,
+    edit_recipe,
+    finish,
+    make_recipe,
+    start,
+    teachercache,
+)
 
 KD = TrainConfig(
     max_steps=10,
@@ -216,7 +223,9 @@ def test_an_error_in_one_process_is_the_error_of_the_run(data: EpisodeData, tmp_
 
 def recipe_in(folder: Path, model: Path, paragraphs: list[str]) -> TinyRecipe:
     """A recipe with a student to train; nothing is made yet."""
-    return make_recipe(folder, model, paragraphs[:40], more_steps=STUDENTS)
+    recipe = make_recipe(folder, model, paragraphs[:40], more_steps=STUDENTS)
+    edit_recipe(recipe, "steps", "distilled", "max_steps", value=5)  # the fifth is logged
+    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +246,7 @@ def test_a_recipe_trains_on_two_processes_and_lies_where_it_always_lies(
     recipe, out = finished
     for words in (
         "[distilled] before: tokens",
-        "[distilled] 1/2 steps, loss",
+        "[distilled] 5/5 steps, loss",
         "[distilled] after: tokens",
         "student, untrained",
     ):
@@ -272,7 +281,7 @@ def test_a_loss_that_diverges_is_one_line(finished: tuple[TinyRecipe, str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_by", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("killed_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_training_processes_end_with_their_run(
     finished: tuple[TinyRecipe, str], tmp_path: Path, killed_by: signal.Signals
 ) -> None:
@@ -289,9 +298,9 @@ def test_training_processes_end_with_their_run(
     said = finish(process)
     _, alive = psutil.wait_procs([*ranks.values(), *loaders], timeout=10)
     assert alive == []
-    if killed_by == signal.SIGINT:
-        words = "interrupted: finished shards are kept, run again to go on\n"
-        assert (said.code, said.err) == (130, words)
+    interrupted = (130, "interrupted: finished shards are kept, run again to go on\n")
+    expected = interrupted if killed_by == signal.SIGINT else (-killed_by, "")
+    assert (said.code, said.err) == expected  # as one process would end
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
