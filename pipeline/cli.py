@@ -144,13 +144,18 @@ def inspect(
 def train(
     recipe: RecipePath,
     step: Annotated[str, typer.Option(help="The training step to run.")],
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to train in: sets execution.training_processes."),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Run one training step of a recipe from finished shards; no teacher is loaded."""
     from pipeline import report
     from pipeline.run import run_plan, training_step
 
-    loaded, steps = _plan(recipe, overrides)
+    asked = [] if nproc is None else [f"execution.training_processes={nproc}"]
+    loaded, steps = _plan(recipe, [*overrides, *asked])
     _quiet_libraries()
     chosen = training_step(steps, step)
     with _reporting() as reporter:

@@ -85,6 +85,7 @@ class Execution(StageConfig):
     root: Path = Path("cache")
     executor: Literal["local"] = "local"
     workers: int = Field(default=1, ge=1)
+    training_processes: int = Field(default=1, ge=1)
     engine: EngineOptions = EngineOptions()
 
     @field_validator("root", mode="after")

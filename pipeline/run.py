@@ -16,6 +16,7 @@ from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTask, write_output
 from pipeline.step_lock import remove_torn_files, step_lock
+from pipeline.training_job import TrainingJob
 from schemas.episodes import EPISODES
 from schemas.errors import ConfigError, StoreError
 from schemas.manifest import (
@@ -66,6 +67,7 @@ class Reporter(Protocol):
 
 def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
     """Bring every step to completion, in order."""
+    _refuse_undivided_steps(plan, execution)
     for step in plan:
         progress = progress_of(step)
         reporter.step_started(step, progress)
@@ -106,7 +108,7 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity)
             write_checkpoint(step.folder, record)
         case TrainStage() as stage:
-            _run_training(step, stage, reporter)
+            _run_training(step, stage, execution, reporter)
         case EvaluateStage() as stage:
             _run_evaluation(step, stage, reporter)
         case PreferenceEvaluationStage() as stage:
@@ -225,18 +227,23 @@ def _write_manifest(
     write_manifest(step.folder, manifest)
 
 
-def _run_training(step: PlannedStep, stage: TrainStage, reporter: Reporter) -> None:
-    from stages.student.trainer import train  # loads torch and transformers
-
-    train(
-        stage,
+def _run_training(
+    step: PlannedStep, stage: TrainStage, execution: Execution, reporter: Reporter
+) -> None:
+    job = TrainingJob(
+        config=stage,
         student=step.models[stage.student].folder,
-        data=[source.folder for source in step.inputs[: len(stage.data)]],
-        lm_data=[source.folder for source in step.inputs[len(stage.data) :]],
+        data=tuple(source.folder for source in step.inputs[: len(stage.data)]),
+        lm_data=tuple(source.folder for source in step.inputs[len(stage.data) :]),
         output=step.folder,
         fingerprint=step.fingerprint,
-        on_event=reporter.trained,
     )
+    if execution.training_processes == 1:
+        job.carry_out(reporter.trained)
+    else:
+        from pipeline.training_launch import train_in_processes  # loads torch
+
+        train_in_processes(job, execution.training_processes, reporter.trained)
 
 
 def _run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter) -> None:
@@ -310,6 +317,16 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
                 f"run `teachercache run` first"
             )
     return [*makers, chosen]
+
+
+def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
+    """Find out before a teacher has worked for it that a student cannot be trained so."""
+    for step in plan:
+        if isinstance(step.stage, TrainStage) and progress_of(step).state != "done":
+            try:
+                step.stage.share(execution.training_processes)
+            except ConfigError as error:
+                raise ConfigError(f"steps.{step.name}: {error}") from error
 
 
 def _refuse_full_disk(step: PlannedStep) -> None:

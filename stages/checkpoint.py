@@ -19,6 +19,7 @@ CHECKPOINT = "checkpoint.json"
 METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 RUN = "run.json"
+WHOLE = "whole"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +108,15 @@ def _taken(output: Path, found: str, expected: str) -> str:
     )
 
 
-def last_checkpoint(folder: Path, world_size: int) -> Path | None:
-    """Return the newest checkpoint that was saved whole: its state is written last of all."""
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that every process saved its part of, however many they were."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if _is_whole(path, world_size)]
+    whole = [path for path in found if _is_whole(path)]
     return whole[-1] if whole else None
 
 
-def _is_whole(checkpoint: Path, world_size: int) -> bool:
-    states = [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    needed = states if world_size > 1 else ["rng_state.pth"]
-    if not all((checkpoint / name).is_file() for name in needed):
+def _is_whole(checkpoint: Path) -> bool:
+    if not (checkpoint / WHOLE).is_file():
         return False
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())

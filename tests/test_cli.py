@@ -15,7 +15,7 @@ HELP = {
     ("status",): ("recipe", "rejected rows"),
     ("verify",): ("folders", "checksums"),
     ("inspect",): ("folder", "--tokenizer", "entropy"),
-    ("train",): ("--step", "no teacher is"),
+    ("train",): ("--step", "--nproc", "no teacher is"),
     ("evaluate",): ("student", "--data", "agreement"),
     ("student", "init"): ("--from", "--layers", "output"),
 }

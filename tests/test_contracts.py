@@ -20,9 +20,9 @@ PACKAGES = ("schemas", "stages", "pipeline")
 # Each heavy library, and the only places that may import it (a folder, or one file).
 IMPORT_SITES = {
     "vllm": ("stages/engines/vllm_engine.py",),
-    "ray": ("pipeline/ray_executor.py",),
+    "ray": ("pipeline/ray_executor.py", "pipeline/ray_training.py"),
     "airflow": ("airflow_dags/",),
-    "torch": ("stages/",),
+    "torch": ("stages/", "pipeline/training_launch.py"),
     "transformers": ("stages/", "pipeline/inspect_rows.py"),
     "datasets": ("stages/ingest/", "stages/alignment.py"),
     "polars": ("stages/ingest/",),
@@ -94,7 +94,7 @@ COMMANDS = {
     "status": {"--set", "--json"},
     "verify": set(),
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer"},
-    "train": {"--step", "--set"},
+    "train": {"--step", "--nproc", "--set"},
     "evaluate": {
         *("--data", "--split", "--batch-size", "--score", "--json", "--judge"),
         *("--judge-reference", "--beta", "--baseline", "--max-tokens"),

@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader
 from schemas.dataset import open_dataset
 from schemas.distribution import unpack_threshold
 from schemas.errors import StoreError
-from stages.student.loader import IGNORED, Collator, SignalRows, encoding_of
+from stages.student.loader import (
+    IGNORED,
+    Collator,
+    SignalRows,
+    encoding_of,
+    worker_errors_as_raised,
+)
 from tests.cached_data import VOCAB_SIZE, CachedData, make_cached_data
 
 ENCODINGS = ("threshold", "top_k", "exact")
@@ -105,6 +111,15 @@ def test_signals_beyond_the_document_are_refused() -> None:
     row = telling_row("long", 5, 1, 4) | {"input_ids_T": np.arange(4, dtype=np.uint16)}
     with pytest.raises(StoreError, match=r"sample long: signals for tokens 1 to 4.*has 4 tokens"):
         Collator("top_k", VOCAB_SIZE)([row])
+
+
+def test_a_worker_says_what_it_refuses_in_one_line() -> None:
+    row = telling_row("long", 5, 1, 4) | {"input_ids_T": np.arange(4, dtype=np.uint16)}
+    collate = Collator("top_k", VOCAB_SIZE)
+    loader: Any = DataLoader([row], collate_fn=collate, num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(StoreError) as caught, worker_errors_as_raised():
+        next(iter(loader))
+    assert str(caught.value).startswith("sample long: ") and "\n" not in str(caught.value)
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:

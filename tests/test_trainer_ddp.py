@@ -1,4 +1,4 @@
-"""Two processes are one with double batches: the same losses, weights and held-out numbers."""
+"""Processes of one configuration are one process: the same losses, weights, held-out numbers."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from stages.student.train_config import TrainConfig, TrainOptions
 from stages.student.trainer import train
 
 job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
-batch, accumulate, processes = map(int, sys.argv[3:6])
-config = TrainConfig(max_steps=16 // (processes * batch * accumulate), lr=3e-3,
+batch, accumulate, steps = map(int, sys.argv[3:6])
+config = TrainConfig(max_steps=steps, lr=3e-3,
                      per_device_batch_size=batch, gradient_accumulation_steps=accumulate,
                      objective=job["objective"])
 seen = []
@@ -69,15 +69,14 @@ def job_of(data: EpisodeData, objective: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(job: dict[str, Any], output: Path, *, processes: int, batch: int, accumulate: int) -> Any:
+def run(job: dict[str, Any], output: Path, processes: int, numbers: tuple[int, ...]) -> Any:
     script = output.with_suffix(".py")
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), json.dumps(job)]
-    numbers = [str(batch), str(accumulate), str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
-        [*command, str(output), *numbers],
+        [*command, str(output), *map(str, numbers)],
         capture_output=True,
         text=True,
         env=environment,
@@ -89,43 +88,54 @@ def run(job: dict[str, Any], output: Path, *, processes: int, batch: int, accumu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "accumulate"),
+    ("objective", "processes", "numbers"),
     [
-        ({"loss": "kd", "weight": 0.5}, 1),
-        ({"loss": "kd", "weight": 0.5}, 2),
-        ({"loss": "bialign"}, 2),
-        ({"loss": "icl_distillation", "lm_weight": 0.0}, 1),
-        ({"loss": "icl_distillation", "lm_weight": 0.2}, 2),
+        ({"loss": "kd", "weight": 0.5}, 2, (4, 1, 4)),
+        ({"loss": "kd", "weight": 0.5}, 2, (4, 2, 3)),  # the third step has 2 of 8 rows
+        ({"loss": "bialign"}, 2, (3, 2, 3)),
+        ({"loss": "bialign"}, 3, (3, 1, 7)),  # the sixth step has 1 row: two processes have none
+        ({"loss": "icl_distillation", "lm_weight": 0.0}, 2, (4, 1, 4)),
+        ({"loss": "icl_distillation", "lm_weight": 0.2}, 2, (4, 2, 2)),
     ],
 )
-def test_two_processes_equal_one_with_double_batches(
-    data: EpisodeData, tmp_path: Path, objective: dict[str, Any], accumulate: int
+def test_several_processes_equal_one(
+    data: EpisodeData,
+    tmp_path: Path,
+    objective: dict[str, Any],
+    processes: int,
+    numbers: tuple[int, ...],
 ) -> None:
-    """Rows of 2 to 24 tokens, so an average of per-process means would be elsewhere.
+    """``numbers`` are rows a batch, batches a step, and steps.
+
+    Rows of 2 to 24 tokens, so an average of per-process means would be elsewhere.
 
     The order of summation differs, and AdamW turns the last bits of a gradient near zero into up
     to lr of a weight; hence 1e-5 on losses and a hundredth of lr on weights.
     """
-    assert_two_are_one(job_of(data, objective), tmp_path, accumulate)
+    assert_one_run(job_of(data, objective), tmp_path, processes, numbers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "dckd", "adpa"])
-def test_two_processes_equal_one_on_preferences(
+def test_several_processes_equal_one_on_preferences(
     pairs: PreferenceData, tmp_path: Path, loss: str
 ) -> None:
-    assert_two_are_one(pair_job_of(pairs, {"loss": loss}), tmp_path, 2)
+    assert_one_run(pair_job_of(pairs, {"loss": loss}), tmp_path, 2, (4, 2, 2))
 
 
-def assert_two_are_one(job: dict[str, Any], tmp_path: Path, accumulate: int) -> None:
-    one = run(job, tmp_path / "one", processes=1, batch=4, accumulate=accumulate)
-    two = run(job, tmp_path / "two", processes=2, batch=2, accumulate=accumulate)
-    for here, there in zip(one["history"], two["history"], strict=True):
+def assert_one_run(
+    job: dict[str, Any], tmp_path: Path, processes: int, numbers: tuple[int, ...]
+) -> None:
+    one = run(job, tmp_path / "one", 1, numbers)
+    several = run(job, tmp_path / "several", processes, numbers)
+    for here, there in zip(one["history"], several["history"], strict=True):
         assert there == pytest.approx(here, rel=1e-5, abs=1e-6)  # an advantage may be near 0
+    for name in ("tokens", "samples", "steps"):
+        assert several["metrics"]["train"][name] == one["metrics"]["train"][name]
     for split in ("before", "after"):
-        assert two["metrics"][split] == pytest.approx(one["metrics"][split], rel=1e-4)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+        assert several["metrics"][split] == pytest.approx(one["metrics"][split], rel=1e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "several")]
     for name, tensor in weights[0].items():
         assert float((tensor - weights[1][name]).abs().max()) < 3e-5, name
-    seen = sorted(path.name for path in (tmp_path / "two").glob("seen-*"))
+    seen = sorted(path.name for path in (tmp_path / "several").glob("seen-*"))
     assert seen[0] == "seen-0" and len(seen) == 2  # events reach one process only

@@ -7,6 +7,8 @@ The Trainer brings checkpoints, resume, accelerate (DDP), schedulers and clippin
 - A loss is a list of terms (``step``), each a sum divided by the whole step's count of scored
   tokens or of samples: all accumulated batches of all processes. DDP averages gradients, hence the
   factor ``num_processes``.
+- Batches are those of ``step_rows``: the rows of a step do not depend on the processes.
+- A checkpoint is marked whole when every process has written its part.
 - No logger, no console: what happens goes to the caller.
 
 Dimensions: N = scored positions of a batch, S = sums an objective reports.
@@ -32,6 +34,8 @@ from transformers import (
 
 from schemas.dataset import CachedDataset
 from schemas.errors import TeacherCacheError
+from schemas.shards import write_text
+from stages.checkpoint import WHOLE
 from stages.language_head import LanguageHead
 from stages.student.episode_loader import BiAlignCollator, EpisodesWithText, IclCollator
 from stages.student.evaluation import DTYPES, advantage_heads_of, teacher_head_of
@@ -40,6 +44,7 @@ from stages.student.objectives import OBJECTIVES
 from stages.student.pair_loader import AdpaCollator, ChosenCollator, DckdCollator, DpoCollator
 from stages.student.sequence_logprobs import MICRO_BATCH_TOKENS
 from stages.student.step import Step, Term, Unit
+from stages.student.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn
 from stages.student.student_model import student_vocab_size
 from stages.student.train_config import (
     AdpaConfig,
@@ -106,6 +111,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         assert not return_outputs, "evaluation has its own loop"
         objective = self._config.objective
         terms = OBJECTIVES[objective.loss](objective, inputs, self._step(model))
+        if STAND_IN in inputs:
+            terms = [term.without_effect() for term in terms]
         counts = counts_of(inputs)
         self._logged.add(terms, counts)
         self.num_tokens += counts[0]
@@ -117,6 +124,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         processes = self.accelerator.num_processes
         shares = [t.weight * (t.total * processes / divisor_of[t.unit]) for t in terms]
         return torch.stack(shares).sum()
+
+    def get_train_dataloader(self) -> StepLoader:
+        """Load this process's share of each step; accelerate's own would repeat rows to fill it."""
+        args = self.args
+        rows = StepRows(
+            len(self.train_dataset),
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            seed=self._config.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return StepLoader(
+            self.train_dataset,
+            batch_sampler=rows,
+            collate_fn=WithStandIn(self.data_collator, self.train_dataset[0]),
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     def _step(self, model: nn.Module) -> Step:
         assert isinstance(self.model, PreTrainedModel)
@@ -140,8 +167,27 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         gathered: Tensor = self.accelerator.reduce(summed, reduction="sum")
         return gathered
 
+    def totals(self) -> tuple[int, int]:
+        """Return the scored tokens and rows of all processes since this call of train()."""
+        mine = torch.tensor([self.num_tokens, self.num_samples], device=self.args.device)
+        num_tokens, num_samples = self.accelerator.reduce(mine, reduction="sum").tolist()
+        return num_tokens, num_samples
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Add the file that makes it whole, when every process has written what it has to."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_text(folder / WHOLE, "")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the objective's parts over all processes since the last log."""
+        """Add the means of the objective's parts over all processes since the last log.
+
+        The epoch counts steps; the Trainer's counts the batches of one process.
+        """
+        steps_per_epoch = math.ceil(len(self.train_dataset) / self._config.rows_per_step)
+        self.state.epoch = self.state.global_step / steps_per_epoch
         if "loss" in logs:
             parts = self._logged.take(self.args.device, self.accelerator.reduce)
             logs = {**logs, **parts}
@@ -159,6 +205,8 @@ def counts_of(batch: dict[str, Any]) -> tuple[int, int]:
     The answers of ``IclCollator`` and ``DpoCollator`` count as samples, so only running text has
     tokens there; both sequences of a preference pair are one sample.
     """
+    if STAND_IN in batch:
+        return 0, 0
     if "answers" in batch:
         text = batch.get("lm")
         return len(text["positions_N"]) if text else 0, len(batch["answers"])
@@ -264,14 +312,15 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 def training_arguments(
     config: TrainConfig, options: TrainOptions, folder: Path
 ) -> TrainingArguments:
-    """Translate a run for the Trainer; starts the process group when a launcher asked for one."""
+    """Translate a run for the Trainer; starts the process group when a launcher asked for one.
+
+    Raises ConfigError when a step's rows cannot be divided over the group.
+    """
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.epochs or 1.0,
-        per_device_train_batch_size=config.per_device_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.lr,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup,
@@ -299,4 +348,6 @@ def training_arguments(
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs go through a launcher and DDP, never through DataParallel
+    share = config.share(args.world_size)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = share
     return args

@@ -24,7 +24,7 @@ from schemas.dataset import CachedDataset, open_dataset
 from schemas.preference_pairs import PREFERENCE_PAIRS
 from stages.language_head import LanguageHead
 from stages.student.chunked_loss import chunked_loss
-from stages.student.loader import Collator, SignalRows, encoding_of
+from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised
 from stages.student.objectives.kd import Teacher, teacher_of
 from stages.student.pair_loader import ChosenCollator
 from stages.student.student_model import (
@@ -133,7 +133,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     training = model.training
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), worker_errors_as_raised():
         for batch in _batches(model, held_out):
             sums += _sums_of(model, batch, held_out)
     model.train(training)

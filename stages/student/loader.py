@@ -13,7 +13,8 @@ Dimensions: B = rows, T = tokens of the longest row, P = scored positions of a r
 positions of the batch, K = kept entries, D = hidden width of the teacher.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
 from schemas.distribution import unpack_threshold, unpack_top_k
-from schemas.errors import StoreError
+from schemas.errors import StoreError, TeacherCacheError
 
 IGNORED = -100  # transformers counts labels other than this one as tokens of the step
 MAX_MASS_ERROR = 0.02  # float16 log-probs alone move the sum of the buckets by less than 0.01
@@ -55,6 +56,19 @@ def encoding_of(dataset: CachedDataset) -> EncodingName:
     """Return the encoding of the data set's teacher table, ``""`` when it has none."""
     variants = [m.variant for m in dataset.manifests if m.table == "teacher_logits"]
     return variants[0] if variants else ""  # type: ignore[return-value]
+
+
+@contextmanager
+def worker_errors_as_raised() -> Iterator[None]:
+    """Raise a loader worker's error with its own line; torch puts the worker's traceback there."""
+    try:
+        yield
+    except TeacherCacheError as error:
+        *around, last = str(error).splitlines()
+        if not around:
+            raise
+        kind = type(error)
+        raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,11 @@ class Term:
     unit: Unit
     weight: float = 1.0
 
+    def without_effect(self) -> "Term":
+        """Return the term of a stand-in: its gradient reaches every weight, and is zero."""
+        sums = {name: value * 0.0 for name, value in self.sums.items()}
+        return Term(self.total * 0.0, sums, self.unit, self.weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -4,11 +4,13 @@ This file needs no torch, so that a recipe is checked and planned without it. Wh
 (``TrainOptions``) changes no more than the last bits and is never hashed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from schemas.errors import ConfigError
 from stages.stage import StageConfig
 
 
@@ -121,9 +123,9 @@ ObjectiveConfig = Annotated[
 class TrainConfig(StageConfig):
     """A run over cached data: give ``max_steps`` or ``epochs``, not both.
 
-    A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows on each process, and
-    its loss is the mean over their scored tokens (ICL and preference losses: over the rows),
-    however they fall into batches and processes.
+    A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows, on one process or
+    divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
+    preference losses: over the rows), however they fall into batches and processes.
     ``dtype`` is that of the matrix products; weights and optimizer state are float32.
     ``warmup`` is a share of all steps.
     """
@@ -147,6 +149,28 @@ class TrainConfig(StageConfig):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give either 'max_steps' or 'epochs'")
         return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of one step, over all processes."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    def share(self, num_processes: int) -> tuple[int, int]:
+        """Return the rows of a batch and the batches of a step on each of several processes.
+
+        Accumulated batches are dealt out first, then batches are made smaller. Raises ConfigError
+        where the rows of a step cannot be divided.
+        """
+        batch_size, accumulation = self.per_device_batch_size, self.gradient_accumulation_steps
+        dealt = math.gcd(accumulation, num_processes)
+        smaller, left = divmod(batch_size, num_processes // dealt)
+        if left:
+            raise ConfigError(
+                f"a step of {batch_size} x {accumulation} = {self.rows_per_step} rows "
+                f"(per_device_batch_size x gradient_accumulation_steps) cannot be divided over "
+                f"{num_processes} processes: take a number of processes that divides it"
+            )
+        return smaller, accumulation // dealt
 
 
 def lm_data_problem(objective: ObjectiveConfig, *, num_tables: int) -> str:

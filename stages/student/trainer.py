@@ -33,6 +33,7 @@ from stages.checkpoint import (
 )
 from stages.student.distillation_trainer import DistillationTrainer, OnEvent, training_arguments
 from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
+from stages.student.loader import worker_errors_as_raised
 from stages.student.required_tables import check_tables
 from stages.student.student_model import check_student, load_student, student_vocab_size
 from stages.student.train_config import TrainConfig, TrainOptions
@@ -155,7 +156,7 @@ class _Run:
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
         trainer.accelerator.wait_for_everyone()
-        summary = self._train(trainer, last_checkpoint(self.checkpoints, args.world_size))
+        summary = self._train(trainer, last_checkpoint(self.checkpoints))
         model.config.use_cache = use_cache  # the Trainer turns it off
         summary["rows_without_partner"] = float(dataset.num_missing)
         after = self._measure(model, scored, "after")
@@ -176,14 +177,14 @@ class _Run:
 
     def _train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, float]:
         started = time.monotonic()
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with worker_errors_as_raised():
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.monotonic() - started
-        processes = trainer.accelerator.num_processes
-        tokens = trainer.num_tokens * processes
+        tokens, samples = trainer.totals()
         return {
             "steps": float(output.global_step),
             "tokens": float(tokens),
-            "samples": float(trainer.num_samples * processes),
+            "samples": float(samples),
             "seconds": seconds,
             "tokens_per_s": tokens / max(seconds, 1e-9),
         }
