@@ -99,6 +99,25 @@ def run(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    address: Annotated[
+        str, typer.Option(help="Where the cluster takes jobs: its dashboard.")
+    ] = "http://127.0.0.1:8265",
+) -> None:
+    """Run a recipe as a job of a Ray cluster, follow its log, end with its exit code.
+
+    The recipe travels with the job, its variables and overrides put in; its root, models and inputs
+    must lie where the cluster's machines find them. The job runs with executor ray on that cluster.
+    """
+    from pipeline.ray_job import submit_recipe
+    from pipeline.recipe import load_recipe
+
+    raise typer.Exit(submit_recipe(load_recipe(recipe, overrides), address, console))
+
+
+@app.command()
 def status(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show how far each step is: shards, rows, bytes per token, rejected rows by reason."""
     from pipeline import report

@@ -1,76 +1,160 @@
 """Run a stage's shards on this machine: in this process, or in several that each load it once.
 
 Work is handed out one shard at a time, so a slow shard holds nobody up, and a killed run loses at
-most the shard in hand of each worker.
+most the shard in hand of each worker. Of several workers, one that dies costs the shard it had in
+hand; with one, the run is the worker, and dies with it.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
 from pipeline.shard_task import ShardTask, run_shard
-from schemas.errors import EngineError, TeacherCacheError
+from pipeline.worker import Do, Job, opened_worker
+from schemas.errors import TeacherCacheError
 from schemas.manifest import ShardRecord
-from stages.stage import StageContext, TableStage, Work
+from stages.stage import StageContext, TableStage
+
+END_WITHIN_S = 20.0  # for an engine to free its device
 
 
 def run_local(
-    stage: TableStage, context: StageContext, tasks: Sequence[ShardTask], *, workers: int
+    stage: TableStage,
+    context: StageContext,
+    tasks: Sequence[ShardTask],
+    limits: Limits,
+    *,
+    warned: Callable[[str], None],
 ) -> Iterator[ShardRecord]:
     """Yield each shard's record as it is finished."""
-    if workers == 1 or not tasks:
+    if limits.workers == 1 or not tasks:
         with stage.open(context) as work:
             bound = stage.bind(context)
             for task in tasks:
                 yield run_shard(task, bound, work)
     else:
-        yield from _run_in_processes(stage, context, tasks, workers=workers)
+        crew = _ProcessCrew(stage, context)
+        try:
+            yield from dispatch(crew, tasks, limits, warned=warned)
+        finally:
+            crew.close()
 
 
-def _run_in_processes(
-    stage: TableStage, context: StageContext, tasks: Sequence[ShardTask], *, workers: int
-) -> Iterator[ShardRecord]:
-    pool = ProcessPoolExecutor(
-        max_workers=min(workers, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),  # a forked engine cannot start
-        initializer=_start_worker,
-        initargs=(stage, context),
-    )
-    try:
-        for future in as_completed([pool.submit(_run_one, task) for task in tasks]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise EngineError(
-            "a worker process died (out of memory, or the engine crashed); finished shards are "
-            "kept: lower execution.workers if memory is short, and run again"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+@dataclass
+class _Member:
+    process: SpawnProcess
+    connection: "Connection[Any, Any]"
+    is_ready: bool = False
+    is_busy: bool = False
 
 
-class _Worker:
-    """What one worker process holds: set once by the pool's initializer."""
+class _ProcessCrew:
+    """Processes of this machine, each at the other end of a pipe; see ``dispatch.Crew``."""
 
-    stack = ExitStack()
-    work: Work
-    bound: Any
-    failure: TeacherCacheError | None = None
+    def __init__(self, stage: TableStage, context: StageContext) -> None:
+        self.stage, self.context = stage, context
+        self._members: dict[int, _Member] = {}
+        self._num_started = 0
+
+    def start(self) -> int:
+        spawn = multiprocessing.get_context("spawn")  # a forked engine cannot start
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, self.stage, self.context))
+        process.start()
+        theirs.close()  # so that a dead worker is the end of the pipe
+        self._num_started += 1
+        self._members[self._num_started] = _Member(process, ours)
+        return self._num_started
+
+    def give(self, worker: int, job: Job) -> None:
+        self._members[worker].is_busy = True
+        with suppress(OSError):  # it has just died: the pipe says so next
+            self._members[worker].connection.send(job)
+
+    def wait(self, timeout_s: float | None) -> list[Event]:
+        workers = {member.connection: worker for worker, member in self._members.items()}
+        heard = wait(list(workers), timeout_s)
+        return [self._event(worker) for pipe, worker in workers.items() if pipe in heard]
+
+    def _event(self, worker: int) -> Event:
+        member = self._members[worker]
+        try:
+            said = member.connection.recv()
+        except (EOFError, OSError):
+            member.process.join(END_WITHIN_S)
+            return Lost(worker, _how_it_ended(member.process.exitcode))
+        if isinstance(said, Exception):
+            return Failed(worker, said)
+        if not member.is_ready:
+            member.is_ready = True
+            return Ready(worker)
+        member.is_busy = False
+        return Done(worker, said)
+
+    def end(self, worker: int) -> None:
+        member = self._members.pop(worker)
+        member.connection.close()
+        try:  # all it started, too: an engine's own processes would keep the device
+            os.killpg(member.process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:
+            member.process.kill()
+        member.process.join()
+
+    def close(self) -> None:
+        """Let workers without a job free their engines; end all others at once."""
+        resting = [m for m in self._members.values() if m.is_ready and not m.is_busy]
+        for member in resting:
+            with suppress(OSError):
+                member.connection.send(None)
+        deadline = time.monotonic() + END_WITHIN_S
+        for member in resting:
+            member.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in list(self._members):
+            self.end(worker)
 
 
-def _start_worker(stage: TableStage, context: StageContext) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: the run alone says so
+def _how_it_ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{hint}"
+    return f"its process ended with code {code}"
+
+
+def _serve(connection: "Connection[Any, Any]", stage: TableStage, context: StageContext) -> None:
+    """Be a worker: say that the stage is open, then answer each job until told to end."""
+    os.setpgid(0, 0)  # Ctrl-C is the run's to answer, and a worker can be ended with all it started
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _Worker.work = _Worker.stack.enter_context(stage.open(context))
-        _Worker.bound = stage.bind(context)
-    except TeacherCacheError as error:  # raised here, it would reach the user as a dead process
-        _Worker.failure = error
+        with opened_worker(stage, context) as do:
+            connection.send(None)
+            while (job := connection.recv()) is not None:
+                connection.send(_answer(do, job))
+    except Exception as error:  # noqa: BLE001  the run raises it
+        connection.send(_portable(error))
+
+
+def _answer(do: Do, job: Job) -> ShardRecord | Exception | None:
+    try:
+        return do(job)
+    except Exception as error:  # noqa: BLE001  the run raises it
+        return _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that any process can unpickle; one that is not ours keeps its traceback."""
+    if isinstance(error, TeacherCacheError):
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
 
 
 def _end_with_parent() -> None:
@@ -78,10 +162,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
-
-
-def _run_one(task: ShardTask) -> ShardRecord:
-    if _Worker.failure is not None:
-        raise _Worker.failure
-    return run_shard(task, _Worker.bound, _Worker.work)
+    os.killpg(0, signal.SIGKILL)

@@ -66,6 +66,10 @@ class ConsoleReporter:
         self._records.append(record)
         self._advance(1, self._rates(), self._before + len(self._records), self._expected, "shards")
 
+    def warned(self, line: str) -> None:
+        """Say at once what went wrong and is being made good."""
+        self._say(line)
+
     def trained(self, values: dict[str, Any]) -> None:
         """Show a training step's loss, or the numbers of an evaluation."""
         event = values.get("event", "step")

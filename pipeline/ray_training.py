@@ -4,6 +4,7 @@ Each worker runs the same job as everywhere else. Checkpoints are the trainer's 
 folder, which every node has to reach; so a run that lost a worker goes on here, or on one machine.
 """
 
+import os
 import shutil
 import threading
 from contextlib import suppress
@@ -15,19 +16,29 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
+from pipeline.ray_executor import connected
 from pipeline.training_job import OnEvent, TrainingJob
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 
 NOTES = ".ray"  # what Ray Train keeps of a run while it lasts
 
 
-def train_on_ray(job: TrainingJob, num_processes: int, on_event: OnEvent) -> None:
+def train_on_ray(
+    job: TrainingJob, num_processes: int, on_event: OnEvent, *, address: str | None
+) -> None:
     """Train on ``num_processes`` workers, one GPU each where the cluster has GPUs.
 
-    Needs a connection to Ray. ``on_event`` is called in another thread, while this one waits.
-    Raises the error that a worker raised, ConfigError for a cluster that is too small, and
-    EngineError when a worker died.
+    ``address`` None starts a Ray for this step. ``on_event`` is called in another thread, while
+    this one waits. Raises the error that a worker raised, ConfigError for a cluster that is too
+    small, and EngineError when a worker died or no cluster answers.
     """
+    job.output.mkdir(parents=True, exist_ok=True)
+    cores = max(os.cpu_count() or 1, num_processes)
+    with connected(address, job.output, num_cpus=cores):
+        _train(job, num_processes, on_event)
+
+
+def _train(job: TrainingJob, num_processes: int, on_event: OnEvent) -> None:
     use_gpu = _use_gpu(num_processes)
     queue = Queue(actor_options={"num_cpus": 0})
     errors: list[TeacherCacheError] = []

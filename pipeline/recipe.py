@@ -80,12 +80,20 @@ class ModelRef(StageConfig):
 
 
 class Execution(StageConfig):
-    """Where and how wide a recipe runs. Nothing here changes what is written."""
+    """Where and how wide a recipe runs. Nothing here changes what is written.
+
+    ``address`` is a Ray cluster's (``auto``, ``host:port``, ``ray://host:port``); without one,
+    executor ``ray`` starts a Ray of its own. A shard may cost ``max_attempts`` workers before its
+    rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one.
+    """
 
     root: Path = Path("cache")
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "ray"] = "local"
+    address: str | None = None
     workers: int = Field(default=1, ge=1)
     training_processes: int = Field(default=1, ge=1)
+    max_attempts: int = Field(default=3, ge=1)
+    shard_timeout_s: float | None = Field(default=None, gt=0.0)
     engine: EngineOptions = EngineOptions()
 
     @field_validator("root", mode="after")

@@ -6,10 +6,11 @@ and a second run is refused in one line.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.local_executor import run_local
 from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
@@ -57,6 +58,9 @@ class Reporter(Protocol):
 
     def shard_finished(self, record: ShardRecord) -> None:
         """One more shard is on disk."""
+
+    def warned(self, line: str) -> None:
+        """Something went wrong that the run makes good by itself."""
 
     def trained(self, values: dict[str, Any]) -> None:
         """The trainer reports a step or an evaluation."""
@@ -168,6 +172,7 @@ def _run_table(
             split=shard.split,
             input_file=source_step.folder / shard.file,
             input_sha256=shard.sha256,
+            num_rows=shard.num_rows,
             max_rejected_fraction=stage.max_rejected_fraction,
             made_by=_made_by(step),
         )
@@ -179,11 +184,27 @@ def _run_table(
     todo = [task for task in tasks if task.index not in finished]
     if todo or not all((step.folder / name).is_file() for name in stage.side_files):
         index_of = {task.name: task.index for task in todo}
-        for record in run_local(stage, context, todo, workers=execution.workers):
+        for record in _run_shards(stage, context, todo, execution, reporter):
             records[index_of[record.name]] = record
             reporter.shard_finished(record)
     ordered = [records[index] for index in range(len(tasks))]
     _write_manifest(step, ordered, source.tokenizer, vocab_size, {})
+
+
+def _run_shards(
+    stage: TableStage,
+    context: StageContext,
+    tasks: Sequence[ShardTask],
+    execution: Execution,
+    reporter: Reporter,
+) -> Iterator[ShardRecord]:
+    limits = Limits(execution.workers, execution.max_attempts, execution.shard_timeout_s)
+    if execution.executor == "local":
+        return run_local(stage, context, tasks, limits, warned=reporter.warned)
+    from pipeline.ray_executor import run_on_ray  # loads ray
+
+    address = execution.address
+    return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)
 
 
 def _made_by(step: PlannedStep) -> dict[str, Any]:
@@ -238,7 +259,13 @@ def _run_training(
         output=step.folder,
         fingerprint=step.fingerprint,
     )
-    if execution.training_processes == 1:
+    if execution.executor == "ray":
+        import pipeline.ray_executor  # noqa: F401  says in one line when Ray is not installed
+        from pipeline.ray_training import train_on_ray
+
+        address = execution.address
+        train_on_ray(job, execution.training_processes, reporter.trained, address=address)
+    elif execution.training_processes == 1:
         job.carry_out(reporter.trained)
     else:
         from pipeline.training_launch import train_in_processes  # loads torch

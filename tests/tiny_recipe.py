@@ -73,6 +73,7 @@ class Events:
     found: list[int] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def said(self, line: str) -> None:
         self.lines.append(line)
@@ -85,6 +86,9 @@ class Events:
 
     def shard_finished(self, record: ShardRecord) -> None:
         self.made.append(record.name)
+
+    def warned(self, line: str) -> None:
+        self.warnings.append(line)
 
     def trained(self, values: dict[str, Any]) -> None:
         pass

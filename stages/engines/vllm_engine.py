@@ -224,6 +224,8 @@ def common_arguments(
     return {
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
+        # In a Ray worker vLLM would else ask Ray for GPUs that this worker already has.
+        "distributed_executor_backend": "mp" if options.tensor_parallel_size > 1 else None,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": cache_bytes,
         "max_model_len": options.max_model_len,

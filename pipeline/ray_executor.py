@@ -1,0 +1,298 @@
+"""Run a stage's shards on a Ray cluster: a pool of actors that each load the stage once.
+
+Ray places the workers and tells when one is gone; ``dispatch`` decides what each of them does. An
+actor is never restarted by Ray and a job never repeated by it: a row that ends its worker would be
+tried for ever. A lost actor is killed before another is asked for, as it may hold on to what the
+other needs, and nothing is given to an actor that is not placed: it might never be.
+
+A worker runs in the step's folder with the variables of ``THREADS`` as the run itself has them, so
+its sums are those of a worker of the local executor. All machines see ``execution.root`` under the
+same path.
+"""
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
+from pipeline.shard_task import ShardTask
+from pipeline.worker import Do, Job, Versions, opened_worker
+from pipeline.worker_size import Machine, WorkerSize
+from schemas.errors import ConfigError, EngineError, TeacherCacheError
+from schemas.manifest import ShardRecord
+from stages.stage import StageContext, TableStage
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.job_submission import JobSubmissionClient
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ImportError as missing:
+    raise ConfigError(
+        f"Ray cannot be imported ({missing}): install teachercache[ray], or use execution.executor "
+        f"local"
+    ) from missing
+
+START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow
+CONNECT_TIMEOUT_S = 5.0
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # Ray would set the first to the worker's CPUs
+POLL_S = 1.0
+
+
+def run_on_ray(
+    stage: TableStage,
+    context: StageContext,
+    tasks: Sequence[ShardTask],
+    limits: Limits,
+    *,
+    address: str | None,
+    warned: Callable[[str], None],
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> Iterator[ShardRecord]:
+    """Yield each shard's record as it is finished; ``address`` None starts a Ray for this run."""
+    cores = max(os.cpu_count() or 1, limits.workers * (context.engine.num_threads or 1))
+    with connected(address, context.folder, num_cpus=cores):
+        machines = _machines()
+        size = WorkerSize.of(context.engine, limits.workers, machines)
+        if address is None and not any(map(size.fits, machines)):
+            raise EngineError(size.refusal(machines, "more than any machine has"))
+        crew = _ActorCrew(stage, context, size, start_timeout_s)
+        try:
+            yield from dispatch(crew, tasks, limits, warned=warned)
+        finally:
+            crew.close()
+
+
+def job_client(address: str) -> JobSubmissionClient:
+    """Reach the Jobs API of a cluster; raises EngineError where there is none."""
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"no Ray cluster takes jobs at {address} ({_first_line(error)}): start one with `ray "
+            f"start --head`, or give the address of its dashboard with --address"
+        ) from error
+
+
+@contextmanager
+def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[None]:
+    """Be a driver of a cluster, or of a Ray of our own with ``num_cpus`` that ends with the run.
+
+    Ray puts the folder it is called from on the workers' path, where a user's own ``schemas`` or
+    ``stages`` would be found before ours: so it is called from the step's ``folder``. Raises
+    EngineError where no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _require_answer(address)
+    arguments: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        arguments |= {"num_cpus": num_cpus, "include_dashboard": False}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        ray.init(address=address or "local", **arguments)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise EngineError(_no_ray(address, error)) from error
+    finally:
+        os.chdir(before)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    """Raise EngineError where nothing listens: Ray would ask for minutes, and fill the log."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise EngineError(_no_ray(address, error)) from error
+
+
+def _no_ray(address: str | None, error: Exception) -> str:
+    if address is None:
+        return f"Ray did not start on this machine: {_first_line(error)}"
+    return (
+        f"no Ray cluster at execution.address {address} ({_first_line(error)}): start one with "
+        f"`ray start --head`, correct the address, or leave it out for a Ray of this run's own"
+    )
+
+
+def _machines() -> list[Machine]:
+    """Return the resources of each machine that takes work."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [found for found in resources if found.get("CPU")]
+
+
+class _Actor:
+    """One worker, in a process that Ray placed."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._do: Do | None = None
+
+    def versions(self) -> tuple[Versions, str]:
+        """Say what is installed here; asked first, before anything of the run is unpickled."""
+        return Versions.installed(), socket.gethostname()
+
+    def load(
+        self, stage: TableStage, context: StageContext, threads: dict[str, str | None]
+    ) -> None:
+        """Open the stage. ``threads`` are set before torch is imported, which reads them once."""
+        for name, value in threads.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        os.chdir(context.folder)
+        self._do = self._stack.enter_context(opened_worker(stage, context))
+
+    def do(self, job: Job) -> ShardRecord | None:
+        """Do one job."""
+        assert self._do is not None
+        return self._do(job)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._stack.close()
+
+
+@dataclass
+class _Member:
+    actor: Any
+    group: Any
+    pending: Any  # the result waited for, None while it has nothing to do
+    state: str = "placing"  # then loading, then ready
+
+
+class _ActorCrew:
+    """Actors, and what Ray says of them; see ``dispatch.Crew``."""
+
+    def __init__(
+        self, stage: TableStage, context: StageContext, size: WorkerSize, start_timeout_s: float
+    ) -> None:
+        self.stage, self.context, self.size = stage, _absolute(context), size
+        self.start_timeout_s = start_timeout_s
+        self._versions = Versions.installed()
+        self._threads = {name: os.environ.get(name) for name in THREADS}
+        self._members: dict[int, _Member] = {}
+        self._num_started = 0
+        self._last_placed = time.monotonic()
+
+    def start(self) -> int:
+        options: dict[str, Any] = {
+            "num_gpus": self.size.num_gpus,
+            "num_cpus": self.size.num_cpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        group = None
+        if self.size.num_gpus > 1:
+            bundle = {"GPU": self.size.num_gpus, "CPU": self.size.num_cpus}
+            group = placement_group([bundle], strategy="STRICT_PACK")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0)
+        actor = ray.remote(**options)(_Actor).remote()
+        self._num_started += 1
+        self._members[self._num_started] = _Member(actor, group, actor.versions.remote())
+        return self._num_started
+
+    def give(self, worker: int, job: Job) -> None:
+        member = self._members[worker]
+        member.pending = member.actor.do.remote(job)
+
+    def wait(self, timeout_s: float | None) -> list[Event]:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self._require_place()
+            waiting = {m.pending: n for n, m in self._members.items() if m.pending is not None}
+            left_s = max(0.0, min(POLL_S, deadline - time.monotonic()))
+            done, _ = ray.wait(list(waiting), timeout=left_s)
+            events = [self._event(waiting[ref]) for ref in done]
+            heard = [event for event in events if event is not None]
+            if heard or time.monotonic() >= deadline:
+                return heard
+
+    def _require_place(self) -> None:
+        """Raise EngineError when none of the workers has found a place for too long."""
+        now = time.monotonic()
+        if any(member.state != "placing" for member in self._members.values()):
+            self._last_placed = now
+        elif now - self._last_placed > self.start_timeout_s:
+            why = f"none has been for {self.start_timeout_s:g} s"
+            raise EngineError(self.size.refusal(_machines(), why))
+
+    def _event(self, worker: int) -> Event | None:
+        member = self._members[worker]
+        try:
+            found = ray.get(member.pending)
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, TeacherCacheError):
+                return Failed(worker, cause)
+            return Failed(worker, _not_loaded(error) if member.state == "placing" else error)
+        except RayError as error:
+            return Lost(worker, _first_line(error))
+        member.pending = None
+        match member.state:
+            case "placing":
+                self._versions.require(*found)
+                member.state = "loading"
+                arguments = (self.stage, self.context, self._threads)
+                member.pending = member.actor.load.remote(*arguments)
+                return None
+            case "loading":
+                member.state = "ready"
+                return Ready(worker)
+            case _:
+                return Done(worker, found)
+
+    def end(self, worker: int) -> None:
+        member = self._members.pop(worker)
+        ray.kill(member.actor)
+        if member.group is not None:
+            remove_placement_group(member.group)
+
+    def close(self) -> None:
+        """Let workers without a job free their engines; end all others at once."""
+        resting = [m for m in self._members.values() if m.state == "ready" and m.pending is None]
+        closed = [member.actor.close.remote() for member in resting]
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=20.0)
+        for worker in list(self._members):
+            self.end(worker)
+
+
+def _absolute(context: StageContext) -> StageContext:
+    """Return the context with no path that means another place in another folder."""
+    models = {}
+    for name, spec in context.models.items():
+        adapter = None if spec.adapter is None else spec.adapter.absolute()
+        models[name] = replace(spec, base=spec.base.absolute(), adapter=adapter)
+    engine = context.engine
+    if engine.cache_dir is not None:
+        cache_dir = engine.cache_dir.expanduser().absolute()
+        engine = engine.model_copy(update={"cache_dir": cache_dir})
+    return replace(context, models=models, engine=engine)
+
+
+def _not_loaded(error: Exception) -> ConfigError:
+    """Return the error for a worker that cannot so much as import this file."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ConfigError(
+        f"a worker cannot load teachercache ({lines[-1].strip()}): install the same version on "
+        f"every machine of the cluster"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

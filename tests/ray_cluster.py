@@ -1,0 +1,100 @@
+"""A real Ray cluster of one machine on loopback, as ``ray start`` makes it, and its end."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# No token is asked for on loopback, and nothing is sent anywhere.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a cluster is reached: by drivers, by clients, by who submits jobs."""
+
+    address: str
+    client_address: str
+    jobs_address: str
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextmanager
+def ray_cluster(*, num_cpus: int, num_gpus: int, env: Mapping[str, str]) -> Iterator[Cluster]:
+    """Start a head, wait for it, and end it with all that it started. GPUs are a number only."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets' names have to be short
+    port, client, dashboard, agent, metrics = free_ports(5)
+    head = subprocess.Popen(
+        [
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--port={port}",
+            f"--ray-client-server-port={client}",
+            f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--metrics-export-port={metrics}",
+            f"--num-cpus={num_cpus}",
+            f"--num-gpus={num_gpus}",
+            "--object-store-memory=100000000",
+            f"--temp-dir={folder}",
+        ],
+        env={**os.environ, **ENVIRONMENT, **env, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(head, f"http://127.0.0.1:{dashboard}/api/version")
+        yield Cluster(
+            address=f"127.0.0.1:{port}",
+            client_address=f"ray://127.0.0.1:{client}",
+            jobs_address=f"http://127.0.0.1:{dashboard}",
+        )
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert head.poll() is None and time.monotonic() < deadline, "Ray did not start"
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.3)
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    head.terminate()
+    try:
+        head.wait(30)
+    except subprocess.TimeoutExpired:
+        head.kill()
+        head.wait()
+    for process in psutil.wait_procs(started, timeout=5)[1]:
+        process.kill()
