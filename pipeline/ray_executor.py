@@ -30,6 +30,7 @@ from schemas.manifest import ShardRecord
 from stages.stage import StageContext, TableStage
 
 try:
+    import grpc
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.job_submission import JobSubmissionClient
@@ -43,6 +44,7 @@ except ImportError as missing:
 
 START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow
 CONNECT_TIMEOUT_S = 5.0
+HEAD_TIMEOUT_S = 20.0  # without the head Ray waits for ever, or ends this process after 60 s
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # Ray would set the first to the worker's CPUs
 POLL_S = 1.0
 
@@ -61,12 +63,16 @@ def run_on_ray(
     cores = max(os.cpu_count() or 1, limits.workers * (context.engine.num_threads or 1))
     with connected(address, context.folder, num_cpus=cores):
         machines = _machines()
-        size = WorkerSize.of(context.engine, limits.workers, machines)
+        size = WorkerSize.of(context, limits.workers, machines)
         if address is None and not any(map(size.fits, machines)):
             raise EngineError(size.refusal(machines, "more than any machine has"))
-        crew = _ActorCrew(stage, context, size, start_timeout_s)
+        crew = _ActorCrew(stage, context, size, start_timeout_s, _head(address))
         try:
             yield from dispatch(crew, tasks, limits, warned=warned)
+        except ConnectionError as error:  # of a client; a worker's own comes as a RayTaskError
+            if not isinstance(error, RayTaskError):
+                raise crew.lost_head(error) from error
+            raise
         finally:
             crew.close()
 
@@ -100,7 +106,7 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
     try:
         ray.init(address=address or "local", **arguments)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise EngineError(_no_ray(address, error)) from error
+        raise EngineError(_no_ray(address, _first_line(error))) from error
     finally:
         os.chdir(before)
     try:
@@ -111,19 +117,45 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
 
 def _require_answer(address: str | None) -> None:
     """Raise EngineError where nothing listens: Ray would ask for minutes, and fill the log."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-        except (OSError, OverflowError) as error:
-            raise EngineError(_no_ray(address, error)) from error
+    if address is not None and _has_port(address) and (why := _refusal(address)):
+        raise EngineError(_no_ray(address, why))
 
 
-def _no_ray(address: str | None, error: Exception) -> str:
+def _has_port(address: str) -> bool:
+    return address.rpartition(":")[2].isdigit()
+
+
+def _refusal(address: str) -> str:
+    """Return why no Ray answers at an address with a port, nothing when one does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    if address.startswith("ray://") or os.environ.get("RAY_USE_TLS") == "1":
+        return ""
+    with grpc.insecure_channel(address) as channel:
+        try:  # the question that Ray's own machines ask the head
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            unheard = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            if error.code() in unheard:  # any other answer is an answer
+                return "what listens there is no Ray head, or a stopped one"
+    return ""
+
+
+def _head(address: str | None) -> str:
+    """Where the cluster we are connected to is reached."""
+    if address is not None and _has_port(address):
+        return address
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _no_ray(address: str | None, why: str) -> str:
     if address is None:
-        return f"Ray did not start on this machine: {_first_line(error)}"
+        return f"Ray did not start on this machine: {why}"
     return (
-        f"no Ray cluster at execution.address {address} ({_first_line(error)}): start one with "
+        f"no Ray cluster at execution.address {address} ({why}): start one with "
         f"`ray start --head`, correct the address, or leave it out for a Ray of this run's own"
     )
 
@@ -179,10 +211,16 @@ class _ActorCrew:
     """Actors, and what Ray says of them; see ``dispatch.Crew``."""
 
     def __init__(
-        self, stage: TableStage, context: StageContext, size: WorkerSize, start_timeout_s: float
+        self,
+        stage: TableStage,
+        context: StageContext,
+        size: WorkerSize,
+        start_timeout_s: float,
+        head: str,
     ) -> None:
         self.stage, self.context, self.size = stage, _absolute(context), size
-        self.start_timeout_s = start_timeout_s
+        self.start_timeout_s, self.head = start_timeout_s, head
+        self._head_is_lost = False
         self._versions = Versions.installed()
         self._threads = {name: os.environ.get(name) for name in THREADS}
         self._members: dict[int, _Member] = {}
@@ -193,12 +231,17 @@ class _ActorCrew:
         options: dict[str, Any] = {
             "num_gpus": self.size.num_gpus,
             "num_cpus": self.size.num_cpus,
+            "memory": self.size.num_bytes,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
         group = None
         if self.size.num_gpus > 1:
-            bundle = {"GPU": self.size.num_gpus, "CPU": self.size.num_cpus}
+            bundle = {
+                "GPU": self.size.num_gpus,
+                "CPU": self.size.num_cpus,
+                "memory": self.size.num_bytes,
+            }
             group = placement_group([bundle], strategy="STRICT_PACK")
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, 0)
         actor = ray.remote(**options)(_Actor).remote()
@@ -217,10 +260,28 @@ class _ActorCrew:
             waiting = {m.pending: n for n, m in self._members.items() if m.pending is not None}
             left_s = max(0.0, min(POLL_S, deadline - time.monotonic()))
             done, _ = ray.wait(list(waiting), timeout=left_s)
+            if not done:
+                self._require_head()
             events = [self._event(waiting[ref]) for ref in done]
             heard = [event for event in events if event is not None]
             if heard or time.monotonic() >= deadline:
                 return heard
+
+    def _require_head(self) -> None:
+        """Raise EngineError when the cluster's head is not there, and does not come back soon."""
+        deadline = time.monotonic() + HEAD_TIMEOUT_S
+        while why := _refusal(self.head):
+            if time.monotonic() > deadline:
+                raise self.lost_head(f"no answer for {HEAD_TIMEOUT_S:g} s: {why}")
+            time.sleep(POLL_S)
+
+    def lost_head(self, why: object) -> EngineError:
+        """Note that nothing can be asked of Ray any more; return the error to raise."""
+        self._head_is_lost = True
+        return EngineError(
+            f"the head of the Ray cluster at {self.head} is lost ({why}): finished shards are "
+            f"kept, start the cluster and run again"
+        )
 
     def _require_place(self) -> None:
         """Raise EngineError when none of the workers has found a place for too long."""
@@ -241,6 +302,7 @@ class _ActorCrew:
                 return Failed(worker, cause)
             return Failed(worker, _not_loaded(error) if member.state == "placing" else error)
         except RayError as error:
+            self._require_head()  # with it gone no worker can be ended or replaced
             return Lost(worker, _first_line(error))
         member.pending = None
         match member.state:
@@ -264,6 +326,8 @@ class _ActorCrew:
 
     def close(self) -> None:
         """Let workers without a job free their engines; end all others at once."""
+        if self._head_is_lost:
+            return  # they end with their machine; Ray would wait for the head to end them
         resting = [m for m in self._members.values() if m.state == "ready" and m.pending is None]
         closed = [member.actor.close.remote() for member in resting]
         if closed:

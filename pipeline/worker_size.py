@@ -1,50 +1,82 @@
 """What one worker takes of a machine of a cluster, and what to say when no machine has it.
 
 GPUs: ``tensor_parallel_size`` of one machine; none with ``engine.device: cpu``, nor with ``auto``
-on a cluster without GPUs. Cores: ``engine.num_threads``, or a share of the machine's.
+on a cluster without GPUs. Cores: ``engine.num_threads``, or a share of the machine's. Memory: what
+the libraries take and, without GPUs, the models' weights and vLLM's cache of keys and values.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.engines.options import EngineOptions
+from stages.stage import ModelSpec, StageContext
 
+PROCESS_BYTES = 1 << 30  # torch, transformers and vLLM, loaded
+KV_CACHE_BYTES = 2 << 30  # vLLM's on a CPU where engine.kv_cache_memory_bytes is not given
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 Machine = Mapping[str, float]  # resources by Ray's names
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSize:
-    """GPUs and CPUs, all of one machine."""
+    """GPUs, CPUs and bytes of memory, all of one machine."""
 
     num_gpus: int
     num_cpus: int
+    num_bytes: int
 
     @classmethod
-    def of(cls, options: EngineOptions, workers: int, machines: Sequence[Machine]) -> "WorkerSize":
+    def of(cls, context: StageContext, workers: int, machines: Sequence[Machine]) -> "WorkerSize":
         """Return the size with which ``workers`` workers fit these machines, if they can."""
+        options = context.engine
         has_gpus = any(_count(machine, "GPU") for machine in machines)
         is_gpu_work = options.device == "cuda" or (options.device == "auto" and has_gpus)
         num_gpus = options.tensor_parallel_size if is_gpu_work else 0
+        num_bytes = PROCESS_BYTES
+        if not num_gpus:
+            num_bytes += sum(_model_bytes(spec, options) for spec in context.models.values())
         if options.num_threads is not None:
-            return cls(num_gpus, options.num_threads)
+            return cls(num_gpus, options.num_threads, num_bytes)
         cores = [_count(m, "CPU") for m in machines if _count(m, "GPU") >= num_gpus]
         each = math.ceil(workers / max(1, len(cores)))
-        return cls(num_gpus, max(1, min(cores, default=1) // each))
+        return cls(num_gpus, max(1, min(cores, default=1) // each), num_bytes)
 
     def fits(self, machine: Machine) -> bool:
         """Whether a machine would hold one worker were it empty."""
-        return _count(machine, "GPU") >= self.num_gpus and _count(machine, "CPU") >= self.num_cpus
+        return (
+            _count(machine, "GPU") >= self.num_gpus
+            and _count(machine, "CPU") >= self.num_cpus
+            and _count(machine, "memory") >= self.num_bytes
+        )
 
     def refusal(self, machines: Sequence[Machine], why: str) -> str:
         """Say what was asked for and what there is."""
-        sizes = [f"{_count(m, 'GPU')} GPUs and {_count(m, 'CPU')} CPUs" for m in machines]
+        asked = _words(self.num_gpus, self.num_cpus, self.num_bytes)
+        sizes = [_words(_count(m, "GPU"), _count(m, "CPU"), _count(m, "memory")) for m in machines]
         return (
-            f"no worker can be placed: each takes {self.num_gpus} GPUs and {self.num_cpus} CPUs of "
-            f"one machine, {why}; the cluster's machines have {'; '.join(sizes) or 'nothing'}: "
-            f"lower execution.engine.tensor_parallel_size or num_threads, set engine.device to "
-            f"cpu, or use a larger cluster"
+            f"no worker can be placed: each takes {asked} of one machine, {why}; the cluster's "
+            f"machines have {'; '.join(sizes) or 'nothing'}: lower "
+            f"execution.engine.tensor_parallel_size, num_threads or kv_cache_memory_bytes, set "
+            f"engine.device to cpu, or use a larger cluster"
         )
+
+
+def _model_bytes(spec: ModelSpec, options: EngineOptions) -> int:
+    """Return what a model takes of a machine without GPUs: weights in its dtype, and cache."""
+    files = list(spec.base.glob("*.safetensors")) or list(spec.base.glob("*.bin"))
+    config = json.loads((spec.base / "config.json").read_text())
+    asked = WIDTHS[spec.dtype]
+    stored = WIDTHS.get(config.get("dtype") or config.get("torch_dtype"), asked)
+    weights = sum(path.stat().st_size for path in files) * asked // stored
+    if spec.engine != "vllm":
+        return weights
+    return weights + (options.kv_cache_memory_bytes or KV_CACHE_BYTES)
+
+
+def _words(num_gpus: int, num_cpus: int, num_bytes: int) -> str:
+    return f"{num_gpus} GPUs, {num_cpus} CPUs and {num_bytes / (1 << 30):.1f} GiB"
 
 
 def _count(machine: Machine, name: str) -> int:

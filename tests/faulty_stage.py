@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,6 +42,7 @@ class FaultyStage(TableStage):
     hanging: tuple[str, ...] = ()  # no answer comes
     failing: tuple[str, ...] = ()  # the engine says it has died
     wrong: tuple[str, ...] = ()  # an error that is the user's
+    slow_worker: bool = False  # the first worker there is takes ten times as long as others
     crowded_at: int = 10**9  # more rows than that at once end the process
 
     @property
@@ -59,6 +60,7 @@ class FaultyStage(TableStage):
         yield self._work
 
     def _work(self, shard: pa.Table) -> Iterator[Document]:
+        pace = 10 if self.slow_worker and self._is_slow() else 1
         if len(shard):
             mark = self.marks / f"{os.getpid()}-{shard['sample_id'][0]}"
             mark.write_text(f"{os.getcwd()}\n{os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
@@ -66,11 +68,17 @@ class FaultyStage(TableStage):
             os._exit(1)
         for batch in shard.to_batches():
             for row in DOCUMENTS.rows(batch):
-                time.sleep(self.seconds_a_row * (20 if row.sample_id in self.slow else 1))
+                time.sleep(self.seconds_a_row * (20 if row.sample_id in self.slow else pace))
                 self._go_wrong(row.sample_id)
                 yield Document(
                     sample_id=row.sample_id, split=row.split, input_ids_T=row.input_ids_T[::-1]
                 )
+
+    def _is_slow(self) -> bool:
+        name = self.marks.with_name("slow worker")
+        with suppress(FileExistsError), name.open("x") as stream:
+            stream.write(str(os.getpid()))
+        return name.read_text() == str(os.getpid())
 
     def _go_wrong(self, sample_id: str) -> None:
         if sample_id in self.deadly:

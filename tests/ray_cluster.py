@@ -23,11 +23,12 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a cluster is reached: by drivers, by clients, by who submits jobs."""
+    """Where a cluster is reached: by drivers, by clients, by who submits jobs; and its head."""
 
     address: str
     client_address: str
     jobs_address: str
+    head: subprocess.Popen[bytes]
 
 
 def free_ports(count: int) -> list[int]:
@@ -43,38 +44,60 @@ def ray_cluster(*, num_cpus: int, num_gpus: int, env: Mapping[str, str]) -> Iter
     """Start a head, wait for it, and end it with all that it started. GPUs are a number only."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets' names have to be short
     port, client, dashboard, agent, metrics = free_ports(5)
-    head = subprocess.Popen(
-        [
-            str(BIN / "ray"),
-            "start",
-            "--head",
-            "--block",
-            "--node-ip-address=127.0.0.1",
-            f"--port={port}",
-            f"--ray-client-server-port={client}",
-            f"--dashboard-port={dashboard}",
-            f"--dashboard-agent-listen-port={agent}",
-            f"--metrics-export-port={metrics}",
-            f"--num-cpus={num_cpus}",
-            f"--num-gpus={num_gpus}",
-            "--object-store-memory=100000000",
-            f"--temp-dir={folder}",
-        ],
+    arguments = [
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        f"--ray-client-server-port={client}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}",
+        f"--num-cpus={num_cpus}",
+        f"--num-gpus={num_gpus}",
+        f"--temp-dir={folder}",
+    ]
+    head = _ray_start(arguments, env)
+    try:
+        _wait_for(head, f"http://127.0.0.1:{dashboard}/api/version")
+        _wait_for_port(head, client)
+        yield Cluster(
+            address=f"127.0.0.1:{port}",
+            client_address=f"ray://127.0.0.1:{client}",
+            jobs_address=f"http://127.0.0.1:{dashboard}",
+            head=head,
+        )
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def another_machine(cluster: Cluster, *, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a second Ray node on this machine that has joined the cluster, and end it."""
+    arguments = [f"--address={cluster.address}", f"--num-cpus={num_cpus}", "--num-gpus=0"]
+    node = _ray_start(arguments, {})
+    try:
+        yield node
+    finally:
+        _end(node)
+
+
+def kill_machine(node: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a node and all that runs on it, as a machine ends that loses its power."""
+    everyone = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in everyone:
+        process.kill()
+    psutil.wait_procs(everyone, timeout=10)
+
+
+def _ray_start(arguments: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(BIN / "ray"), "start", "--block", "--object-store-memory=100000000", *arguments],
         env={**os.environ, **ENVIRONMENT, **env, "PATH": f"{BIN}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    try:
-        _wait_for(head, f"http://127.0.0.1:{dashboard}/api/version")
-        yield Cluster(
-            address=f"127.0.0.1:{port}",
-            client_address=f"ray://127.0.0.1:{client}",
-            jobs_address=f"http://127.0.0.1:{dashboard}",
-        )
-    finally:
-        _end(head)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
@@ -86,6 +109,17 @@ def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.3)
+
+
+def _wait_for_port(head: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert head.poll() is None and time.monotonic() < deadline, "Ray takes no clients"
+        try:
+            socket.create_connection(("127.0.0.1", port), 5).close()
+            return
+        except OSError:
+            time.sleep(0.2)
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

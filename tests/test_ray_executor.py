@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,6 +228,17 @@ def test_a_killed_run_goes_on_where_it_stood(
     assert kept and "are finished already" in said.out
 
 
+def test_a_worker_ten_times_slower_holds_nobody_up(
+    shards: Shards, undisturbed: dict[str, bytes], run: Run
+) -> None:
+    """It has one shard in hand while the other takes the rest."""
+    list(run(shards, shards.stage(seconds_a_row=0.02, slow_worker=True), TWO))
+    slow = shards.marks.with_name("slow worker").read_text()
+    begun = [mark.name.split("-")[0] for mark in shards.marks.iterdir()]
+    assert len(begun) == len(shards.tasks) and 1 <= begun.count(slow) <= 2
+    assert shards.bytes() == undisturbed
+
+
 # A row that ends every worker.
 
 
@@ -279,13 +291,25 @@ def test_no_cluster_at_the_address(again: TinyRecipe, scheme: str) -> None:
     assert "start one with `ray start --head`" in said.error
 
 
+def test_what_listens_at_the_address_is_no_ray(again: TinyRecipe) -> None:
+    """A Ray that is asked to connect there would wait for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        arguments = settings("execution.executor=ray", f"execution.address={address}")
+        began = time.monotonic()
+        said = teachercache("run", again.path, *arguments)
+    assert said.code == 70 and time.monotonic() - began < 30
+    assert "what listens there is no Ray head" in said.error
+
+
 def test_more_gpus_than_any_machine_has(shards: Shards, cluster: Cluster) -> None:
     """A cluster may grow, so it is given time; a Ray of its own cannot."""
     asked = {"device": "cuda", "tensor_parallel_size": 5}
-    expected = r"each takes 5 GPUs and \d CPUs of one machine, none has been for 10 s; .* 4 GPUs"
+    each = r"each takes 5 GPUs, \d CPUs and 1.0 GiB of one machine, "
+    expected = each + r"none has been for 10 s; .* 4 GPUs"
     with pytest.raises(EngineError, match=expected):
         list(on_ray(shards, shards.stage(), TWO, cluster.address, **asked))
-    expected = r"each takes 5 GPUs and \d CPUs of one machine, more than any machine has; .* 0 GPUs"
+    expected = each + r"more than any machine has; .* 0 GPUs"
     with pytest.raises(EngineError, match=expected):
         list(on_ray(shards, shards.stage(), TWO, None, **asked))
 

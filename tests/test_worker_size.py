@@ -1,12 +1,26 @@
-"""What a worker asks of a machine: GPUs by the engine's options, its share of the cores."""
+"""What a worker asks of a machine: GPUs by the engine's options, a share of the cores, memory."""
+
+import json
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from pipeline.worker_size import Machine, WorkerSize
+from pipeline.worker_size import KV_CACHE_BYTES, PROCESS_BYTES, Machine, WorkerSize
 from stages.engines.options import EngineOptions
+from stages.stage import ModelSpec, StageContext
 
-GPU_NODE: Machine = {"GPU": 8.0, "CPU": 64.0}
-CPU_NODE: Machine = {"CPU": 16.0}
+GIB = 1 << 30
+GPU_NODE: Machine = {"GPU": 8.0, "CPU": 64.0, "memory": 512.0 * GIB}
+CPU_NODE: Machine = {"CPU": 16.0, "memory": 8.0 * GIB}
+
+
+def size_of(
+    options: dict[str, object], workers: int, machines: list[Machine], *models: ModelSpec
+) -> WorkerSize:
+    engine = EngineOptions.model_validate(options)
+    specs = {str(number): spec for number, spec in enumerate(models)}
+    return WorkerSize.of(StageContext(Path(), 512, specs, engine), workers, machines)
 
 
 @pytest.mark.parametrize(
@@ -26,15 +40,41 @@ CPU_NODE: Machine = {"CPU": 16.0}
 def test_sizes(
     options: dict[str, object], workers: int, machines: list[Machine], expected: tuple[int, int]
 ) -> None:
-    size = WorkerSize.of(EngineOptions.model_validate(options), workers, machines)
-    assert (size.num_gpus, size.num_cpus) == expected
+    size = size_of(options, workers, machines)
+    assert (size.num_gpus, size.num_cpus, size.num_bytes) == (*expected, PROCESS_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "cache"),
+    [
+        ("transformers", {}, 0),
+        ("vllm", {}, KV_CACHE_BYTES),
+        ("vllm", {"kv_cache_memory_bytes": GIB}, GIB),
+    ],
+)
+def test_memory_without_a_gpu_is_that_of_each_model(
+    tmp_path: Path,
+    engine: Literal["vllm", "transformers"],
+    options: dict[str, object],
+    cache: int,
+) -> None:
+    """Weights kept in two bytes take four as float32; on a GPU they are not in this memory."""
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    for part in (1, 2):
+        (tmp_path / f"model-{part}.safetensors").write_bytes(bytes(500))
+    wide, narrow = (ModelSpec(tmp_path, kind, engine, 32) for kind in ("float32", "bfloat16"))
+    size = size_of(options, 1, [CPU_NODE], wide, narrow)
+    assert size.num_bytes == PROCESS_BYTES + 2000 + 1000 + 2 * cache
+    assert size_of(options, 1, [GPU_NODE], wide, narrow).num_bytes == PROCESS_BYTES
 
 
 def test_a_refusal_says_what_was_asked_and_what_there_is() -> None:
-    size = WorkerSize(num_gpus=2, num_cpus=4)
+    size = WorkerSize(num_gpus=2, num_cpus=4, num_bytes=9 * GIB)
     assert size.fits(GPU_NODE) and not size.fits(CPU_NODE)
-    assert not WorkerSize(0, 17).fits(CPU_NODE)
+    assert WorkerSize(0, 16, 8 * GIB).fits(CPU_NODE)
+    assert not WorkerSize(0, 17, 0).fits(CPU_NODE)
+    assert not WorkerSize(0, 1, 9 * GIB).fits(CPU_NODE)
     said = size.refusal([CPU_NODE, GPU_NODE], "none has been for 5 s")
-    assert "each takes 2 GPUs and 4 CPUs of one machine, none has been for 5 s; " in said
-    assert "machines have 0 GPUs and 16 CPUs; 8 GPUs and 64 CPUs: lower" in said
+    assert "each takes 2 GPUs, 4 CPUs and 9.0 GiB of one machine, none has been for 5 s; " in said
+    assert "machines have 0 GPUs, 16 CPUs and 8.0 GiB; 8 GPUs, 64 CPUs and 512.0 GiB: lo" in said
     assert "machines have nothing: lower" in size.refusal([], "-")
