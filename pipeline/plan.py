@@ -19,7 +19,7 @@ from pipeline.fingerprint import (
 )
 from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
-from schemas.manifest import MANIFEST, Manifest, read_manifest
+from schemas.manifest import MANIFEST, Manifest, count_records, read_manifest
 from stages.advantages import AdvantagesStage
 from stages.checkpoint import read_checkpoint
 from stages.stage import ModelSpec, SourceStage, TableStage
@@ -319,7 +319,7 @@ def progress_of(step: PlannedStep) -> Progress:
 
 
 def _unfinished(step: PlannedStep) -> Progress:
-    finished = len(list(step.folder.glob("shard-*.json"))) if step.folder.is_dir() else 0
+    finished = count_records(step.folder)
     state: State = "partial" if finished else "pending"
     why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
     source = finished_manifest(step.inputs[0]) if step.inputs else None

@@ -1,7 +1,6 @@
 """What a run prints while it works: a bar on a terminal, plain log lines elsewhere."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,26 @@ LINE_EVERY_S = 10.0
 
 
 @dataclass
+class _Made:
+    """Sums over the shards that this run made of a step."""
+
+    shards: int = 0
+    rows: int = 0
+    tokens: int = 0
+    positions: int = 0
+    bytes: int = 0
+    rejects: int = 0
+
+    def add(self, record: ShardRecord) -> None:
+        self.shards += 1
+        self.rows += record.num_rows
+        self.tokens += record.num_tokens
+        self.positions += record.num_positions
+        self.bytes += record.num_bytes
+        self.rejects += sum(record.rejects.values())
+
+
+@dataclass
 class ConsoleReporter:
     """Rows, tokens per second, bytes per token and time left, for one step at a time."""
 
@@ -35,13 +54,13 @@ class ConsoleReporter:
     _last_line: float = 0.0
     _expected: int = 0
     _before: int = 0
-    _records: list[ShardRecord] = field(default_factory=list)
+    _made: _Made = field(default_factory=_Made)
 
     def step_started(self, step: PlannedStep, progress: planning.Progress) -> None:
         """Say what begins, or that it is done already."""
         self._label = step.name
         self._clock = self._last_line = time.monotonic()
-        self._records, self._expected, self._before = [], 0, 0
+        self._made, self._expected, self._before = _Made(), 0, 0
         if progress.state == "done":
             self._say(f"done already ({step.stage.stage}): {progress.why}, {step.folder}")
         else:
@@ -54,17 +73,18 @@ class ConsoleReporter:
             self._last_line = now
             self._say(line)
 
-    def shards_expected(self, num_shards: int, records: Sequence[ShardRecord]) -> None:
+    def shards_expected(self, num_shards: int, num_finished: int) -> None:
         """Begin to count shards."""
-        self._expected, self._before = num_shards, len(records)
-        if records:
-            self._say(f"{len(records)} of {num_shards} shards are finished already")
-        self._start_bar(num_shards, len(records))
+        self._expected, self._before = num_shards, num_finished
+        if num_finished:
+            self._say(f"{num_finished} of {num_shards} shards are finished already")
+        self._start_bar(num_shards, num_finished)
 
     def shard_finished(self, record: ShardRecord) -> None:
         """Count one more shard and say how fast it goes."""
-        self._records.append(record)
-        self._advance(1, self._rates(), self._before + len(self._records), self._expected, "shards")
+        self._made.add(record)
+        done = self._before + self._made.shards
+        self._advance(1, self._rates(), done, self._expected, "shards")
 
     def warned(self, line: str) -> None:
         """Say at once what went wrong and is being made good."""
@@ -90,7 +110,7 @@ class ConsoleReporter:
         """Close the bar and say what the step came to."""
         self.close()
         seconds = time.monotonic() - self._clock
-        detail = f", {self._rates()}" if self._records else ""
+        detail = f", {self._rates()}" if self._made.shards else ""
         self._say(f"finished in {seconds:.1f} s{detail}")
 
     def close(self) -> None:
@@ -101,14 +121,10 @@ class ConsoleReporter:
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._clock, 1e-9)
-        rows = sum(record.num_rows for record in self._records)
-        tokens = sum(record.num_tokens for record in self._records)
-        positions = sum(record.num_positions for record in self._records) or tokens
-        size = sum(record.num_bytes for record in self._records)
-        rejects = sum(sum(record.rejects.values()) for record in self._records)
-        rejected = f", {rejects} rejected" if rejects else ""
-        per_token = f"{size / max(positions, 1):.1f} B/token"
-        return f"{rows} rows, {tokens / seconds:.0f} tokens/s, {per_token}{rejected}"
+        made = self._made
+        rejected = f", {made.rejects} rejected" if made.rejects else ""
+        per_token = f"{made.bytes / max(made.positions or made.tokens, 1):.1f} B/token"
+        return f"{made.rows} rows, {made.tokens / seconds:.0f} tokens/s, {per_token}{rejected}"
 
     def _start_bar(self, total: int, done: int) -> None:
         if not self.console.is_terminal:

@@ -6,12 +6,15 @@ and a second run is refused in one line.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
+from pipeline.kept_shards import kept_shards
 from pipeline.local_executor import run_local
 from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
 from pipeline.recipe import Execution
@@ -24,10 +27,11 @@ from schemas.manifest import (
     Manifest,
     ShardRecord,
     damaged_shards,
-    read_record,
+    listed_shards,
     shard_name,
     write_manifest,
 )
+from schemas.shard_list import SHARD_LIST, ShardList, shard_index
 from schemas.shards import sha256_of, write_text
 from stages.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, StageContext, TableStage
@@ -53,8 +57,8 @@ class Reporter(Protocol):
     def said(self, line: str) -> None:
         """A line about work that has no shards to count yet."""
 
-    def shards_expected(self, num_shards: int, records: Sequence[ShardRecord]) -> None:
-        """How many shards the step has, and those already finished."""
+    def shards_expected(self, num_shards: int, num_finished: int) -> None:
+        """How many shards the step has, and how many an earlier run finished."""
 
     def shard_finished(self, record: ShardRecord) -> None:
         """One more shard is on disk."""
@@ -125,22 +129,20 @@ def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> No
     tokenizer = Path(stage.tokenizer)
     vocab_size = vocab_size_of(tokenizer)
     bound = stage.bind(StageContext(folder=step.folder, vocab_size=vocab_size))
-    tasks = list(enumerate(prepared.shards))
-    finished = _finished(step.folder, len(tasks))
-    reporter.shards_expected(len(tasks), list(finished.values()))
-    records = []
-    for index, shard in tasks:
-        record = finished.get(index)
-        if record is None:
+    num_shards = len(prepared.shards)
+
+    def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
+        for index in indices:
             rows = RowCount(stage.read(work_folder, index))
-            name = shard_name(index, len(tasks))
+            name, split = shard_name(index, num_shards), prepared.shards[index].split
             record = write_output(
-                step.folder, name, bound, rows, split=shard.split, made_by=_made_by(step)
+                step.folder, name, bound, rows, split=split, made_by=_made_by(step)
             )
-            reporter.shard_finished(record)
-        records.append(record)
+            yield index, record
+
+    shards = _make_missing(step, num_shards, make, reporter)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    _write_manifest(step, records, fingerprint, vocab_size, dict(prepared.rejects))
+    _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
     _remove_work(step)
 
 
@@ -164,31 +166,54 @@ def _run_table(
         engine=execution.engine,
         input_table=source.table,
     )
-    tasks = [
-        ShardTask(
-            folder=step.folder,
-            index=index,
-            num_shards=len(source.shards),
-            split=shard.split,
-            input_file=source_step.folder / shard.file,
-            input_sha256=shard.sha256,
-            num_rows=shard.num_rows,
-            max_rejected_fraction=stage.max_rejected_fraction,
-            made_by=_made_by(step),
-        )
-        for index, shard in enumerate(source.shards)
-    ]
-    finished = _finished(step.folder, len(tasks))
-    reporter.shards_expected(len(tasks), list(finished.values()))
-    records = dict(finished)
-    todo = [task for task in tasks if task.index not in finished]
-    if todo or not all((step.folder / name).is_file() for name in stage.side_files):
-        index_of = {task.name: task.index for task in todo}
-        for record in _run_shards(stage, context, todo, execution, reporter):
-            records[index_of[record.name]] = record
+    made_by = _made_by(step)
+
+    def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
+        if not indices and all((step.folder / name).is_file() for name in stage.side_files):
+            return
+        tasks = [
+            ShardTask(
+                folder=step.folder,
+                index=index,
+                num_shards=len(source.shards),
+                split=shard.split,
+                input_file=source_step.folder / shard.file,
+                input_sha256=shard.sha256,
+                num_rows=shard.num_rows,
+                max_rejected_fraction=stage.max_rejected_fraction,
+                made_by=made_by,
+            )
+            for index, shard in zip(indices, source.shard_list.at(indices), strict=True)
+        ]
+        for record in _run_shards(stage, context, tasks, execution, reporter):
+            yield shard_index(record.name), record
+
+    shards = _make_missing(step, len(source.shards), make, reporter)
+    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+
+
+def _make_missing(
+    step: PlannedStep,
+    num_shards: int,
+    make: Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]],
+    reporter: Reporter,
+) -> ShardList:
+    """Make the shards that an earlier run did not finish, then those whose bytes have changed."""
+    with kept_shards(step.folder, num_shards) as kept:
+        reporter.shards_expected(num_shards, kept.num_kept)
+        for index, record in make(np.flatnonzero(~kept.is_kept_S).tolist()):
+            kept.records.add(index, record)
             reporter.shard_finished(record)
-    ordered = [records[index] for index in range(len(tasks))]
-    _write_manifest(step, ordered, source.tokenizer, vocab_size, {})
+        if changed := kept.changed():
+            first = shard_name(changed[0], num_shards)
+            reporter.warned(
+                f"{len(changed)} finished shards no longer have the bytes that were written "
+                f"(first: {step.folder / first}.arrow): making them again"
+            )
+            for index, record in make(changed):
+                kept.records.add(index, record)
+                reporter.shard_finished(record)
+        return kept.records.finish()
 
 
 def _run_shards(
@@ -216,16 +241,9 @@ def _made_by(step: PlannedStep) -> dict[str, Any]:
     return {"fingerprint": step.fingerprint, "models": models}
 
 
-def _finished(folder: Path, num_shards: int) -> dict[int, ShardRecord]:
-    found = {
-        index: read_record(folder, shard_name(index, num_shards)) for index in range(num_shards)
-    }
-    return {index: record for index, record in found.items() if record is not None}
-
-
 def _write_manifest(
     step: PlannedStep,
-    records: Sequence[ShardRecord],
+    shards: ShardList,
     tokenizer: str,
     vocab_size: int,
     source_rejects: dict[str, int],
@@ -241,7 +259,7 @@ def _write_manifest(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         identity=step.identity,
-        shards=tuple(records),
+        shards=shards,
         source_rejects=source_rejects,
         files={name: sha256_of(step.folder / name) for name in side_files},
     )
@@ -374,8 +392,11 @@ def _refuse_missing_files(step: PlannedStep) -> None:
     manifest = finished_manifest(step)
     if manifest is None:
         return
-    names = [*(shard.file for shard in manifest.shards), *manifest.files]
-    missing = [name for name in names if not (step.folder / name).is_file()]
+    num_shards = len(manifest.shards)
+    gone = np.flatnonzero(~listed_shards(step.folder, num_shards, ".arrow"))
+    others = (SHARD_LIST, *manifest.files)
+    missing = [f"{shard_name(index, num_shards)}.arrow" for index in gone.tolist()]
+    missing += [name for name in others if not (step.folder / name).is_file()]
     if missing:
         raise StoreError(
             f"{step.folder} has a manifest but {len(missing)} of its files are gone (first: "

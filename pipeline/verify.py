@@ -58,10 +58,9 @@ def verify_folder(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except TeacherCacheError as error:
         return [str(error)]
-    damaged = damaged_shards(folder, manifest)
-    if damaged:
-        return damaged
     try:
+        if damaged := damaged_shards(folder, manifest):
+            return damaged
         table = known_table(manifest, folder)
     except TeacherCacheError as error:
         return [str(error)]

@@ -1,52 +1,38 @@
 """Records of finished shards, and the manifest that makes a table complete.
 
-Each shard has a JSON record, written after the shard. ``manifest.json`` is written last, from the
-records: a table is complete when it exists and every shard named in it verifies. Timings stay in
-the records, so that equal tables have byte-identical manifests.
+Each shard has a JSON record, written after the shard. From the records come ``shards.arrow``, the
+list of all shards, and then ``manifest.json``, last: a table is complete when that exists and every
+shard of its list verifies. The manifest itself stays small, whatever the number of shards: it has
+their totals, and the sha256 of the list. Timings stay in the records, so that equal tables have
+byte-identical manifests.
 """
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .errors import SchemaMismatch, StoreError
+from .shard_list import ShardList, ShardTotals
+from .shard_list import ShardRecord as ShardRecord  # people take both from here
+from .shard_list import shard_name as shard_name
 from .shards import sha256_of, write_text
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-def shard_name(index: int, num_shards: int) -> str:
-    """Return the stem that a shard, its record and its rejects share."""
-    return f"shard-{index:05d}-of-{num_shards:05d}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord:
-    """One finished shard. ``num_tokens`` counts input tokens, ``num_positions`` scored ones."""
-
-    name: str
-    split: str
-    num_rows: int
-    num_tokens: int
-    num_positions: int
-    num_bytes: int
-    sha256: str
-    rejects: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        """The name of the Arrow file."""
-        return f"{self.name}.arrow"
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A complete table: what it is, what made it, and its shards in order.
+    """A complete table: what it is, what made it, and its shards in order (kept as columns).
 
     ``identity`` is the whole document whose hash is ``fingerprint``: stage, version, config, model
     and inputs. ``tokenizer`` is the fingerprint of the tokenizer whose ids the table holds.
@@ -59,55 +45,75 @@ class Manifest:
     tokenizer: str
     vocab_size: int
     identity: Mapping[str, Any]
-    shards: tuple[ShardRecord, ...]
+    shards: Sequence[ShardRecord]
     source_rejects: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keep the shards as columns."""
+        if not isinstance(self.shards, ShardList):
+            object.__setattr__(self, "shards", ShardList.of(self.shards))
+
+    @property
+    def shard_list(self) -> ShardList:
+        """The shards, as columns."""
+        assert isinstance(self.shards, ShardList)
+        return self.shards
 
     @property
     def num_rows(self) -> int:
         """Rows of all shards."""
-        return sum(shard.num_rows for shard in self.shards)
+        return self.shard_list.totals.num_rows
 
     @property
     def num_tokens(self) -> int:
         """Input tokens of all shards."""
-        return sum(shard.num_tokens for shard in self.shards)
+        return self.shard_list.totals.num_tokens
 
     @property
     def num_positions(self) -> int:
         """Scored positions of all shards."""
-        return sum(shard.num_positions for shard in self.shards)
+        return self.shard_list.totals.num_positions
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all Arrow files."""
-        return sum(shard.num_bytes for shard in self.shards)
+        """Bytes of all Arrow files of rows."""
+        return self.shard_list.totals.num_bytes
 
     @property
     def rejects(self) -> dict[str, int]:
         """Rejected rows by reason, over the source and all shards."""
-        total: Counter[str] = Counter(self.source_rejects)
-        for shard in self.shards:
-            total.update(shard.rejects)
+        total = Counter(self.source_rejects) + Counter(self.shard_list.totals.rejects)
         return dict(sorted(total.items()))
 
     @property
     def dataset_id(self) -> str:
         """A hash over the shards' checksums in order: equal tables, equal ids, on any machine."""
         digest = hashlib.sha256(self.fingerprint.encode())
-        for shard in self.shards:
-            digest.update(bytes.fromhex(shard.sha256))
+        digest.update(self.shard_list.checksums())
         return digest.hexdigest()
 
 
+_OWN_FIELDS = [item.name for item in fields(Manifest) if item.name != "shards"]
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``: the step's last act."""
-    body = {"format": FORMAT, "dataset_id": manifest.dataset_id, **asdict(manifest)}
+    """Write the list of shards and then ``manifest.json``: the step's last act."""
+    manifest.shard_list.write(folder)
+    body = {
+        "format": FORMAT,
+        "dataset_id": manifest.dataset_id,
+        "totals": asdict(manifest.shard_list.totals),
+        **{name: getattr(manifest, name) for name in _OWN_FIELDS},
+    }
     write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a complete table's manifest; raises StoreError when there is none or it is damaged."""
+    """Read a complete table's manifest; raises StoreError when there is none or it is damaged.
+
+    The list of shards is opened, and held to the manifest, when a shard is first asked for.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         state = "is not finished" if folder.is_dir() else "does not exist"
@@ -117,25 +123,24 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         body = json.loads(path.read_text())
-        found, dataset_id = body.pop("format"), body.pop("dataset_id")
-        shards = tuple(ShardRecord(**record) for record in body.pop("shards"))
-        manifest = Manifest(shards=shards, **body)
+        if (found := body["format"]) != FORMAT:
+            raise SchemaMismatch(
+                f"{path} has format {found}, this version reads format {FORMAT}: delete it and "
+                f"run the recipe again (finished shards are kept), or use the other version"
+            )
+        shards = ShardList.in_folder(folder, ShardTotals(**body["totals"]))
+        return Manifest(shards=shards, **{name: body[name] for name in _OWN_FIELDS})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(
             f"{path} is damaged ({error}): delete it and run the recipe again"
         ) from error
-    if found != FORMAT:
-        raise SchemaMismatch(f"{path} has format {found}, this version reads format {FORMAT}")
-    if dataset_id != manifest.dataset_id:
-        raise StoreError(f"{path} does not hash to its own dataset_id: delete it and run again")
-    return manifest
 
 
 def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
     """Return one line for each shard or file that is missing or whose bytes have changed."""
-    expected = [(shard.file, shard.sha256) for shard in manifest.shards]
+    expected = ((shard.file, shard.sha256) for shard in manifest.shards)
     problems = []
-    for name, sha256 in [*expected, *manifest.files.items()]:
+    for name, sha256 in chain(expected, manifest.files.items()):
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
@@ -152,16 +157,22 @@ def write_record(folder: Path, record: ShardRecord, notes: Mapping[str, Any]) ->
 
 def read_record(folder: Path, name: str) -> ShardRecord | None:
     """Return the record of a shard that is finished and verifies, else None: redo it."""
+    record = read_unverified_record(folder, name)
+    verifies = record is not None and sha256_of(folder / record.file) == record.sha256
+    return record if verifies else None
+
+
+def read_unverified_record(folder: Path, name: str) -> ShardRecord | None:
+    """Return the record of a shard whose file has the right size; its bytes are not looked at."""
     notes = read_notes(folder, name)
     if notes is None:
         return None
     try:
         record = ShardRecord(**notes["record"])
-    except (TypeError, KeyError):
+        whole = (folder / record.file).stat().st_size == record.num_bytes
+    except (TypeError, KeyError, OSError):
         return None
-    path = folder / record.file
-    whole = path.is_file() and path.stat().st_size == record.num_bytes
-    return record if whole and sha256_of(path) == record.sha256 else None
+    return record if whole else None
 
 
 def read_notes(folder: Path, name: str) -> dict[str, Any] | None:
@@ -173,6 +184,21 @@ def read_notes(folder: Path, name: str) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def total_rejects(records: Sequence[ShardRecord]) -> int:
-    """Return how many rows were rejected in these shards."""
-    return sum(sum(record.rejects.values()) for record in records)
+def count_records(folder: Path) -> int:
+    """Return how many shards of a folder have a record: one listing, no file is opened."""
+    names = (entry.name for entry in os.scandir(folder)) if folder.is_dir() else ()
+    return sum(name.startswith("shard-") and name.endswith(".json") for name in names)
+
+
+def listed_shards(folder: Path, num_shards: int, suffix: str) -> npt.NDArray[np.bool_]:
+    """Return which shards have a file ``<name><suffix>``: one listing, no file is opened."""
+    found = np.zeros(num_shards, bool)
+    if not folder.is_dir():
+        return found
+    stem = shard_name(0, num_shards)
+    start, end = len("shard-"), stem[stem.index("-of-") :] + suffix
+    for entry in os.scandir(folder):
+        digits = entry.name.removesuffix(end)[start:]
+        if entry.name.endswith(end) and digits.isdecimal() and int(digits) < num_shards:
+            found[int(digits)] = True
+    return found

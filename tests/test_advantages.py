@@ -400,7 +400,7 @@ def test_estimates_are_near_what_the_benchmark_measured(
         num_tokens=900,
         num_positions=400,
         num_bytes=1,
-        sha256="",
+        sha256="0" * 64,
     )
     source = Manifest(
         table="responses",

@@ -79,7 +79,7 @@ def record_of(task: ShardTask) -> ShardRecord:
         num_tokens=0,
         num_positions=0,
         num_bytes=0,
-        sha256="",
+        sha256="0" * 64,
         rejects={json.dumps(task.deadly_rows): len(task.deadly_rows)},
     )
 

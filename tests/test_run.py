@@ -145,6 +145,30 @@ def test_only_what_is_missing_is_made_again_whatever_the_order(
     assert not list(folder.glob("*tmp*"))
 
 
+@pytest.mark.parametrize("step", ["documents", "signals"])
+def test_finished_shards_whose_bytes_have_changed_are_made_again(
+    copied: TinyRecipe, finished: TinyRecipe, step: str
+) -> None:
+    """The size is right, so they count as finished at first; the others are kept."""
+    folder = copied.step(step).folder
+    (folder / "manifest.json").unlink()
+    zero, one, two, *kept = [path.with_suffix("") for path in shards(copied, step)]
+    zero.with_suffix(".json").unlink()
+    for path in (one, two):
+        content = bytearray(path.with_suffix(".arrow").read_bytes())
+        content[len(content) // 2] ^= 1
+        path.with_suffix(".arrow").write_bytes(content)
+    before = stamps(folder)
+    events = copied.run()
+    assert events.made == [path.name for path in (zero, one, two)]
+    (warning,) = events.warnings
+    assert warning.startswith("2 finished shards no longer have the bytes") and one.name in warning
+    after = stamps(folder)
+    for path in kept:
+        assert after[f"{path.name}.arrow"] == before[f"{path.name}.arrow"]
+    assert all_bytes(copied) == all_bytes(finished)
+
+
 def test_a_finished_source_that_lost_a_shard_is_told_how_to_mend(
     copied: TinyRecipe, finished: TinyRecipe
 ) -> None:

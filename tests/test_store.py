@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.verify import verify_folder
 from schemas.dataset import open_dataset
 from schemas.documents import DOCUMENTS, Document
 from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
@@ -17,6 +18,7 @@ from schemas.manifest import (
     Manifest,
     ShardRecord,
     damaged_shards,
+    listed_shards,
     read_manifest,
     read_record,
     shard_name,
@@ -24,6 +26,7 @@ from schemas.manifest import (
     write_record,
 )
 from schemas.sample_id import sample_id_of
+from schemas.shard_list import ShardListBuilder, shard_index
 from schemas.shards import ROWS_PER_BATCH, atomic_file, read_shard, write_shard
 from schemas.teacher_logits import TOP_K, TopKLogits
 
@@ -179,13 +182,72 @@ def test_swapped_shards_and_cut_files_are_found(documents: Path) -> None:
 def test_a_manifest_edited_by_hand_is_refused(documents: Path) -> None:
     path = documents / "manifest.json"
     body = json.loads(path.read_text())
-    body["shards"].pop()
+    body["totals"]["num_rows"] += 1
     path.write_text(json.dumps(body))
-    with pytest.raises(StoreError, match="does not hash to its own dataset_id"):
+    with pytest.raises(StoreError, match=r"shards\.arrow is not the list .*num_rows=60.*=61"):
+        open_dataset([documents])
+    path.write_text(json.dumps({**body, "format": 1, "shards": []}))
+    with pytest.raises(SchemaMismatch, match="has format 1, this version reads format 2: delete"):
         read_manifest(documents)
     path.write_text(path.read_text()[:-20])
     with pytest.raises(StoreError, match="is damaged"):
         read_manifest(documents)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_list_of_shards_that_is_not_the_manifests_is_refused(
+    documents: Path, damage: str
+) -> None:
+    path = documents / "shards.arrow"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"heldout")] ^= 1
+    match damage:
+        case "flip":
+            path.write_bytes(content)
+        case "cut":
+            path.write_bytes(content[:-100])
+        case _:
+            path.unlink()
+    manifest = read_manifest(documents)
+    assert (manifest.num_rows, len(manifest.shards)) == (NUM_SHARDS * ROWS, NUM_SHARDS)
+    with pytest.raises(StoreError, match=r"shards\.arrow is not the list of shards .*delete the"):
+        open_dataset([documents])
+    (problem,) = verify_folder(documents)
+    assert "shards.arrow is not the list of shards" in problem
+
+
+def test_shards_are_a_sequence_of_the_records_that_were_written(documents: Path) -> None:
+    """Whatever the order they came in; a later record of a shard takes an earlier one's place."""
+    shards = read_manifest(documents).shards
+    written = write_documents(documents).shards
+    assert list(shards) == [shards[0], shards[1], shards[-1]] == list(written) and shards == written
+    assert [shard.name for shard in shards[1:]] == [shard_name(i, NUM_SHARDS) for i in (1, 2)]
+    with pytest.raises(IndexError):
+        shards[NUM_SHARDS]
+    builder = ShardListBuilder()
+    for index in (2, 0, 1):
+        builder.add(index, dataclasses.replace(shards[index], num_rows=7))
+    for index in (1, 2, 0):
+        rejects = {"too_short": 1, "empty": index + 1}
+        builder.add(index, dataclasses.replace(shards[index], rejects=rejects))
+    built = builder.finish()
+    assert built.totals.num_rows == NUM_SHARDS * ROWS
+    assert built.totals.rejects == {"empty": 6, "too_short": 3}
+    assert built[1].rejects == {"empty": 2, "too_short": 1}
+    assert dataclasses.replace(built[1], rejects={}) == shards[1]
+
+
+def test_names_of_shards_sort_by_index_and_are_found_in_one_listing(tmp_path: Path) -> None:
+    assert shard_name(7, 99_999) == "shard-00007-of-99999"
+    names = [shard_name(index, 1_000_000) for index in (9, 10, 99_999, 100_000, 999_999)]
+    assert names == sorted(names) and shard_index(names[3]) == 100_000
+    for name in (names[0], names[3], shard_name(5, 999_999), "shard-x-of-1000000", ".lock"):
+        (tmp_path / f"{name}.json").touch()
+    (tmp_path / f"{names[1]}.arrow").touch()
+    (tmp_path / f"{names[1]}.json.tmp-1").touch()
+    found = listed_shards(tmp_path, 1_000_000, ".json")
+    assert np.flatnonzero(found).tolist() == [9, 100_000]
+    assert not listed_shards(tmp_path / "nowhere", 3, ".json").any()
 
 
 def test_another_table_version_is_refused(documents: Path) -> None:

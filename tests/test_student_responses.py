@@ -263,7 +263,7 @@ def test_the_estimate_counts_responses() -> None:
         num_tokens=600,
         num_positions=0,
         num_bytes=1,
-        sha256="",
+        sha256="0" * 64,
     )
     source = Manifest(
         table="preference_pairs",

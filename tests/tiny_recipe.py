@@ -81,8 +81,8 @@ class Events:
     def step_started(self, step: PlannedStep, progress: planning.Progress) -> None:
         self.states[step.name] = progress.state
 
-    def shards_expected(self, num_shards: int, records: Sequence[ShardRecord]) -> None:
-        self.found.append(len(records))
+    def shards_expected(self, num_shards: int, num_finished: int) -> None:
+        self.found.append(num_finished)
 
     def shard_finished(self, record: ShardRecord) -> None:
         self.made.append(record.name)
@@ -203,7 +203,7 @@ def finish(process: subprocess.Popen[str]) -> Said:
 
 def table_bytes(folder: Path) -> dict[str, bytes]:
     """Everything of a table that has to be equal between runs: shards, rejects and manifest."""
-    patterns = ("shard-*.arrow", "*.rejects.jsonl", "manifest.json", "head.*")
+    patterns = ("shard*.arrow", "*.rejects.jsonl", "manifest.json", "head.*")
     return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
 
 

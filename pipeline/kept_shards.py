@@ -1,0 +1,93 @@
+"""What an earlier run left of a step: shards it finished, hashed again while the rest is made.
+
+A shard is kept when its record can be read and its file has the right size, which is known at once.
+That its bytes are still those that were written takes reading all of them: at a terabyte that is
+a quarter of an hour of one core, so threads do it beside the work, and a shard whose bytes have
+changed is made again at the end.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.manifest import listed_shards, read_unverified_record, shard_name
+from schemas.shard_list import ShardListBuilder
+from schemas.shards import sha256_of
+
+MAX_THREADS = 8
+
+
+@dataclass
+class KeptShards:
+    """``is_kept_S`` says which shards have a record; ``records`` has those, and takes the rest."""
+
+    folder: Path
+    is_kept_S: npt.NDArray[np.bool_]
+    sha256_SB: npt.NDArray[np.uint8]
+    records: ShardListBuilder = field(default_factory=ShardListBuilder)
+    _threads: list[Future[list[int]]] = field(default_factory=list)
+
+    @property
+    def num_kept(self) -> int:
+        """How many shards need not be made, if they verify."""
+        return int(self.is_kept_S.sum())
+
+    def changed(self) -> list[int]:
+        """Wait for the hashes; return the shards whose bytes are not those of their records."""
+        return sorted(index for thread in self._threads for index in thread.result())
+
+
+@contextmanager
+def kept_shards(folder: Path, num_shards: int) -> Iterator[KeptShards]:
+    """Read the records of a step's folder and begin to hash what they are about."""
+    kept = KeptShards(folder, np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8))
+    for index in np.flatnonzero(listed_shards(folder, num_shards, ".json")).tolist():
+        record = read_unverified_record(folder, shard_name(index, num_shards))
+        if record is not None:
+            kept.is_kept_S[index] = True
+            kept.sha256_SB[index] = np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
+            kept.records.add(index, record)
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1, kept.num_kept)
+    given_up = Event()
+    if num_threads == 0:
+        yield kept
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        queue = _Queue(np.flatnonzero(kept.is_kept_S))
+        kept._threads = [pool.submit(_hash, kept, queue, given_up) for _ in range(num_threads)]
+        try:
+            yield kept
+        finally:
+            given_up.set()
+
+
+class _Queue:
+    """Shards that are to be hashed, for several threads."""
+
+    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
+        self._indices = iter(indices)
+        self._lock = Lock()
+
+    def take(self) -> int | None:
+        with self._lock:
+            return next(map(int, self._indices), None)
+
+
+def _hash(kept: KeptShards, queue: _Queue, given_up: Event) -> list[int]:
+    changed = []
+    while not given_up.is_set() and (index := queue.take()) is not None:
+        path = kept.folder / f"{shard_name(index, len(kept.is_kept_S))}.arrow"
+        try:
+            found = sha256_of(path)
+        except OSError:
+            found = ""
+        if found != kept.sha256_SB[index].tobytes().hex():
+            changed.append(index)
+    return changed
