@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .errors import SchemaMismatch, StoreError
+from .object_store import REQUESTS_AT_ONCE, Folder, ObjectPath, read_if_there, read_many
 from .shards import sha256_of, write_text
 
 MANIFEST = "manifest.json"
@@ -100,23 +101,32 @@ class Manifest:
         return digest.hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Write ``manifest.json``: the step's last act."""
     body = {"format": FORMAT, "dataset_id": manifest.dataset_id, **asdict(manifest)}
     write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Read a complete table's manifest; raises StoreError when there is none or it is damaged."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    manifest = manifest_if_there(folder)
+    if manifest is None:
         state = "is not finished" if folder.is_dir() else "does not exist"
         raise StoreError(
             f"{folder} {state}: it has no {MANIFEST}; run the recipe that makes it "
             f"(`teachercache run`) and try again"
         )
+    return manifest
+
+
+def manifest_if_there(folder: Folder) -> Manifest | None:
+    """Return a table's manifest, None for a table that is not complete: on a store, one GET."""
+    path = folder / MANIFEST
+    text = read_if_there(path)
+    if text is None:
+        return None
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(text)
         found, dataset_id = body.pop("format"), body.pop("dataset_id")
         shards = tuple(ShardRecord(**record) for record in body.pop("shards"))
         manifest = Manifest(shards=shards, **body)
@@ -131,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
+def damaged_shards(folder: Folder, manifest: Manifest) -> list[str]:
     """Return one line for each shard or file that is missing or whose bytes have changed."""
     expected = [(shard.file, shard.sha256) for shard in manifest.shards]
     problems = []
@@ -144,31 +154,63 @@ def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def write_record(folder: Path, record: ShardRecord, notes: Mapping[str, Any]) -> None:
+def write_record(folder: Folder, record: ShardRecord, notes: Mapping[str, Any]) -> None:
     """Write a shard's record; ``notes`` (engine, timings, host) are kept but compared by nobody."""
     body = {"record": asdict(record), "notes": dict(notes)}
     write_text(folder / f"{record.name}.json", json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_record(folder: Path, name: str) -> ShardRecord | None:
+def read_record(folder: Folder, name: str) -> ShardRecord | None:
     """Return the record of a shard that is finished and verifies, else None: redo it."""
-    notes = read_notes(folder, name)
-    if notes is None:
-        return None
+    return read_records(folder, [name])[0]
+
+
+def read_records(folder: Folder, names: Sequence[str]) -> list[ShardRecord | None]:
+    """Return the record of each shard that is finished and verifies, None for each to be redone.
+
+    A file is hashed. Of an object the store is asked (HEAD) for its size and the checksum that was
+    stored with it: it cannot be torn, so it need not be fetched.
+    """
+    records = [_record_in(notes) for notes in all_notes(folder, names)]
+    if isinstance(folder, ObjectPath):
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(lambda record: _if_whole(folder, record), records))
+    return [_if_whole(folder, record) for record in records]
+
+
+def _record_in(notes: Mapping[str, Any] | None) -> ShardRecord | None:
     try:
-        record = ShardRecord(**notes["record"])
+        return None if notes is None else ShardRecord(**notes["record"])
     except (TypeError, KeyError):
         return None
+
+
+def _if_whole(folder: Folder, record: ShardRecord | None) -> ShardRecord | None:
+    if record is None:
+        return None
     path = folder / record.file
+    if isinstance(path, ObjectPath):
+        info = path.info()
+        same = info is not None and info.num_bytes == record.num_bytes
+        return record if same and info is not None and info.sha256 == record.sha256 else None
     whole = path.is_file() and path.stat().st_size == record.num_bytes
     return record if whole and sha256_of(path) == record.sha256 else None
 
 
-def read_notes(folder: Path, name: str) -> dict[str, Any] | None:
+def read_notes(folder: Folder, name: str) -> dict[str, Any] | None:
     """Return the whole JSON of a shard's record, or None when it is missing or unreadable."""
+    return all_notes(folder, [name])[0]
+
+
+def all_notes(folder: Folder, names: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return what ``read_notes`` does of each shard; from a store, many at once."""
+    return [_parsed(text) for text in read_many([folder / f"{name}.json" for name in names])]
+
+
+def _parsed(text: bytes | None) -> dict[str, Any] | None:
     try:
-        body = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
+        body = json.loads(text or b"")
+    except ValueError:
         return None
     return body if isinstance(body, dict) else None
 

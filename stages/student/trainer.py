@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
+from schemas.object_store import Folder
 from schemas.shards import write_text
 from stages.checkpoint import (
     CHECKPOINTS,
@@ -59,8 +60,8 @@ def train(
     config: TrainConfig,
     *,
     student: Path,
-    data: Sequence[Path],
-    lm_data: Sequence[Path] = (),
+    data: Sequence[Folder],
+    lm_data: Sequence[Folder] = (),
     output: Path,
     fingerprint: str = "",
     resume: bool = True,
