@@ -25,10 +25,10 @@ def lease(path: ObjectPath, *, warned: Callable[[str], None]) -> Iterator[None]:
     """Hold the one right to write beside ``path``; raises StoreError when another run has it.
 
     A lock that is there is watched until its holder renews it, or does not in time. ``warned`` is
-    told, once, of a lease that was lost while the work goes on.
+    told of that wait, and of a lease that was lost while the work goes on.
     """
     holder = f"process {os.getpid()} on {os.uname().nodename}, {uuid.uuid4().hex[:8]}"
-    keeper = _Keeper(path, holder.encode(), _acquire(path, holder.encode()), warned)
+    keeper = _Keeper(path, holder.encode(), _acquire(path, holder.encode(), warned), warned)
     keeper.thread.start()
     try:
         yield
@@ -36,7 +36,7 @@ def lease(path: ObjectPath, *, warned: Callable[[str], None]) -> Iterator[None]:
         keeper.end()
 
 
-def _acquire(path: ObjectPath, holder: bytes) -> str:
+def _acquire(path: ObjectPath, holder: bytes, warned: Callable[[str], None]) -> str:
     """Return the version of the lock that is now ours."""
     seen = ""
     while True:
@@ -54,6 +54,11 @@ def _acquire(path: ObjectPath, holder: bytes) -> str:
             raise StoreError(
                 f"{path.parent} is being written by {_name_in(path)}; wait for it to end and run "
                 f"again, or give this run another execution.root"
+            )
+        if not seen:
+            warned(
+                f"{path.parent} is held by {_name_in(path)}: looking whether it is alive, for up "
+                f"to {LEASE_S:g} s"
             )
         seen = seen or info.etag
         time.sleep(RENEW_S / 10)

@@ -222,6 +222,12 @@ class _OpenTable:
             return _Reader(pa.ipc.open_file(pa.memory_map(str(place))))
         held = hold(place, shard.sha256, spare_from_s=self.opened_at_s)
         if held is None:
+            info = place.info()
+            if info is None or info.sha256 not in ("", shard.sha256):
+                raise StoreError(
+                    f"{place} is missing or has changed since its manifest was written: run "
+                    f"`teachercache verify` and mend that table first"
+                )
             source = pa.PythonFile(ObjectStream(place, shard.num_bytes), mode="r")
             return _Reader(pa.ipc.open_file(source))
         return _Reader(pa.ipc.open_file(pa.memory_map(str(held.path))), held)

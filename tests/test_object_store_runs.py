@@ -1,4 +1,4 @@
-"""Whole runs with their root on a real S3 server: the bytes of a local run, whatever happens to it."""
+"""Whole runs with their root on a real S3 server: the bytes of a local run, come what may."""
 
 import json
 import os
@@ -12,9 +12,7 @@ import pytest
 import yaml
 
 from pipeline import lease_lock
-from pipeline.plan import PlannedStep, make_plan
-from pipeline.recipe import load_recipe
-from pipeline.run import run_plan
+from pipeline.plan import PlannedStep
 from pipeline.step_lock import LOCK_FILE, step_lock
 from schemas.errors import StoreError
 from schemas.manifest import read_manifest
@@ -29,7 +27,7 @@ from tests.s3_server import (
     running_server,
     use_endpoint,
 )
-from tests.tiny_recipe import Events, TinyRecipe, finish, make_recipe, start, teachercache
+from tests.tiny_recipe import TinyRecipe, finish, make_recipe, start, teachercache
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 NUM_PARAGRAPHS = 90
@@ -42,7 +40,6 @@ STUDENTS = {
         "objective": {"loss": "kd", "weight": 0.9},
         "max_steps": 6,
         "per_device_batch_size": 4,
-        "save_steps": 2,
     },
     "measured": {
         "stage": "evaluate",
@@ -115,7 +112,7 @@ def test_a_run_on_a_store_is_a_local_run(
     assert set(events.states.values()) == {"pending"} and len(events.finished) == 5
     here, there = local.plan(), recipe.plan()
     assert [step.fingerprint for step in here] == [step.fingerprint for step in there]
-    assert tables(recipe) == {name: t for name, t in tables(local).items()}
+    assert tables(recipe) == tables(local)
     for ours, theirs in zip(here, there, strict=True):
         if ours.writes_table:
             manifest = (ours.folder / "manifest.json").read_bytes()
@@ -135,3 +132,154 @@ def test_a_run_on_a_store_is_a_local_run(
     # Credentials are in no object and in no file that the run left on this machine.
     written = [*objects.values(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())]
     assert not [1 for body in written if KEY_ID.encode() in body or SECRET.encode() in body]
+
+
+def test_completion_is_never_learnt_from_a_list(
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside GETs by name there is the question for uploads that a dead run left."""
+    recipe = on_store(local, root, tmp_path, "documents", "signals")
+    with faulty_proxy(server) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        recipe.run()
+        assert teachercache("plan", recipe.path).code == 0
+        said = teachercache("status", recipe.path, "--json")
+        assert [step["state"] for step in json.loads(said.out)] == ["done", "done"]
+        before = len(proxy.seen)
+        recipe.run()
+        # Two steps that are done cost the manifests alone, however many shards they have.
+        assert {path.rsplit("/", 1)[1] for _, path in proxy.seen[before:]} == {"manifest.json"}
+        listed = [path for _, path in proxy.seen if "list-type" in path or "delimiter" in path]
+        assert not listed
+        # The record comes after its shard, the manifest after every record.
+        signals = recipe.step("signals").place.name
+        written = [p.split("?")[0] for m, p in proxy.seen if m == "PUT" and f"{signals}/sh" in p]
+        assert [path.rsplit(".", 1)[1] for path in written] == ["arrow", "json"] * (
+            len(written) // 2
+        )
+        manifests = [path for m, path in proxy.seen if m == "PUT" and "manifest" in path]
+        assert len(manifests) == 2
+
+
+def test_commands_take_places_in_a_store(local: TinyRecipe, root: str, tmp_path: Path) -> None:
+    recipe = on_store(local, root, tmp_path)
+    assert teachercache("run", recipe.path).code == 0
+    said = teachercache("verify", root)
+    assert said.code == 0 and said.out.count(": ok") == 5, said
+    documents, signals = (str(recipe.step(name).place) for name in ("documents", "signals"))
+    said = teachercache("inspect", signals, "--row", "2")
+    assert said.code == 0 and "row 2" in said.out
+    given = [str(recipe.step("trained").place), "--data", documents, "--data", signals, "--json"]
+    numbers = json.loads(teachercache("evaluate", *given).out)
+    folders = [str(local.step(name).folder) for name in ("trained", "documents", "signals")]
+    given = [folders[0], "--data", folders[1], "--data", folders[2], "--json"]
+    expected = json.loads(teachercache("evaluate", *given).out)
+    assert {**numbers, "student": ""} == {**expected, "student": ""}
+    # A byte that has changed is found in the store itself, whatever copies there are here.
+    shard = (
+        recipe.step("signals").place / read_manifest(recipe.step("signals").place).shards[1].file
+    )
+    assert isinstance(shard, ObjectPath)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    said = teachercache("verify", signals)
+    assert said.code == 1 and f"{shard} has sha256 " in said.out
+    assert teachercache("inspect", "s3://nowhere-at-all/x").error.startswith("bucket 'nowhere-at")
+    recipe.path.write_text(recipe.path.read_text().replace(root, "s3://nowhere-at-all/x"))
+    said = teachercache("run", recipe.path)
+    assert said.code == 2 and said.error.startswith("bucket 'nowhere-at-all' does not exist")
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_run_again_only_the_shards_in_hand_are_made_again(
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path, workers: int
+) -> None:
+    recipe = on_store(local, root, tmp_path, "documents", "signals")
+    signals = recipe.step("signals").place
+    assert isinstance(signals, ObjectPath)
+    wide = ("run", recipe.path, "--set", f"execution.workers={workers}")
+    process = start(*wide, **ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while len([path for path in signals.find() if path.url.endswith(".json")]) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_group(process)
+    before = server.client.list_objects_v2(Bucket=root.split("/")[2])["Contents"]
+    times = {entry["Key"]: entry["LastModified"] for entry in before}
+    assert any(key.endswith(LOCK_FILE) for key in times)  # a dead run cannot take its lock away
+    made = {key for key in times if str(signals.name) in key and key.endswith(".arrow")}
+    recorded = {key for key in times if str(signals.name) in key and key.endswith(".json")}
+    assert len(made) - len(recorded) <= workers
+    time.sleep(1.1)  # the store's times are whole seconds
+    assert finish(start(*wide, **ENVIRONMENT)).code == 0
+    assert tables(recipe) == {name: tables(local)[name] for name in ("documents", "signals")}
+    after = server.client.list_objects_v2(Bucket=root.split("/")[2])["Contents"]
+    again = {e["Key"]: e["LastModified"] for e in after}
+    assert {key: again[key] for key in recorded} == {key: times[key] for key in recorded}
+    assert not any(key.endswith(LOCK_FILE) for key in again) and not server.uploads(root)
+
+
+@pytest.mark.slow
+def test_a_run_among_faults_is_a_run(
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each seventh request fails: with a 500, cut before it is seen, or cut in the reply."""
+    recipe = on_store(local, root, tmp_path)
+    with faulty_proxy(server) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        faults = ("error", "cut request", "cut reply")
+
+        def fault(method: str, path: str) -> str:
+            number = len(proxy.seen)
+            return faults[number // 7 % 3] if number % 7 == 0 else PASS
+
+        proxy.fault = fault
+        recipe.run()
+        assert len(proxy.seen) > 70
+    use_endpoint(monkeypatch, server.url)
+    assert tables(recipe) == tables(local)
+    assert losses(recipe.step("trained")) == losses(local.step("trained"))
+    assert not server.uploads(root)
+
+
+def test_a_second_run_is_refused_while_the_first_renews(
+    local: TinyRecipe, root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lease_lock, "RENEW_S", 0.5)
+    place = on_store(local, root, tmp_path).step("signals").place
+    lost: list[str] = []
+    with step_lock(place, warned=lost.append):
+        with pytest.raises(StoreError) as caught, step_lock(place):
+            pass
+        expected = f"{place} is being written by process {os.getpid()} on {os.uname().nodename};"
+        assert str(caught.value).startswith(expected)
+    assert not lost
+    with step_lock(place):  # given back: no waiting
+        pass
+
+
+def test_the_lease_of_a_dead_run_is_taken_over_and_a_lost_one_is_told(
+    local: TinyRecipe, root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lease_lock, "RENEW_S", 1.0)
+    monkeypatch.setattr(lease_lock, "LEASE_S", 1.5)
+    place = on_store(local, root, tmp_path).step("signals").place
+    assert isinstance(place, ObjectPath)
+    lost: list[str] = []
+    (place / LOCK_FILE).write_bytes(b"process 1 on a machine that is gone, 0")
+    began = time.monotonic()
+    with step_lock(place, warned=lost.append):
+        assert lost.pop().startswith(f"{place} is held by process 1 on a machine that is gone: ")
+        assert 1.0 < time.monotonic() - began < 5.0
+        (place / LOCK_FILE).write_bytes(b"process 2 on another machine, 1")  # as if we had slept
+        deadline = time.monotonic() + 10
+        while not lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert lost[0].startswith(f"another run has taken {place}")
+    assert (place / LOCK_FILE).is_file()  # it is the other's to give back
