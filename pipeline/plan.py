@@ -302,10 +302,17 @@ def finished_manifest(step: PlannedStep) -> Manifest | None:
     return manifest
 
 
+def is_done(step: PlannedStep) -> bool:
+    """Whether a step is complete: one file says so, however many shards it has."""
+    if step.writes_table:
+        return finished_manifest(step) is not None
+    return read_checkpoint(step.place) is not None
+
+
 def progress_of(step: PlannedStep) -> Progress:
     """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
     if not step.writes_table:
-        done = read_checkpoint(step.place) is not None
+        done = is_done(step)
         what = "checkpoint" if step.makes_model else "report"
         why = f"its {what} is complete" if done else f"no {what} with this fingerprint"
         return Progress("done" if done else "pending", why)

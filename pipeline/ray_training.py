@@ -2,6 +2,8 @@
 
 Each worker runs the same job as everywhere else. Checkpoints are the trainer's own, in the step's
 folder, which every node has to reach; so a run that lost a worker goes on here, or on one machine.
+With a root in an object store all workers are placed on one machine, which works in a folder of its
+own.
 """
 
 import os
@@ -21,6 +23,7 @@ from pipeline.ray_executor import connected
 from pipeline.training_job import OnEvent, TrainingJob
 from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
+from schemas.object_store import ObjectPath
 
 NOTES = ".ray"  # what Ray Train keeps of a run while it lasts
 
@@ -42,6 +45,8 @@ def train_on_ray(
 
 def _train(job: TrainingJob, notes: Path, num_processes: int, on_event: OnEvent) -> None:
     use_gpu = _use_gpu(num_processes)
+    # Of a step in an object store, each machine has its own working folder.
+    placement = "STRICT_PACK" if isinstance(job.output, ObjectPath) else "PACK"
     queue = Queue(actor_options={"num_cpus": 0})
     errors: list[TeacherCacheError] = []
     reader = threading.Thread(target=_listen, args=(queue, on_event, errors))
@@ -50,7 +55,9 @@ def _train(job: TrainingJob, notes: Path, num_processes: int, on_event: OnEvent)
         _carry_out,
         train_loop_config={"job": job, "queue": queue},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_processes, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=num_processes, use_gpu=use_gpu, placement_strategy=placement
+        ),
         run_config=RunConfig(storage_path=str(notes), failure_config=FailureConfig(max_failures=0)),
     )
     failure: TrainingFailedError | None = None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.plan import PlannedStep, Progress, finished_manifest, is_done, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTask, write_output
 from pipeline.step_lock import remove_torn_files, step_lock
@@ -83,7 +83,7 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
             continue
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)
-            if progress_of(step).state != "done":  # another run may have finished it meanwhile
+            if not is_done(step):  # another run may have finished it meanwhile
                 _run_step(step, execution, reporter)
         reporter.step_finished(step)
 
@@ -346,7 +346,7 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
     students = {model.base for model in chosen.models.values()}
     makers = [step for step in plan if step.place in students]
     for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
-        if progress_of(source).state != "done":
+        if not is_done(source):
             raise StoreError(
                 f"step '{source.name}', which '{name}' trains from, is not finished: "
                 f"run `teachercache run` first"
@@ -357,7 +357,7 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
 def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
     """Find out before a teacher has worked for it that a student cannot be trained so."""
     for step in plan:
-        if isinstance(step.stage, TrainStage) and progress_of(step).state != "done":
+        if isinstance(step.stage, TrainStage) and not is_done(step):
             try:
                 step.stage.share(execution.training_processes)
             except ConfigError as error:

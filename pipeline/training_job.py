@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.saved_checkpoints import SavedCheckpoints
 from pipeline.working_folder import upload_checkpoint, working_folder
 from schemas.object_store import Folder, ObjectPath
 from stages.checkpoint import local_copy
@@ -29,7 +30,11 @@ class TrainingJob:
         """Train, alone or as one process of a group that the environment describes."""
         from stages.student.trainer import train  # loads torch and transformers
 
-        output = working_folder(self.output)
+        output, on_checkpoint = working_folder(self.output), None
+        if isinstance(self.output, ObjectPath):
+            saved = SavedCheckpoints(self.output, output)
+            saved.fetch()
+            on_checkpoint = saved.save
         train(
             self.config,
             student=local_copy(self.student),
@@ -39,6 +44,8 @@ class TrainingJob:
             fingerprint=self.fingerprint,
             options=self.options,
             on_event=on_event,
+            on_checkpoint=on_checkpoint,
         )
         if isinstance(self.output, ObjectPath) and os.environ.get("RANK", "0") == "0":
             upload_checkpoint(output, self.output)
+            saved.remove()

@@ -29,7 +29,10 @@ ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS 
 RANGE_BYTES = 32 << 20  # what one GET brings of a large object
 PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
 REQUESTS_AT_ONCE = 32
-_PACKAGES = {"s3": "s3fs: pip install teachercache[s3]", "gs": "gcsfs: pip install gcsfs"}
+_PACKAGES = {
+    "s3": "s3fs: pip install teachercache[s3]",
+    "gs": "gcsfs: pip install teachercache[gs]",
+}
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
@@ -110,6 +113,7 @@ class ObjectPath:
             for start in range(0, num_bytes, RANGE_BYTES):
                 stop = min(start + RANGE_BYTES, num_bytes)
                 stream.write(_store(self).cat_file(self.url, start=start, end=stop))
+            stream.truncate()
 
     def sha256(self) -> str:
         """Return the checksum of the bytes, all of which are fetched; FileNotFoundError without."""
@@ -126,8 +130,8 @@ class ObjectPath:
             sha256 = hashlib.sha256(data).hexdigest()
             _store(self).pipe_file(self.url, data, **_with_checksum(self, sha256))
 
-    def upload(self, file: Path) -> None:
-        """Write a file: one PUT, or parts that count for nothing until the last of them is there.
+    def upload(self, file: Path) -> str:
+        """Write a file, return its checksum: one PUT, or parts that are nothing until the last.
 
         Doing it again is harmless, so a request whose reply was lost is simply repeated.
         """
@@ -137,6 +141,7 @@ class ObjectPath:
             _store(self).put_file(
                 str(file), self.url, chunksize=PART_BYTES, **_with_checksum(self, sha256)
             )
+        return sha256
 
     def create(self, data: bytes) -> str | None:
         """Write an object that must not be there yet; return its version, None where it is."""

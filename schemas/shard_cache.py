@@ -24,7 +24,7 @@ from .object_store import Folder, ObjectPath
 
 LIMIT, DEFAULT_GB = "TEACHERCACHE_CACHE_GB", 20.0
 _PART = ".part"
-_kept: "dict[str, HeldFile]" = {}  # files that have a name in a folder of links, while we run
+_kept: "dict[Path, HeldFile]" = {}  # files that have a name in a folder of links, while we run
 
 
 def user_cache() -> Path:
@@ -92,18 +92,19 @@ def local_files(folder: Folder, files: Mapping[str, str]) -> Path:
     names = "".join(f"{name}\n{sha256}\n" for name, sha256 in sorted(files.items()))
     made = user_cache() / "folders" / hashlib.sha256(names.encode()).hexdigest()[:32]
     for name, sha256 in files.items():
-        if sha256 not in _kept:
+        copy = user_cache() / "shards" / sha256
+        if copy not in _kept:
             held = hold(folder / name, sha256)
             if held is None:
                 raise StoreError(
                     f"no room for {folder / name} in {user_cache() / 'shards'}: raise {LIMIT} "
                     f"(now {cache_limit() / 1e9:g}), or end the runs that use what is there"
                 )
-            _kept[sha256] = held
+            _kept[copy] = held
         link = made / name
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f".{uuid.uuid4().hex[:12]}")
-        temporary.symlink_to(_kept[sha256].path)
+        temporary.symlink_to(copy.absolute())
         os.replace(temporary, link)
     return made
 

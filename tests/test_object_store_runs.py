@@ -14,10 +14,13 @@ import yaml
 from pipeline import lease_lock
 from pipeline.plan import PlannedStep
 from pipeline.step_lock import LOCK_FILE, step_lock
+from pipeline.training_job import TrainingJob
 from schemas.errors import StoreError
 from schemas.manifest import read_manifest
-from schemas.object_store import ObjectPath
+from schemas.object_store import ObjectPath, as_folder
 from stages.checkpoint import read_checkpoint
+from stages.student.config import TrainStage
+from stages.student.train_config import TrainOptions
 from tests.s3_server import (
     KEY_ID,
     PASS,
@@ -118,11 +121,10 @@ def test_a_run_on_a_store_is_a_local_run(
             manifest = (ours.folder / "manifest.json").read_bytes()
             assert (theirs.place / "manifest.json").read_bytes() == manifest
     for name in ("student", "trained"):
-        ours, theirs = (read_checkpoint(r.step(name).place) for r in (local, recipe))
-        assert ours is not None and theirs is not None
-        weights = [record.files["model.safetensors"] for record in (ours, theirs)]
-        assert weights[0] == weights[1]
-    assert losses(recipe.step("trained")) == losses(local.step("trained"))
+        one, other = (read_checkpoint(r.step(name).place) for r in (local, recipe))
+        assert one is not None and other is not None
+        assert one.files["model.safetensors"] == other.files["model.safetensors"]
+    assert losses(recipe.step("trained")) == losses(local.step("trained")) != []
     # Nothing is made again, and nothing is left behind: no lock, no part, no scratch folder.
     again = recipe.run()
     assert set(again.states.values()) == {"done"} and not again.made
@@ -283,3 +285,88 @@ def test_the_lease_of_a_dead_run_is_taken_over_and_a_lost_one_is_told(
             time.sleep(0.05)
     assert lost[0].startswith(f"another run has taken {place}")
     assert (place / LOCK_FILE).is_file()  # it is the other's to give back
+
+
+@pytest.fixture(scope="module")
+def stored(
+    local: TinyRecipe, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TinyRecipe]:
+    """The tables and the student that training needs, in the store."""
+    folder = tmp_path_factory.mktemp("stored")
+    with pytest.MonkeyPatch.context() as patch:
+        use_endpoint(patch, server.url)
+        patch.setenv("TEACHERCACHE_CACHE", str(folder / "machine"))
+        root = server.new_root()
+        on_store(local, root, folder, "documents", "signals", "student").run()
+        yield on_store(local, root, folder)
+
+
+def job_of(recipe: TinyRecipe, output: str) -> TrainingJob:
+    step = recipe.step("trained")
+    assert isinstance(step.stage, TrainStage)
+    return TrainingJob(
+        config=step.stage.model_copy(update={"max_steps": 10}),
+        student=step.models["student"].base,
+        data=tuple(source.place for source in step.inputs),
+        output=as_folder(output),
+        fingerprint="f" * 64,
+        options=TrainOptions(log_every=1, checkpoint_every=3),
+    )
+
+
+def history(job: TrainingJob) -> list[float]:
+    record = read_checkpoint(job.output)
+    assert record is not None
+    return [entry["loss"] for entry in record.history]
+
+
+@pytest.mark.slow
+def test_training_from_a_cache_that_is_too_small_has_the_same_losses(
+    local: TinyRecipe, stored: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for the student and two shards; the loader's worker is a process of its own."""
+    job_of(local, str(tmp_path / "local")).carry_out(lambda event: None)
+    student = read_checkpoint(stored.step("student").place)
+    assert student is not None
+    folder = local.step("student").folder
+    room = sum((folder / name).stat().st_size for name in student.files)
+    shards = [read_manifest(local.step(name).folder).shards for name in ("documents", "signals")]
+    room += 2 * max(shard.num_bytes for table in shards for shard in table)
+    assert room < sum(shard.num_bytes for table in shards for shard in table) + room / 2
+    monkeypatch.setenv("TEACHERCACHE_CACHE_GB", str(room / 1e9))
+    output = str(stored.step("trained").place.parent / "small-cache")
+    job_of(stored, output).carry_out(lambda event: None)
+    assert history(job_of(stored, output)) == history(job_of(local, str(tmp_path / "local")))
+    kept = (tmp_path / "machine" / "shards").iterdir()
+    assert 0 < sum(path.stat().st_size for path in kept if path.suffix != ".lock") <= room
+
+
+class _Died(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_training_that_died_goes_on_on_another_machine(
+    local: TinyRecipe, stored: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_of(local, str(tmp_path / "local")).carry_out(lambda event: None)
+    job = job_of(stored, str(stored.step("trained").place.parent / "two-machines"))
+    assert isinstance(job.output, ObjectPath)
+
+    def die(event: dict[str, object]) -> None:
+        if event.get("step") == 8:
+            raise _Died
+
+    with pytest.raises(_Died):
+        job.carry_out(die)
+    latest = json.loads((job.output / "checkpoints" / "latest.json").read_bytes())
+    assert latest["name"] == "checkpoint-6"
+    names = {path.url.split("/")[-2] for path in job.output.find()}
+    assert names == {"checkpoints", "checkpoint-6"}  # the one before has gone
+    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "another machine"))
+    events: list[dict[str, object]] = []
+    job.carry_out(events.append)
+    starts = [event["step"] for event in events if event.get("event") == "start"]
+    assert starts == [6]
+    assert history(job) == history(job_of(local, str(tmp_path / "local")))
+    assert {path.url.split("/")[-2] for path in job.output.find()} == {"two-machines"}
