@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from schemas.errors import TeacherCacheError
+from schemas.object_store import as_folder
 
 if TYPE_CHECKING:
     from pipeline.plan import PlannedStep
@@ -129,20 +130,20 @@ def status(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = Fals
 @app.command()
 def verify(
     folders: Annotated[
-        list[Path], typer.Argument(help="Table or checkpoint folders, or a whole root.")
+        list[str], typer.Argument(help="Table or checkpoint folders, or a whole root.")
     ],
 ) -> None:
     """Check finished tables and checkpoints: checksums, schema, row and position counts."""
     from pipeline.verify import verify_folders
 
-    problems = verify_folders(folders, console)
+    problems = verify_folders([as_folder(folder) for folder in folders], console)
     if problems:
         raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A finished table folder.")],
+    folder: Annotated[str, typer.Argument(help="A finished table folder.")],
     row: Annotated[int, typer.Option(min=0, help="Which row to show first.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
     positions: Annotated[int, typer.Option(min=1, help="Positions of each row.")] = 12,
@@ -155,7 +156,13 @@ def inspect(
     from pipeline.inspect_rows import inspect_rows
 
     inspect_rows(
-        console, folder, first=row, count=rows, positions=positions, top=top, tokenizer=tokenizer
+        console,
+        as_folder(folder),
+        first=row,
+        count=rows,
+        positions=positions,
+        top=top,
+        tokenizer=tokenizer,
     )
 
 
@@ -184,9 +191,9 @@ def train(
 
 @app.command()
 def evaluate(
-    student: Annotated[Path, typer.Argument(help="A model folder.")],
+    student: Annotated[str, typer.Argument(help="A model folder.")],
     data: Annotated[
-        list[Path],
+        list[str],
         typer.Option(help="Documents, episodes or pairs folder, then tables about it. Repeatable."),
     ],
     split: Annotated[str, typer.Option(help="Which rows: heldout or train.")] = "heldout",
@@ -196,14 +203,14 @@ def evaluate(
         typer.Option(help="Episodes: score a candidate by mean or sum of log-probs."),
     ] = "mean",
     judge: Annotated[
-        Path | None, typer.Option(help="Pairs: the aligned teacher that rewards responses.")
+        str | None, typer.Option(help="Pairs: the aligned teacher that rewards responses.")
     ] = None,
     judge_reference: Annotated[
-        Path | None, typer.Option(help="Pairs: the model that the judge was aligned from.")
+        str | None, typer.Option(help="Pairs: the model that the judge was aligned from.")
     ] = None,
     beta: Annotated[float, typer.Option(help="Pairs: factor of the judge's log-ratio.")] = 0.1,
     baseline: Annotated[
-        Path | None, typer.Option(help="Pairs: the student to compare with, such as the SFT one.")
+        str | None, typer.Option(help="Pairs: the student to compare with, such as the SFT one.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Pairs: most tokens that a student may answer.")
@@ -224,7 +231,8 @@ def evaluate(
     from schemas.manifest import read_manifest
 
     _quiet_libraries()
-    table = read_manifest(data[0]).table
+    folders = [as_folder(place) for place in data]
+    table = read_manifest(folders[0]).table
     if table != "preference_pairs" and (judge or judge_reference or baseline):
         raise ConfigError(
             f"--judge, --judge-reference and --baseline are about preference_pairs, {data[0]} is "
@@ -239,29 +247,33 @@ def evaluate(
 
         if (judge is None) != (judge_reference is None):
             raise ConfigError("--judge and --judge-reference go together: give both or neither")
-        judges = Judge(judge, judge_reference, beta) if judge and judge_reference else None
-        compared = {"student": student} | ({"baseline": baseline} if baseline else {})
+        judges = None
+        if judge and judge_reference:
+            judges = Judge(_model_folder(judge), _model_folder(judge_reference), beta)
+        named = {"student": student} | ({"baseline": baseline} if baseline else {})
         measured = evaluate_preferences(
-            compared,
-            data,
+            {name: _model_folder(place) for name, place in named.items()},
+            folders,
             baseline="baseline" if baseline else None,
             judge=judges,
             split=split,
             options=PreferenceOptions(max_tokens=max_tokens, batch_size=batch_size),
         )
         preference_report.print_preference_report(
-            console, str(student), measured.as_dict(), as_json=as_json
+            console, student, measured.as_dict(), as_json=as_json
         )
     elif table == "episodes":
         from stages.student.icl_evaluation import evaluate_episodes
 
-        found = evaluate_episodes(student, data, split=split, scoring=score, batch_size=batch_size)
-        icl_report.print_icl_report(console, str(student), found, as_json=as_json)
+        found = evaluate_episodes(
+            _model_folder(student), folders, split=split, scoring=score, batch_size=batch_size
+        )
+        icl_report.print_icl_report(console, student, found, as_json=as_json)
     else:
         from stages.student.evaluation import evaluate as measure
 
-        metrics = measure(student, data, split=split, batch_size=batch_size)
-        report.print_metrics(console, str(student), metrics, as_json=as_json)
+        metrics = measure(_model_folder(student), folders, split=split, batch_size=batch_size)
+        report.print_metrics(console, student, metrics, as_json=as_json)
 
 
 @student_app.command("init")
@@ -290,7 +302,7 @@ def student_init(
 @teacher_app.command("align")
 def teacher_align(
     model: Annotated[Path, typer.Option("--from", help="The model folder to align.")],
-    pairs: Annotated[Path, typer.Option(help="A finished preference_pairs folder.")],
+    pairs: Annotated[str, typer.Option(help="A finished preference_pairs folder.")],
     output: Annotated[Path, typer.Argument(help="Where to save the aligned teacher.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 20,
     beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
@@ -319,8 +331,21 @@ def teacher_align(
     )
     _quiet_libraries()
     with _reporting() as reporter:
-        found = align(config, model=model, pairs=pairs, output=output, on_event=reporter.trained)
+        found = align(
+            config,
+            model=model,
+            pairs=as_folder(pairs),
+            output=output,
+            on_event=reporter.trained,
+        )
     console.print_json(json.dumps({"teacher": str(output), **found.metrics}))
+
+
+def _model_folder(place: str) -> Path:
+    """Return a model's folder on this machine: of a finished step in an object store, a copy."""
+    from stages.checkpoint import local_copy
+
+    return local_copy(as_folder(place))
 
 
 def _quiet_libraries() -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
+from schemas.object_store import Folder
+from schemas.shard_cache import user_cache
 from schemas.shards import sha256_of, write_text
 from stages.engines.adapters import ADAPTER_CONFIG, adapter_files
 from stages.tokenizer_identity import tokenizer_fingerprint
-from stages.user_cache import user_cache
 
 ADDRESS_DIGITS = 12
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -85,7 +86,7 @@ def _adapter_identity(adapter: Path) -> dict[str, Any]:
     }
 
 
-def _model_config(folder: Path) -> dict[str, Any]:
+def _model_config(folder: Folder) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(
@@ -95,7 +96,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
     return _json_object(path)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(path: Folder) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,17 +106,17 @@ def _json_object(path: Path) -> dict[str, Any]:
     return body
 
 
-def vocab_size_of(folder: Path) -> int:
+def vocab_size_of(folder: Folder) -> int:
     """Return how many logits a model gives: its config's vocabulary, the text part's if nested."""
     return _size_in_config(folder, "vocab_size")
 
 
-def hidden_size_of(folder: Path) -> int:
+def hidden_size_of(folder: Folder) -> int:
     """Return the width of a model's final hidden state."""
     return _size_in_config(folder, "hidden_size", "n_embd", "d_model")
 
 
-def _size_in_config(folder: Path, *names: str) -> int:
+def _size_in_config(folder: Folder, *names: str) -> int:
     config = _model_config(folder)
     for holder in (config, config.get("text_config") or {}):
         for name in names:

@@ -29,9 +29,11 @@ from schemas.documents import Document
 from schemas.episodes import Episode, split_candidates
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest, read_manifest
+from schemas.object_store import Folder
 from schemas.preference_pairs import PreferencePair
 from schemas.response_logprobs import ResponseLogprobs
 from schemas.responses import Responses
+from schemas.shard_cache import local_file
 from schemas.shards import read_shard
 from schemas.subset_preferences import SubsetPreferences, split_subsets
 from schemas.table import Table
@@ -40,7 +42,7 @@ from schemas.teacher_logits import ThresholdLogits, TopKLogits
 
 def inspect_rows(
     console: Console,
-    folder: Path,
+    folder: Folder,
     *,
     first: int,
     count: int,
@@ -89,13 +91,15 @@ def inspect_rows(
                 console.print(_positions_table(row, positions=positions, top=top, decode=decode))
 
 
-def _rows_from(folder: Path, manifest: Manifest, table: Table[Any], first: int) -> Any:
+def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int) -> Any:
     skipped = 0
     for shard in manifest.shards:
         if skipped + shard.num_rows <= first:
             skipped += shard.num_rows
             continue
-        for batch in read_shard(folder / shard.file).to_batches():
+        with local_file(folder / shard.file, shard.sha256) as file:
+            content = read_shard(file)
+        for batch in content.to_batches():
             for row in table.rows(batch):
                 if skipped >= first:
                     yield shard.split, row

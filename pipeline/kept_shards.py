@@ -3,7 +3,8 @@
 A shard is kept when its record can be read and its file has the right size, which is known at once.
 That its bytes are still those that were written takes reading all of them: at a terabyte that is
 a quarter of an hour of one core, so threads do it beside the work, and a shard whose bytes have
-changed is made again at the end.
+changed is made again at the end. An object store has kept the checksum of each object, which cannot
+be torn, so there nothing is hashed.
 """
 
 import os
@@ -11,24 +12,31 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event, Lock
 
 import numpy as np
 import numpy.typing as npt
 
-from schemas.manifest import listed_shards, read_unverified_record, shard_name
+from schemas.manifest import (
+    ShardRecord,
+    listed_shards,
+    read_records,
+    read_unverified_record,
+    shard_name,
+)
+from schemas.object_store import Folder, ObjectPath
 from schemas.shard_list import ShardListBuilder
 from schemas.shards import sha256_of
 
 MAX_THREADS = 8
+RECORDS_AT_ONCE = 4096  # asked of an object store
 
 
 @dataclass
 class KeptShards:
     """``is_kept_S`` says which shards have a record; ``records`` has those, and takes the rest."""
 
-    folder: Path
+    folder: Folder
     is_kept_S: npt.NDArray[np.bool_]
     sha256_SB: npt.NDArray[np.uint8]
     records: ShardListBuilder = field(default_factory=ShardListBuilder)
@@ -39,21 +47,34 @@ class KeptShards:
         """How many shards need not be made, if they verify."""
         return int(self.is_kept_S.sum())
 
+    def keep(self, index: int, record: ShardRecord) -> None:
+        """Take a shard for finished."""
+        self.is_kept_S[index] = True
+        self.sha256_SB[index] = np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
+        self.records.add(index, record)
+
     def changed(self) -> list[int]:
         """Wait for the hashes; return the shards whose bytes are not those of their records."""
         return sorted(index for thread in self._threads for index in thread.result())
 
 
 @contextmanager
-def kept_shards(folder: Path, num_shards: int) -> Iterator[KeptShards]:
+def kept_shards(folder: Folder, num_shards: int) -> Iterator[KeptShards]:
     """Read the records of a step's folder and begin to hash what they are about."""
     kept = KeptShards(folder, np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8))
+    if isinstance(folder, ObjectPath):
+        for first in range(0, num_shards, RECORDS_AT_ONCE):
+            indices = range(first, min(first + RECORDS_AT_ONCE, num_shards))
+            names = [shard_name(index, num_shards) for index in indices]
+            for index, found in zip(indices, read_records(folder, names), strict=True):
+                if found is not None:
+                    kept.keep(index, found)
+        yield kept
+        return
     for index in np.flatnonzero(listed_shards(folder, num_shards, ".json")).tolist():
         record = read_unverified_record(folder, shard_name(index, num_shards))
         if record is not None:
-            kept.is_kept_S[index] = True
-            kept.sha256_SB[index] = np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
-            kept.records.add(index, record)
+            kept.keep(index, record)
     num_threads = min(MAX_THREADS, os.cpu_count() or 1, kept.num_kept)
     given_up = Event()
     if num_threads == 0:

@@ -19,9 +19,10 @@ from pipeline.fingerprint import (
 )
 from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
-from schemas.manifest import MANIFEST, Manifest, count_records, read_manifest
+from schemas.manifest import Manifest, all_notes, count_records, manifest_if_there, shard_name
+from schemas.object_store import Folder
 from stages.advantages import AdvantagesStage
-from stages.checkpoint import read_checkpoint
+from stages.checkpoint import local_copy, read_checkpoint
 from stages.stage import ModelSpec, SourceStage, TableStage
 from stages.student.config import (
     EvaluateStage,
@@ -40,7 +41,7 @@ EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
 class Model:
     """A model a step uses: where it lies, how to run it, and what names it by content."""
 
-    base: Path
+    base: Folder
     dtype: str
     engine: Literal["vllm", "transformers"]
     identity: Mapping[str, Any]
@@ -49,8 +50,8 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """An ordinary transformers folder; an adapter is merged into its base when first asked."""
-        return self.base if self.adapter is None else self.spec().path
+        """An ordinary transformers folder of this machine; see ``ModelSpec.path``."""
+        return local_copy(self.base) if self.adapter is None else self.spec().path
 
     def spec(self) -> ModelSpec:
         """The model as stages see it; its folder has to exist by now."""
@@ -70,9 +71,15 @@ class PlannedStep:
     stage: Step
     identity: Mapping[str, Any]
     fingerprint: str
-    folder: Path
+    place: Folder
     inputs: "tuple[PlannedStep, ...]" = ()
     models: Mapping[str, Model] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """``place``, for who knows that the recipe's root lies on this machine."""
+        assert isinstance(self.place, Path)
+        return self.place
 
     @property
     def writes_table(self) -> bool:
@@ -124,10 +131,10 @@ def _plan_step(
     models: dict[str, Model] = {}
     match stage:
         case SourceStage():
-            folder = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
-            stage = stage.model_copy(update={"tokenizer": str(folder)})
-            config |= stage.source_identity() | {"tokenizer": tokenizer_fingerprint(folder)}
-            identity["vocab_size"] = vocab_size_of(folder)
+            tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
+            stage = stage.model_copy(update={"tokenizer": str(tokenizer)})
+            config |= stage.source_identity() | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+            identity["vocab_size"] = vocab_size_of(tokenizer)
         case TableStage():
             inputs = (_input_step(stage, planned, f"{place}.input"),)
             models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
@@ -281,26 +288,31 @@ def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: 
     if step is None or not step.makes_model:
         raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
     identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
-    return Model(step.folder, ref.dtype, ref.engine, identity, step.tokenizer)
+    return Model(step.place, ref.dtype, ref.engine, identity, step.tokenizer)
 
 
 def finished_manifest(step: PlannedStep) -> Manifest | None:
     """Return the manifest of a finished table step, else None."""
-    if not (step.folder / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(step.folder)
-    if manifest.fingerprint != step.fingerprint:
+    manifest = manifest_if_there(step.place)
+    if manifest is not None and manifest.fingerprint != step.fingerprint:
         raise StoreError(
-            f"{step.folder} holds fingerprint {manifest.fingerprint[:16]}, the recipe's step "
+            f"{step.place} holds fingerprint {manifest.fingerprint[:16]}, the recipe's step "
             f"'{step.name}' is {step.fingerprint[:16]}: move that folder away and run again"
         )
     return manifest
 
 
+def is_done(step: PlannedStep) -> bool:
+    """Whether a step is complete: one file says so, however many shards it has."""
+    if step.writes_table:
+        return finished_manifest(step) is not None
+    return read_checkpoint(step.place) is not None
+
+
 def progress_of(step: PlannedStep) -> Progress:
     """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
     if not step.writes_table:
-        done = read_checkpoint(step.folder) is not None
+        done = is_done(step)
         what = "checkpoint" if step.makes_model else "report"
         why = f"its {what} is complete" if done else f"no {what} with this fingerprint"
         return Progress("done" if done else "pending", why)
@@ -319,10 +331,10 @@ def progress_of(step: PlannedStep) -> Progress:
 
 
 def _unfinished(step: PlannedStep) -> Progress:
-    finished = count_records(step.folder)
+    source = finished_manifest(step.inputs[0]) if step.inputs else None
+    finished = _count_records(step.place, source)
     state: State = "partial" if finished else "pending"
     why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
-    source = finished_manifest(step.inputs[0]) if step.inputs else None
     if source is None:
         waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
         return Progress(state, why + waits, finished)
@@ -341,3 +353,15 @@ def _unfinished(step: PlannedStep) -> Progress:
         num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(source.shards),
         estimated=True,
     )
+
+
+def _count_records(folder: Folder, source: Manifest | None) -> int:
+    """Return how many shards are finished; a store is asked for each by name, never for a list.
+
+    The names follow from the input's; a step without a finished input has none yet.
+    """
+    if isinstance(folder, Path):
+        return count_records(folder)
+    num_shards = 0 if source is None else len(source.shards)
+    names = [shard_name(index, num_shards) for index in range(num_shards)]
+    return sum(notes is not None for notes in all_notes(folder, names))

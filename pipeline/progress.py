@@ -62,9 +62,9 @@ class ConsoleReporter:
         self._clock = self._last_line = time.monotonic()
         self._made, self._expected, self._before = _Made(), 0, 0
         if progress.state == "done":
-            self._say(f"done already ({step.stage.stage}): {progress.why}, {step.folder}")
+            self._say(f"done already ({step.stage.stage}): {progress.why}, {step.place}")
         else:
-            self._say(f"{step.stage.stage}: {progress.why}; writing {step.folder}")
+            self._say(f"{step.stage.stage}: {progress.why}; writing {step.place}")
 
     def said(self, line: str) -> None:
         """Pass a line on, now and then."""

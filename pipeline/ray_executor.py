@@ -25,6 +25,7 @@ from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
 from pipeline.shard_task import ShardTask
 from pipeline.worker import Do, Job, Versions, opened_worker
 from pipeline.worker_size import Machine, WorkerSize
+from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.manifest import ShardRecord
 from stages.stage import StageContext, TableStage
@@ -61,7 +62,7 @@ def run_on_ray(
 ) -> Iterator[ShardRecord]:
     """Yield each shard's record as it is finished; ``address`` None starts a Ray for this run."""
     cores = max(os.cpu_count() or 1, limits.workers * (context.engine.num_threads or 1))
-    with connected(address, context.folder, num_cpus=cores):
+    with connected(address, working_folder(context.folder), num_cpus=cores):
         machines = _machines()
         size = WorkerSize.of(context, limits.workers, machines)
         if address is None and not any(map(size.fits, machines)):
@@ -186,7 +187,7 @@ class _Actor:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        os.chdir(context.folder)
+        os.chdir(working_folder(context.folder))
         self._do = self._stack.enter_context(opened_worker(stage, context))
 
     def do(self, job: Job) -> ShardRecord | None:

@@ -2,12 +2,15 @@
 
 Each worker runs the same job as everywhere else. Checkpoints are the trainer's own, in the step's
 folder, which every node has to reach; so a run that lost a worker goes on here, or on one machine.
+With a root in an object store all workers are placed on one machine, which works in a folder of its
+own.
 """
 
 import os
 import shutil
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +21,9 @@ from ray.util.queue import Queue
 
 from pipeline.ray_executor import connected
 from pipeline.training_job import OnEvent, TrainingJob
+from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
+from schemas.object_store import ObjectPath
 
 NOTES = ".ray"  # what Ray Train keeps of a run while it lasts
 
@@ -32,14 +37,16 @@ def train_on_ray(
     this one waits. Raises the error that a worker raised, ConfigError for a cluster that is too
     small, and EngineError when a worker died or no cluster answers.
     """
-    job.output.mkdir(parents=True, exist_ok=True)
+    folder = working_folder(job.output)
     cores = max(os.cpu_count() or 1, num_processes)
-    with connected(address, job.output, num_cpus=cores):
-        _train(job, num_processes, on_event)
+    with connected(address, folder, num_cpus=cores):
+        _train(job, folder / NOTES, num_processes, on_event)
 
 
-def _train(job: TrainingJob, num_processes: int, on_event: OnEvent) -> None:
+def _train(job: TrainingJob, notes: Path, num_processes: int, on_event: OnEvent) -> None:
     use_gpu = _use_gpu(num_processes)
+    # Of a step in an object store, each machine has its own working folder.
+    placement = "STRICT_PACK" if isinstance(job.output, ObjectPath) else "PACK"
     queue = Queue(actor_options={"num_cpus": 0})
     errors: list[TeacherCacheError] = []
     reader = threading.Thread(target=_listen, args=(queue, on_event, errors))
@@ -48,10 +55,10 @@ def _train(job: TrainingJob, num_processes: int, on_event: OnEvent) -> None:
         _carry_out,
         train_loop_config={"job": job, "queue": queue},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_processes, use_gpu=use_gpu),
-        run_config=RunConfig(
-            storage_path=str(job.output / NOTES), failure_config=FailureConfig(max_failures=0)
+        scaling_config=ScalingConfig(
+            num_workers=num_processes, use_gpu=use_gpu, placement_strategy=placement
         ),
+        run_config=RunConfig(storage_path=str(notes), failure_config=FailureConfig(max_failures=0)),
     )
     failure: TrainingFailedError | None = None
     try:
@@ -63,7 +70,7 @@ def _train(job: TrainingJob, num_processes: int, on_event: OnEvent) -> None:
             queue.put(None)
         reader.join()
         queue.shutdown()
-        shutil.rmtree(job.output / NOTES, ignore_errors=True)
+        shutil.rmtree(notes, ignore_errors=True)
     if errors:
         raise errors[0]
     if failure is not None:

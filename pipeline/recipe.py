@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from schemas.errors import ConfigError
+from schemas.object_store import Folder, as_folder
 from stages.advantages import AdvantagesStage
 from stages.candidate_scores import CandidateScoresStage
 from stages.engines.options import EngineOptions
@@ -79,15 +80,29 @@ class ModelRef(StageConfig):
         return Path(self.path).expanduser()
 
 
+def _root(place: object) -> object:
+    if not isinstance(place, str | Folder):
+        return place
+    try:
+        folder = as_folder(place)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return folder.expanduser().absolute() if isinstance(folder, Path) else folder
+
+
+Root = Annotated[Folder, BeforeValidator(_root), PlainSerializer(str)]
+
+
 class Execution(StageConfig):
     """Where and how wide a recipe runs. Nothing here changes what is written.
 
+    ``root`` is a folder, or a place in an object store such as ``s3://bucket/prefix``.
     ``address`` is a Ray cluster's (``auto``, ``host:port``, ``ray://host:port``); without one,
     executor ``ray`` starts a Ray of its own. A shard may cost ``max_attempts`` workers before its
     rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one.
     """
 
-    root: Path = Path("cache")
+    root: Root = Field(default=Path("cache"), validate_default=True)
     executor: Literal["local", "ray"] = "local"
     address: str | None = None
     workers: int = Field(default=1, ge=1)
@@ -95,11 +110,6 @@ class Execution(StageConfig):
     max_attempts: int = Field(default=3, ge=1)
     shard_timeout_s: float | None = Field(default=None, gt=0.0)
     engine: EngineOptions = EngineOptions()
-
-    @field_validator("root", mode="after")
-    @classmethod
-    def _absolute(cls, root: Path) -> Path:
-        return root.expanduser().absolute()
 
 
 class Recipe(StageConfig):

@@ -16,7 +16,8 @@ from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
 from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
 from pipeline.run import EVALUATION
-from schemas.manifest import Manifest, read_notes
+from schemas.manifest import Manifest, all_notes
+from schemas.object_store import Folder, ObjectPath
 from stages.checkpoint import read_checkpoint
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 
@@ -45,15 +46,15 @@ def print_plan(
         )
     console.print(table)
     left = sum(p.num_bytes or 0 for _, p in found if p.state != "done")
-    free = shutil.disk_usage(_existing(recipe.execution.root)).free
+    root = recipe.execution.root
+    free = "" if isinstance(root, ObjectPath) else f"{human_bytes(_free_bytes(root))} free, "
     console.print(
-        f"root {recipe.execution.root}: {human_bytes(free)} free, "
-        f"about {human_bytes(left)} to write",
+        f"root {root}: {free}about {human_bytes(left)} to write",
         highlight=False,
         soft_wrap=True,
     )
     for step, _ in found:
-        console.print(f"{step.name}: {step.folder}", highlight=False, soft_wrap=True)
+        console.print(f"{step.name}: {step.place}", highlight=False, soft_wrap=True)
 
 
 def print_status(console: Console, steps: Sequence[PlannedStep], *, as_json: bool) -> None:
@@ -88,14 +89,14 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
         if isinstance(step.stage, EvaluateStage):
             console.print(_evaluation_table(step))
         if isinstance(step.stage, PreferenceEvaluationStage):
-            body = json.loads((step.folder / EVALUATION).read_text())
+            body = json.loads((step.place / EVALUATION).read_text())
             for table in preference_tables(body, title=step.name):
                 console.print(table)
     tables = [step for step in steps if step.writes_table]
     if tables:
         console.print(_tables_table(tables))
     for step in steps:
-        console.print(f"{step.name}: {step.folder}", highlight=False, soft_wrap=True)
+        console.print(f"{step.name}: {step.place}", highlight=False, soft_wrap=True)
 
 
 def print_metrics(
@@ -119,7 +120,7 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
         "top-1 agreement",
         title="held-out rows",
     )
-    results = [(step, read_checkpoint(step.folder)) for step in steps]
+    results = [(step, read_checkpoint(step.place)) for step in steps]
     seen: set[tuple[str, ...]] = set()
     for step, record in results:
         if record is None:
@@ -157,7 +158,7 @@ BASELINES = ("majority", "random", "teacher")
 
 def _evaluation_table(step: PlannedStep) -> Table:
     """One column a student, and what the majority, chance and the teacher's cache give."""
-    record = read_checkpoint(step.folder)
+    record = read_checkpoint(step.place)
     measured = {} if record is None else record.metrics
     students = [name for name in step.models if name in measured]
     table = Table("", *students, *(f"({name})" for name in BASELINES), title=step.name)
@@ -187,10 +188,10 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
         manifest = finished_manifest(step)
         if manifest is None:
             continue
-        size = folder_bytes(step.folder)
+        size = folder_bytes(step.place)
         tokens_of_text = max(tokens_of_text, manifest.num_tokens)
         bytes_of_all += size
-        speed = _positions_a_second(step.folder, manifest)
+        speed = _positions_a_second(step.place, manifest)
         table.add_row(
             f"{step.name} ({manifest.variant or manifest.table})",
             _count(manifest.num_rows),
@@ -206,17 +207,19 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
     return table
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Folder) -> int:
     """Return the bytes of every file of a step: shards, records, rejects, manifest."""
+    if isinstance(folder, ObjectPath):
+        return sum(folder.find().values())
     return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
 
-def _positions_a_second(folder: Path, manifest: Manifest) -> float | None:
+def _positions_a_second(folder: Folder, manifest: Manifest) -> float | None:
     """Return the speed that the shards' records tell; of many shards, evenly spaced ones."""
     num_positions, seconds = 0, 0.0
     every = math.ceil(len(manifest.shards) / RECORDS_READ) or 1
-    for shard in manifest.shards[::every]:
-        notes = read_notes(folder, shard.name)
+    shards = manifest.shards[::every]
+    for shard, notes in zip(shards, all_notes(folder, [s.name for s in shards]), strict=True):
         if notes is not None:
             num_positions += shard.num_positions
             seconds += notes["notes"]["seconds"]
@@ -235,7 +238,7 @@ def _as_dict(step: PlannedStep, progress: Progress) -> dict[str, Any]:
         "name": step.name,
         "stage": step.stage.stage,
         "fingerprint": step.fingerprint,
-        "folder": str(step.folder),
+        "folder": str(step.place),
         **asdict(progress),
     }
 
@@ -258,7 +261,8 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _existing(path: Path) -> Path:
+def _free_bytes(path: Path) -> int:
+    """Return what is free where a folder is, or would be made."""
     while not path.exists():
         path = path.parent
-    return path
+    return shutil.disk_usage(path).free

@@ -16,11 +16,12 @@ from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.kept_shards import kept_shards
 from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.plan import PlannedStep, Progress, finished_manifest, is_done, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTask, write_output
 from pipeline.step_lock import remove_torn_files, step_lock
 from pipeline.training_job import TrainingJob
+from pipeline.working_folder import published, remove_work, working_folder
 from schemas.episodes import EPISODES
 from schemas.errors import ConfigError, StoreError
 from schemas.manifest import (
@@ -31,6 +32,7 @@ from schemas.manifest import (
     shard_name,
     write_manifest,
 )
+from schemas.object_store import ObjectPath
 from schemas.shard_list import SHARD_LIST, ShardList, shard_index
 from schemas.shards import sha256_of, write_text
 from stages.checkpoint import CheckpointRecord, write_checkpoint
@@ -83,9 +85,9 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
             _refuse_missing_files(step)
             _remove_work(step)
             continue
-        with step_lock(step.folder):
-            remove_torn_files(step.folder)
-            if progress_of(step).state != "done":  # another run may have finished it meanwhile
+        with step_lock(step.place, warned=reporter.warned):
+            remove_torn_files(step.place)
+            if not is_done(step):  # another run may have finished it meanwhile
                 _run_step(step, execution, reporter)
         reporter.step_finished(step)
 
@@ -100,21 +102,23 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
         case TeacherAlignStage() as stage:
             from stages.alignment import align  # loads torch and TRL
 
-            align(
-                stage,
-                model=step.models[stage.model].folder,
-                pairs=step.inputs[0].folder,
-                output=step.folder,
-                fingerprint=step.fingerprint,
-                identity=step.identity,
-                on_event=reporter.trained,
-            )
+            with published(step.place) as folder:
+                align(
+                    stage,
+                    model=step.models[stage.model].folder,
+                    pairs=step.inputs[0].place,
+                    output=folder,
+                    fingerprint=step.fingerprint,
+                    identity=step.identity,
+                    on_event=reporter.trained,
+                )
         case StudentInitStage() as stage:
             from stages.student.init import init_student  # loads torch
 
-            init_student(step.models[stage.model].folder, step.folder, stage.layers)
-            record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity)
-            write_checkpoint(step.folder, record)
+            with published(step.place) as folder:
+                init_student(step.models[stage.model].folder, folder, stage.layers)
+                record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity)
+                write_checkpoint(folder, record)
         case TrainStage() as stage:
             _run_training(step, stage, execution, reporter)
         case EvaluateStage() as stage:
@@ -124,11 +128,11 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
 
 
 def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
-    work_folder = step.folder / WORK_FOLDER
+    work_folder = working_folder(step.place) / WORK_FOLDER
     prepared = stage.prepare(work_folder, on_progress=reporter.said)
     tokenizer = Path(stage.tokenizer)
     vocab_size = vocab_size_of(tokenizer)
-    bound = stage.bind(StageContext(folder=step.folder, vocab_size=vocab_size))
+    bound = stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
     num_shards = len(prepared.shards)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
@@ -136,7 +140,7 @@ def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> No
             rows = RowCount(stage.read(work_folder, index))
             name, split = shard_name(index, num_shards), prepared.shards[index].split
             record = write_output(
-                step.folder, name, bound, rows, split=split, made_by=_made_by(step)
+                step.place, name, bound, rows, split=split, made_by=_made_by(step)
             )
             yield index, record
 
@@ -148,7 +152,10 @@ def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> No
 
 def _remove_work(step: PlannedStep) -> None:
     """Free what a source needed on the way; a run killed just before it left that behind."""
-    shutil.rmtree(step.folder / WORK_FOLDER, ignore_errors=True)
+    if isinstance(step.place, Path):
+        shutil.rmtree(step.place / WORK_FOLDER, ignore_errors=True)
+    else:
+        remove_work(step.place)
 
 
 def _run_table(
@@ -160,7 +167,7 @@ def _run_table(
     models = {name: model.spec() for name, model in step.models.items()}
     vocab_size = vocab_size_of(models[stage.model].path)
     context = StageContext(
-        folder=step.folder,
+        folder=step.place,
         vocab_size=vocab_size,
         models=models,
         engine=execution.engine,
@@ -169,15 +176,15 @@ def _run_table(
     made_by = _made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
-        if not indices and all((step.folder / name).is_file() for name in stage.side_files):
+        if not indices and all((step.place / name).is_file() for name in stage.side_files):
             return
         tasks = [
             ShardTask(
-                folder=step.folder,
+                folder=step.place,
                 index=index,
                 num_shards=len(source.shards),
                 split=shard.split,
-                input_file=source_step.folder / shard.file,
+                input_file=source_step.place / shard.file,
                 input_sha256=shard.sha256,
                 num_rows=shard.num_rows,
                 max_rejected_fraction=stage.max_rejected_fraction,
@@ -199,7 +206,7 @@ def _make_missing(
     reporter: Reporter,
 ) -> ShardList:
     """Make the shards that an earlier run did not finish, then those whose bytes have changed."""
-    with kept_shards(step.folder, num_shards) as kept:
+    with kept_shards(step.place, num_shards) as kept:
         reporter.shards_expected(num_shards, kept.num_kept)
         for index, record in make(np.flatnonzero(~kept.is_kept_S).tolist()):
             kept.records.add(index, record)
@@ -208,7 +215,7 @@ def _make_missing(
             first = shard_name(changed[0], num_shards)
             reporter.warned(
                 f"{len(changed)} finished shards no longer have the bytes that were written "
-                f"(first: {step.folder / first}.arrow): making them again"
+                f"(first: {step.place / first}.arrow): making them again"
             )
             for index, record in make(changed):
                 kept.records.add(index, record)
@@ -261,20 +268,21 @@ def _write_manifest(
         identity=step.identity,
         shards=shards,
         source_rejects=source_rejects,
-        files={name: sha256_of(step.folder / name) for name in side_files},
+        files={name: sha256_of(step.place / name) for name in side_files},
     )
-    write_manifest(step.folder, manifest)
+    write_manifest(step.place, manifest)
 
 
 def _run_training(
     step: PlannedStep, stage: TrainStage, execution: Execution, reporter: Reporter
 ) -> None:
+    student = step.models[stage.student]
     job = TrainingJob(
         config=stage,
-        student=step.models[stage.student].folder,
-        data=tuple(source.folder for source in step.inputs[: len(stage.data)]),
-        lm_data=tuple(source.folder for source in step.inputs[len(stage.data) :]),
-        output=step.folder,
+        student=student.base if student.adapter is None else student.folder,
+        data=tuple(source.place for source in step.inputs[: len(stage.data)]),
+        lm_data=tuple(source.place for source in step.inputs[len(stage.data) :]),
+        output=step.place,
         fingerprint=step.fingerprint,
     )
     if execution.executor == "ray":
@@ -289,6 +297,7 @@ def _run_training(
         from pipeline.training_launch import train_in_processes  # loads torch
 
         train_in_processes(job, execution.training_processes, reporter.trained)
+    remove_work(step.place)
 
 
 def _run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter) -> None:
@@ -296,7 +305,7 @@ def _run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter)
     from stages.student.evaluation import evaluate
     from stages.student.icl_evaluation import evaluate_episodes  # both load torch
 
-    data = [source.folder for source in step.inputs]
+    data = [source.place for source in step.inputs]
     first = step.inputs[0].stage
     assert isinstance(first, SourceStage | TableStage)
     reports: dict[str, Any] = {}
@@ -328,7 +337,7 @@ def _run_preference_evaluation(
         judge = Judge(teacher, reference, stage.judge.beta)
     report = evaluate_preferences(
         {name: folders[name] for name in stage.measured},
-        [source.folder for source in step.inputs],
+        [source.place for source in step.inputs],
         baseline=stage.baseline,
         judge=judge,
         options=PreferenceOptions(stage.max_tokens, stage.batch_size, stage.seed),
@@ -340,9 +349,10 @@ def _run_preference_evaluation(
 def _write_evaluation(
     step: PlannedStep, body: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]
 ) -> None:
-    write_text(step.folder / EVALUATION, json.dumps(body, indent=1) + "\n")
     record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity, metrics=metrics)
-    write_checkpoint(step.folder, record)
+    with published(step.place) as folder:
+        write_text(folder / EVALUATION, json.dumps(body, indent=1) + "\n")
+        write_checkpoint(folder, record)
 
 
 def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
@@ -354,9 +364,9 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
             f"'{name}' is not a training step; there are: {', '.join(names) or 'none'}"
         )
     students = {model.base for model in chosen.models.values()}
-    makers = [step for step in plan if step.folder in students]
+    makers = [step for step in plan if step.place in students]
     for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
-        if progress_of(source).state != "done":
+        if not is_done(source):
             raise StoreError(
                 f"step '{source.name}', which '{name}' trains from, is not finished: "
                 f"run `teachercache run` first"
@@ -367,7 +377,7 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
 def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
     """Find out before a teacher has worked for it that a student cannot be trained so."""
     for step in plan:
-        if isinstance(step.stage, TrainStage) and progress_of(step).state != "done":
+        if isinstance(step.stage, TrainStage) and not is_done(step):
             try:
                 step.stage.share(execution.training_processes)
             except ConfigError as error:
@@ -375,31 +385,36 @@ def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -
 
 
 def _refuse_full_disk(step: PlannedStep) -> None:
+    if isinstance(step.place, ObjectPath):  # a store has no end
+        return
     progress = progress_of(step)
     if progress.num_bytes is None or not progress.num_shards:
         return
     needed = progress.num_bytes * (1 - progress.shards_done / progress.num_shards)
-    free = shutil.disk_usage(step.folder).free
+    free = shutil.disk_usage(step.place).free
     if needed > free:
         raise StoreError(
-            f"step '{step.name}' needs about {needed / 1e6:,.1f} MB in {step.folder}, only "
+            f"step '{step.name}' needs about {needed / 1e6:,.1f} MB in {step.place}, only "
             f"{free / 1e6:,.1f} MB are free: free some or move execution.root"
         )
 
 
 def _refuse_missing_files(step: PlannedStep) -> None:
-    """A finished step whose files have gone must not be taken for finished."""
+    """A finished step whose files have gone must not be taken for finished.
+
+    On a store that would be a request a shard; who needs one that has gone is told there.
+    """
     manifest = finished_manifest(step)
-    if manifest is None:
+    if manifest is None or isinstance(step.place, ObjectPath):
         return
     num_shards = len(manifest.shards)
-    gone = np.flatnonzero(~listed_shards(step.folder, num_shards, ".arrow"))
+    gone = np.flatnonzero(~listed_shards(step.place, num_shards, ".arrow"))
     others = (SHARD_LIST, *manifest.files)
     missing = [f"{shard_name(index, num_shards)}.arrow" for index in gone.tolist()]
-    missing += [name for name in others if not (step.folder / name).is_file()]
+    missing += [name for name in others if not (step.place / name).is_file()]
     if missing:
         raise StoreError(
-            f"{step.folder} has a manifest but {len(missing)} of its files are gone (first: "
+            f"{step.place} has a manifest but {len(missing)} of its files are gone (first: "
             f"{missing[0]}): delete its manifest.json and run again to make them anew"
         )
 
@@ -407,4 +422,4 @@ def _refuse_missing_files(step: PlannedStep) -> None:
 def verify_step(step: PlannedStep) -> list[str]:
     """Return one line for each thing wrong with a finished table step."""
     manifest = finished_manifest(step)
-    return [] if manifest is None else damaged_shards(step.folder, manifest)
+    return [] if manifest is None else damaged_shards(step.place, manifest)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import pyarrow as pa
 
 from schemas.errors import RejectLimitError, StoreError
 from schemas.manifest import ShardRecord, read_record, shard_name, write_record
+from schemas.object_store import Folder, ObjectPath
+from schemas.shard_cache import local_file
 from schemas.shards import read_shard, sha256_of, write_shard, write_text
 from schemas.table import BoundTable
 from stages.stage import Rejected, Work
@@ -31,11 +32,11 @@ class ShardTask:
     engine again: they are rejected.
     """
 
-    folder: Path
+    folder: Folder
     index: int
     num_shards: int
     split: str
-    input_file: Path
+    input_file: Folder
     input_sha256: str
     num_rows: int
     max_rejected_fraction: float
@@ -70,6 +71,9 @@ def sample_id_at(task: ShardTask, row: int) -> str:
 
 
 def _input_of(task: ShardTask) -> pa.Table:
+    if isinstance(task.input_file, ObjectPath):
+        with local_file(task.input_file, task.input_sha256) as file:
+            return read_shard(file)
     found = sha256_of(task.input_file) if task.input_file.is_file() else "none"
     if found != task.input_sha256:
         raise StoreError(
@@ -123,7 +127,7 @@ class RowCount:
 
 
 def write_output(
-    folder: Path,
+    folder: Folder,
     name: str,
     table: BoundTable[Any],
     rows: RowCount,

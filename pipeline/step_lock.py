@@ -1,22 +1,33 @@
-"""One run at a time writes a step: a lock on its folder, which dies with the process."""
+"""One run at a time writes a step: a lock on its folder, which dies with its holder."""
 
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from pipeline.lease_lock import lease
 from schemas.errors import StoreError
+from schemas.object_store import Folder, ObjectPath
 
 LOCK_FILE = ".lock"
 _NAME_WITHIN_S = 1.0  # a holder writes its name right after it has the lock
 
 
 @contextmanager
-def step_lock(folder: Path) -> Iterator[None]:
-    """Hold the one right to write a step; raises StoreError when another process has it."""
+def step_lock(
+    folder: Folder, *, warned: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
+    """Hold the one right to write a step; raises StoreError when another process has it.
+
+    In an object store it is a lease, and ``warned`` is told should it be lost.
+    """
+    if isinstance(folder, ObjectPath):
+        with lease(folder / LOCK_FILE, warned=warned):
+            yield
+        return
     with _lock_file(folder) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +67,10 @@ def _lock_file(folder: Path) -> IO[str]:
         ) from error
 
 
-def remove_torn_files(folder: Path) -> None:
+def remove_torn_files(folder: Folder) -> None:
     """Delete what killed runs left half-written; call it with the step's lock held."""
+    if isinstance(folder, ObjectPath):
+        folder.abort_uploads()
+        return
     for path in folder.glob("*.tmp-*"):
         path.unlink(missing_ok=True)

@@ -1,10 +1,14 @@
 """One training step, ready to be carried out by any process: it is picklable and needs no torch."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipeline.saved_checkpoints import SavedCheckpoints
+from pipeline.working_folder import upload_checkpoint, working_folder
+from schemas.object_store import Folder, ObjectPath
+from stages.checkpoint import local_copy
 from stages.student.train_config import TrainConfig, TrainOptions
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -15,24 +19,33 @@ class TrainingJob:
     """What to train, from where, to where; see ``stages.student.trainer.train``."""
 
     config: TrainConfig
-    student: Path
-    data: tuple[Path, ...]
-    output: Path
+    student: Folder
+    data: tuple[Folder, ...]
+    output: Folder
     fingerprint: str
-    lm_data: tuple[Path, ...] = ()
+    lm_data: tuple[Folder, ...] = ()
     options: TrainOptions = field(default_factory=TrainOptions)
 
     def carry_out(self, on_event: OnEvent) -> None:
         """Train, alone or as one process of a group that the environment describes."""
         from stages.student.trainer import train  # loads torch and transformers
 
+        output, on_checkpoint = working_folder(self.output), None
+        if isinstance(self.output, ObjectPath):
+            saved = SavedCheckpoints(self.output, output)
+            saved.fetch()
+            on_checkpoint = saved.save
         train(
             self.config,
-            student=self.student,
+            student=local_copy(self.student),
             data=self.data,
             lm_data=self.lm_data,
-            output=self.output,
+            output=output,
             fingerprint=self.fingerprint,
             options=self.options,
             on_event=on_event,
+            on_checkpoint=on_checkpoint,
         )
+        if isinstance(self.output, ObjectPath) and os.environ.get("RANK", "0") == "0":
+            upload_checkpoint(output, self.output)
+            saved.remove()

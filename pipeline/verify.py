@@ -1,6 +1,8 @@
 """Check finished tables and checkpoints: nothing missing, no byte changed, every row readable."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from rich.console import Console
 from schemas.dataset import known_table
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.manifest import MANIFEST, Manifest, ShardRecord, damaged_shards, read_manifest
-from schemas.shards import read_shard
+from schemas.object_store import Folder, ObjectPath
+from schemas.shards import read_shard, sha256_of
 from schemas.table import Table
 from stages.checkpoint import CHECKPOINT, damaged_files, read_record
 
 
-def verify_folders(folders: Sequence[Path], console: Console) -> list[str]:
+def verify_folders(folders: Sequence[Folder], console: Console) -> list[str]:
     """Verify each table or checkpoint at or below ``folders``; print and return what is wrong."""
     problems: list[str] = []
     for folder in _finished_folders(folders):
@@ -35,22 +38,24 @@ def verify_folders(folders: Sequence[Path], console: Console) -> list[str]:
     return problems
 
 
-def _finished_folders(folders: Sequence[Path]) -> list[Path]:
-    found = sorted(
-        {
-            path.parent
-            for folder in folders
-            for name in (MANIFEST, CHECKPOINT)
-            for path in folder.rglob(name)
-        }
-    )
+def _finished_folders(folders: Sequence[Folder]) -> list[Folder]:
+    files = [path for folder in folders for path in _files_below(folder)]
+    found = sorted({path.parent for path in files}, key=str)
     if not found:
         places = ", ".join(map(str, folders))
         raise ConfigError(f"nothing finished at or below {places}: no {MANIFEST} or {CHECKPOINT}")
     return found
 
 
-def verify_folder(folder: Path) -> list[str]:
+def _files_below(folder: Folder) -> Iterator[Folder]:
+    """Yield the manifests and checkpoint records; in an object store they are listed."""
+    if isinstance(folder, ObjectPath):
+        yield from (path for path in folder.find() if path.name in (MANIFEST, CHECKPOINT))
+    else:
+        yield from (path for name in (MANIFEST, CHECKPOINT) for path in folder.rglob(name))
+
+
+def verify_folder(folder: Folder) -> list[str]:
     """Return one line for each thing wrong with one finished table or checkpoint."""
     try:
         if (folder / CHECKPOINT).is_file():
@@ -63,19 +68,44 @@ def verify_folder(folder: Path) -> list[str]:
             return damaged
         table = known_table(manifest, folder)
     except TeacherCacheError as error:
-        return [str(error)]
+        return damaged_shards(folder, manifest) or [str(error)]
+    if isinstance(folder, ObjectPath):
+        return _problems_in_store(folder, manifest, table)
+    damaged = damaged_shards(folder, manifest)
+    if damaged:
+        return damaged
     return [
         line
         for shard in manifest.shards
-        for line in _shard_problems(folder, manifest, shard, table)
+        for line in _shard_problems(folder / shard.file, folder, manifest, shard, table)
     ]
 
 
+def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]) -> list[str]:
+    """Fetch each shard once, whatever copies of it this machine has, and look at it here."""
+    problems = damaged_shards(folder, replace(manifest, shards=()))
+    with tempfile.TemporaryDirectory(prefix="teachercache-") as scratch:
+        for shard in manifest.shards:
+            path, file = folder / shard.file, Path(scratch) / shard.file
+            info = path.info()
+            if info is None:
+                problems.append(f"{path} is missing")
+                continue
+            path.download(file, info.num_bytes)
+            if (found := sha256_of(file)) != shard.sha256:
+                says = f"the manifest says {shard.sha256[:12]}"
+                problems.append(f"{path} has sha256 {found[:12]}, {says}")
+            else:
+                problems.extend(_shard_problems(file, folder, manifest, shard, table))
+            file.unlink()
+    return problems
+
+
 def _shard_problems(
-    folder: Path, manifest: Manifest, shard: ShardRecord, table: Table[Any]
+    file: Path, folder: Folder, manifest: Manifest, shard: ShardRecord, table: Table[Any]
 ) -> Iterator[str]:
     path = folder / shard.file
-    content = read_shard(path)
+    content = read_shard(file)
     expected = {b"table": manifest.table, b"version": str(manifest.version)}
     found = content.schema.metadata or {}
     for key, value in expected.items():

@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from schemas.object_store import Folder, ObjectPath
 from stages.engines.options import EngineOptions
 from stages.stage import ModelSpec, StageContext
 
 PROCESS_BYTES = 1 << 30  # torch, transformers and vLLM, loaded
 KV_CACHE_BYTES = 2 << 30  # vLLM's on a CPU where engine.kv_cache_memory_bytes is not given
+WEIGHT_FILES = (".safetensors", ".bin")  # one or the other
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 Machine = Mapping[str, float]  # resources by Ray's names
 
@@ -65,14 +67,21 @@ class WorkerSize:
 
 def _model_bytes(spec: ModelSpec, options: EngineOptions) -> int:
     """Return what a model takes of a machine without GPUs: weights in its dtype, and cache."""
-    files = list(spec.base.glob("*.safetensors")) or list(spec.base.glob("*.bin"))
+    sizes = _file_sizes(spec.base)
+    kinds = ([n for name, n in sizes.items() if name.endswith(end)] for end in WEIGHT_FILES)
     config = json.loads((spec.base / "config.json").read_text())
     asked = WIDTHS[spec.dtype]
     stored = WIDTHS.get(config.get("dtype") or config.get("torch_dtype"), asked)
-    weights = sum(path.stat().st_size for path in files) * asked // stored
+    weights: int = sum(next(filter(None, kinds), [])) * asked // stored
     if spec.engine != "vllm":
         return weights
     return weights + (options.kv_cache_memory_bytes or KV_CACHE_BYTES)
+
+
+def _file_sizes(folder: Folder) -> dict[str, int]:
+    if isinstance(folder, ObjectPath):
+        return {path.name: size for path, size in folder.find().items()}
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
 def _words(num_gpus: int, num_cpus: int, num_bytes: int) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SchemaMismatch, StoreError
+from .object_store import REQUESTS_AT_ONCE, Folder, ObjectPath, read_if_there, read_many
 from .shard_list import ShardList, ShardTotals
 from .shard_list import ShardRecord as ShardRecord  # people take both from here
 from .shard_list import shard_name as shard_name
@@ -97,7 +99,7 @@ class Manifest:
 _OWN_FIELDS = [item.name for item in fields(Manifest) if item.name != "shards"]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
     """Write the list of shards and then ``manifest.json``: the step's last act."""
     manifest.shard_list.write(folder)
     body = {
@@ -109,20 +111,29 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Read a complete table's manifest; raises StoreError when there is none or it is damaged.
 
     The list of shards is opened, and held to the manifest, when a shard is first asked for.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    manifest = manifest_if_there(folder)
+    if manifest is None:
         state = "is not finished" if folder.is_dir() else "does not exist"
         raise StoreError(
             f"{folder} {state}: it has no {MANIFEST}; run the recipe that makes it "
             f"(`teachercache run`) and try again"
         )
+    return manifest
+
+
+def manifest_if_there(folder: Folder) -> Manifest | None:
+    """Return a table's manifest, None for a table that is not complete: on a store, one GET."""
+    path = folder / MANIFEST
+    text = read_if_there(path)
+    if text is None:
+        return None
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(text)
         if (found := body["format"]) != FORMAT:
             raise SchemaMismatch(
                 f"{path} has format {found}, this version reads format {FORMAT}: delete it and "
@@ -136,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
+def damaged_shards(folder: Folder, manifest: Manifest) -> list[str]:
     """Return one line for each shard or file that is missing or whose bytes have changed."""
     expected = ((shard.file, shard.sha256) for shard in manifest.shards)
     problems = []
@@ -149,37 +160,73 @@ def damaged_shards(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def write_record(folder: Path, record: ShardRecord, notes: Mapping[str, Any]) -> None:
+def write_record(folder: Folder, record: ShardRecord, notes: Mapping[str, Any]) -> None:
     """Write a shard's record; ``notes`` (engine, timings, host) are kept but compared by nobody."""
     body = {"record": asdict(record), "notes": dict(notes)}
     write_text(folder / f"{record.name}.json", json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_record(folder: Path, name: str) -> ShardRecord | None:
+def read_record(folder: Folder, name: str) -> ShardRecord | None:
     """Return the record of a shard that is finished and verifies, else None: redo it."""
-    record = read_unverified_record(folder, name)
-    verifies = record is not None and sha256_of(folder / record.file) == record.sha256
-    return record if verifies else None
+    return read_records(folder, [name])[0]
 
 
 def read_unverified_record(folder: Path, name: str) -> ShardRecord | None:
     """Return the record of a shard whose file has the right size; its bytes are not looked at."""
-    notes = read_notes(folder, name)
-    if notes is None:
-        return None
+    record = _record_in(read_notes(folder, name))
     try:
-        record = ShardRecord(**notes["record"])
-        whole = (folder / record.file).stat().st_size == record.num_bytes
-    except (TypeError, KeyError, OSError):
+        whole = record is not None and (folder / record.file).stat().st_size == record.num_bytes
+    except OSError:
         return None
     return record if whole else None
 
 
-def read_notes(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return the whole JSON of a shard's record, or None when it is missing or unreadable."""
+def read_records(folder: Folder, names: Sequence[str]) -> list[ShardRecord | None]:
+    """Return the record of each shard that is finished and verifies, None for each to be redone.
+
+    A file is hashed. Of an object the store is asked (HEAD) for its size and the checksum that was
+    stored with it: it cannot be torn, so it need not be fetched.
+    """
+    records = [_record_in(notes) for notes in all_notes(folder, names)]
+    if isinstance(folder, ObjectPath):
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(lambda record: _if_whole(folder, record), records))
+    return [_if_whole(folder, record) for record in records]
+
+
+def _record_in(notes: Mapping[str, Any] | None) -> ShardRecord | None:
     try:
-        body = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
+        return None if notes is None else ShardRecord(**notes["record"])
+    except (TypeError, KeyError):
+        return None
+
+
+def _if_whole(folder: Folder, record: ShardRecord | None) -> ShardRecord | None:
+    if record is None:
+        return None
+    path = folder / record.file
+    if isinstance(path, ObjectPath):
+        info = path.info()
+        same = info is not None and info.num_bytes == record.num_bytes
+        return record if same and info is not None and info.sha256 == record.sha256 else None
+    whole = path.is_file() and path.stat().st_size == record.num_bytes
+    return record if whole and sha256_of(path) == record.sha256 else None
+
+
+def read_notes(folder: Folder, name: str) -> dict[str, Any] | None:
+    """Return the whole JSON of a shard's record, or None when it is missing or unreadable."""
+    return all_notes(folder, [name])[0]
+
+
+def all_notes(folder: Folder, names: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Return what ``read_notes`` does of each shard; from a store, many at once."""
+    return [_parsed(text) for text in read_many([folder / f"{name}.json" for name in names])]
+
+
+def _parsed(text: bytes | None) -> dict[str, Any] | None:
+    try:
+        body = json.loads(text or b"")
+    except ValueError:
         return None
     return body if isinstance(body, dict) else None
 

@@ -8,7 +8,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import StoreError
+from .object_store import Folder
 from .shards import atomic_file
 
 SHARD_LIST = "shards.arrow"
@@ -79,7 +79,7 @@ class ShardTotals:
 class ShardList(Sequence[ShardRecord]):
     """All shards of a table. Of one that was read, only the totals are known until it is used."""
 
-    def __init__(self, totals: ShardTotals, *, path: Path | None, table: pa.Table | None) -> None:
+    def __init__(self, totals: ShardTotals, *, path: Folder | None, table: pa.Table | None) -> None:
         """Take the columns, or the path of the file that has them."""
         self.totals = totals
         self._path = path
@@ -101,11 +101,11 @@ class ShardList(Sequence[ShardRecord]):
         return cls(_totals(table, sha256), path=None, table=table)
 
     @classmethod
-    def in_folder(cls, folder: Path, totals: ShardTotals) -> "ShardList":
+    def in_folder(cls, folder: Folder, totals: ShardTotals) -> "ShardList":
         """Return the list that lies in ``folder``, unopened."""
         return cls(totals, path=folder / SHARD_LIST, table=None)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Write ``shards.arrow``: equal shards give equal bytes."""
         with atomic_file(folder / SHARD_LIST) as stream:
             stream.write(_file_bytes(self.table))
@@ -245,7 +245,7 @@ def _file_bytes(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _read(path: Path, expected: ShardTotals) -> pa.Table:
+def _read(path: Folder, expected: ShardTotals) -> pa.Table:
     """Read a list whole; raises StoreError where it is not the one that its manifest names."""
     try:
         content = path.read_bytes()
@@ -260,7 +260,7 @@ def _read(path: Path, expected: ShardTotals) -> pa.Table:
     return table
 
 
-def _not_its_list(path: Path, why: str) -> StoreError:
+def _not_its_list(path: Folder, why: str) -> StoreError:
     return StoreError(
         f"{path} is not the list of shards that the manifest beside it was written with ({why}): "
         f"delete the manifest and run the recipe again; finished shards are kept"

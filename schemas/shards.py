@@ -1,8 +1,9 @@
-"""Write one shard and read it back: Arrow IPC files, zstd, committed by rename.
+"""Write one shard and read it back: Arrow IPC files, zstd, committed whole.
 
 A shard's name never exists half-written: bytes go to a temporary file beside it, are flushed to
-the disk, and take the name in one step. Equal rows give equal bytes: record batches are cut by row
-count alone and nothing that varies between runs (time, host, process) is inside the file.
+the disk, and take the name in one step; in an object store, to a temporary file of this machine
+that is then uploaded. Equal rows give equal bytes: record batches are cut by row count alone and
+nothing that varies between runs (time, host, process) is inside the file.
 """
 
 import errno
@@ -18,6 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from .errors import StoreError
+from .object_store import Folder, ObjectPath, uploaded
 from .table import BoundTable
 
 ROWS_PER_BATCH = 16  # a reader decompresses one batch to reach one row; 16 x 512 tokens is ~300 kB
@@ -33,7 +35,7 @@ class ShardFile:
     sha256: str
 
 
-def write_shard(path: Path, table: BoundTable[Any], rows: Iterable[Any]) -> ShardFile:
+def write_shard(path: Folder, table: BoundTable[Any], rows: Iterable[Any]) -> ShardFile:
     """Write ``rows`` to ``path`` atomically; raises StoreError when the disk refuses."""
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     num_rows = 0
@@ -60,15 +62,25 @@ def read_shard(path: Path) -> pa.Table:
         ) from error
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
+def sha256_of(path: Folder) -> str:
+    """Return the sha256 of a file's bytes; those of an object are fetched for it."""
+    if isinstance(path, ObjectPath):
+        return path.sha256()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Folder) -> Iterator[IO[bytes]]:
     """Open a file that appears at ``path`` whole, on success, or not at all."""
+    if isinstance(path, ObjectPath):
+        with uploaded(path) as file:
+            try:
+                with file.open("xb") as stream:
+                    yield stream
+            except OSError as error:
+                raise _write_error(file, error) from error
+        return
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +97,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
+def write_text(path: Folder, text: str) -> None:
+    """Write a small file atomically: in an object store, with a single PUT."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(text.encode())
+        return
     with atomic_file(path) as stream:
         stream.write(text.encode())
 

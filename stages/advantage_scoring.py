@@ -80,7 +80,7 @@ def opened_scorer(stage: AdvantagesStage, context: StageContext) -> Iterator[Wor
 
 
 def _refuse_unlike_vocabularies(stage: AdvantagesStage, models: ModelPair) -> None:
-    sizes = [int(read_config(model.base).get_text_config().vocab_size) for model in models]
+    sizes = [int(read_config(model.local_base).get_text_config().vocab_size) for model in models]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"model '{stage.model}' has {sizes[0]} logits and reference '{stage.reference}' "

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError, TeacherCacheError
+from schemas.object_store import Folder
 from schemas.preference_pairs import PREFERENCE_PAIRS
 from schemas.shards import write_text
 from stages.checkpoint import (
@@ -67,7 +68,7 @@ def align(
     config: AlignConfig,
     *,
     model: Path,
-    pairs: Path,
+    pairs: Folder,
     output: Path,
     fingerprint: str = "",
     identity: Mapping[str, Any] | None = None,
@@ -135,7 +136,7 @@ def _refuse_divergence(config: AlignConfig, model: PreTrainedModel, after_B2: F6
         )
 
 
-def _held_out(pairs: Path, dataset: CachedDataset) -> list[Mapping[str, Any]]:
+def _held_out(pairs: Folder, dataset: CachedDataset) -> list[Mapping[str, Any]]:
     if not any(
         shard.split == "heldout" and shard.num_rows for shard in dataset.manifests[0].shards
     ):

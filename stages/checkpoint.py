@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
+from schemas.object_store import Folder, read_if_there
+from schemas.shard_cache import local_files
 from schemas.shards import sha256_of, write_text
 
 CHECKPOINT = "checkpoint.json"
@@ -56,28 +58,45 @@ def write_checkpoint(folder: Path, record: CheckpointRecord) -> None:
     write_text(folder / CHECKPOINT, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
-def read_checkpoint(folder: Path) -> CheckpointRecord | None:
+def read_checkpoint(folder: Folder) -> CheckpointRecord | None:
     """Return a finished step's record; None where there is none or one of its files has gone.
 
     Raises StoreError if the record is damaged. Checksums are not compared: ``damaged_files`` does.
     """
-    if not (folder / CHECKPOINT).is_file():
+    text = read_if_there(folder / CHECKPOINT)
+    if text is None:
         return None
-    record = read_record(folder)
+    record = _parsed(folder, text)
     return record if all((folder / name).is_file() for name in record.files) else None
 
 
-def read_record(folder: Path) -> CheckpointRecord:
-    """Read ``checkpoint.json`` alone; raises StoreError if it is damaged."""
-    path = folder / CHECKPOINT
+def read_record(folder: Folder) -> CheckpointRecord:
+    """Read ``checkpoint.json`` alone; raises StoreError if it is damaged or not there."""
+    text = read_if_there(folder / CHECKPOINT)
+    if text is None:
+        raise StoreError(
+            f"{folder} is not finished: it has no {CHECKPOINT}; run the recipe that makes it "
+            f"(`teachercache run`) and try again"
+        )
+    return _parsed(folder, text)
+
+
+def _parsed(folder: Folder, text: bytes) -> CheckpointRecord:
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(text)
         return CheckpointRecord(history=tuple(body.pop("history")), **body)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error}): delete it and run again") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(
+            f"{folder / CHECKPOINT} is damaged ({error}): delete it and run again"
+        ) from error
 
 
-def damaged_files(folder: Path, record: CheckpointRecord) -> list[str]:
+def local_copy(folder: Folder) -> Path:
+    """Return a finished step's folder on this machine: from a store, its files in the cache."""
+    return folder if isinstance(folder, Path) else local_files(folder, read_record(folder).files)
+
+
+def damaged_files(folder: Folder, record: CheckpointRecord) -> list[str]:
     """Return one line for each file of a finished step that is missing or has changed."""
     problems = []
     for name, sha256 in record.files.items():

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError
+from schemas.object_store import Folder
 from schemas.shards import atomic_file, write_text
 
 HEAD_TENSORS = "head.safetensors"
@@ -166,7 +167,7 @@ class LanguageHead:
             logits_PV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_PV
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Folder) -> None:
         """Write the head to ``folder``: equal heads give equal bytes; several may save at once."""
         tensors = {"weight": self.weight_VD.to("cpu", self.dtype).contiguous()}
         if self.bias_V is not None:

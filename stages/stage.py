@@ -22,7 +22,9 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.manifest import Manifest
+from schemas.object_store import Folder
 from schemas.table import BoundTable, Table
+from stages.checkpoint import local_copy
 from stages.engines.adapters import merged_folder
 from stages.engines.options import EngineOptions
 
@@ -48,7 +50,7 @@ class ModelSpec:
     ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
     """
 
-    base: Path
+    base: Folder
     dtype: str
     engine: Literal["vllm", "transformers"]
     hidden_size: int
@@ -57,10 +59,18 @@ class ModelSpec:
 
     @property
     def path(self) -> Path:
-        """An ordinary transformers folder; an adapter is merged into its base when first asked."""
+        """An ordinary transformers folder of this machine, made when first asked.
+
+        An adapter is merged into its base, a model in an object store is fetched.
+        """
         if self.adapter is None:
-            return self.base
-        return merged_folder(self.base, self.adapter, name=self.merged_name)
+            return self.local_base
+        return merged_folder(self.local_base, self.adapter, name=self.merged_name)
+
+    @property
+    def local_base(self) -> Path:
+        """``base`` on this machine, without the adapter."""
+        return local_copy(self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,7 @@ class StageContext:
     the name of the table that is read.
     """
 
-    folder: Path
+    folder: Folder
     vocab_size: int
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)

@@ -131,6 +131,7 @@ class Shards:
         ]
 
     def sample_ids(self, task: ShardTask) -> list[str]:
+        assert isinstance(task.input_file, Path)
         return [str(name) for name in read_shard(task.input_file)["sample_id"]]
 
     def run_local(self, stage: FaultyStage, limits: Limits) -> Iterator[ShardRecord]:

@@ -176,9 +176,10 @@ def test_a_run_goes_on_after_a_killed_rank(
     whole: dict[int, TrainingJob], killed: TrainingJob, tmp_path: Path, processes: int
 ) -> None:
     """From the last whole checkpoint; on as many processes to the last bit."""
-    job = replace(killed, output=tmp_path / "out")
-    shutil.copytree(killed.output, job.output)
-    checkpoint = last_checkpoint(job.output / CHECKPOINTS)
+    output = tmp_path / "out"
+    job = replace(killed, output=output)
+    shutil.copytree(str(killed.output), output)
+    checkpoint = last_checkpoint(output / CHECKPOINTS)
     assert checkpoint is not None and checkpoint.name == f"checkpoint-{LAST_WHOLE}"
     events = carry_out(job, processes)
     assert events[1] == {"event": "start", "step": LAST_WHOLE, "max_steps": 10}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
+from schemas.shard_cache import user_cache
 from stages.tokenizer_identity import copy_tokenizer
-from stages.user_cache import user_cache
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -82,7 +82,7 @@ class OneEngine:
         first, second = models
         adapter = first.adapter or second.adapter
         assert adapter is not None, "is_one_engine said so"
-        opened = open_adapted_engine(first.base, adapter, dtype=first.dtype, options=options)
+        opened = open_adapted_engine(first.local_base, adapter, dtype=first.dtype, options=options)
         with opened as engine:
             yield cls(engine, (first.adapter is not None, second.adapter is not None))
 
@@ -177,7 +177,7 @@ class OneAfterTheOther:
 def head_of(model: ModelSpec, *, device: torch.device | str) -> LanguageHead:
     """Load a model's head without the model; an adapter that vLLM serves leaves it alone."""
     keeps_head = model.adapter is not None and served_rank(model.adapter) is not None
-    folder = model.base if keeps_head else model.path
+    folder = model.local_base if keeps_head else model.path
     return LanguageHead.from_model_folder(folder, device=device, dtype=DTYPES[model.dtype])
 
 

@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError
+from schemas.shard_cache import user_cache
 from schemas.shards import write_text
 from stages.engines.adapters import adapted_model
 from stages.engines.sequences import TokenIds
 from stages.language_head import LanguageHead, read_config
-from stages.user_cache import user_cache
 
 TOLERANCES = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.25}
 

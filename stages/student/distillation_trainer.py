@@ -59,6 +59,7 @@ from stages.student.train_config import (
 )
 
 OnEvent = Callable[[dict[str, Any]], None]
+OnCheckpoint = Callable[[Path], None]
 UNITS: tuple[Unit, ...] = ("tokens", "samples")
 
 
@@ -78,8 +79,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         on_event: OnEvent | None,
         lm_dataset: CachedDataset | None = None,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+        on_checkpoint: OnCheckpoint | None = None,
     ) -> None:
-        """Set up for one run; ``on_event`` is called by the main process only."""
+        """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
+
+        The second is called with the folder of each checkpoint when it is whole.
+        """
         rows, collator = _rows_and_collator(
             config, dataset, lm_dataset, vocab_size=student_vocab_size(model)
         )
@@ -92,6 +97,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         )
         self.remove_callback(PrinterCallback)
         self._config = config
+        self._on_checkpoint = on_checkpoint
         self._teacher_head = teacher_head
         self._lm_teacher_head = teacher_head_of(lm_dataset, args.device) if lm_dataset else None
         self._advantage_heads = advantage_heads_of(dataset, args.device)
@@ -180,6 +186,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_text(folder / WHOLE, "")
+            if self._on_checkpoint is not None:
+                self._on_checkpoint(folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's parts over all processes since the last log.

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from schemas.advantages import HEAD_FOLDERS
 from schemas.dataset import CachedDataset, open_dataset
+from schemas.object_store import Folder
 from schemas.preference_pairs import PREFERENCE_PAIRS
 from stages.language_head import LanguageHead
 from stages.student.chunked_loss import chunked_loss
@@ -81,7 +82,7 @@ class HeldOut:
 
 def evaluate(
     student: Path,
-    data: Sequence[Path],
+    data: Sequence[Folder],
     *,
     split: str = "heldout",
     batch_size: int = 8,
@@ -122,9 +123,9 @@ def advantage_heads_of(
 
 
 def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
-    for folder, manifest in zip(dataset.folders, dataset.manifests, strict=True):
+    for index, manifest in enumerate(dataset.manifests):
         if (manifest.table, manifest.variant) == (table, "exact"):
-            return folder
+            return dataset.local_folder(index)
     return None
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.episodes import EPISODES
 from schemas.errors import ConfigError
+from schemas.object_store import Folder
 from stages.student.episode_scoring import candidate_sums, subset_sums
 from stages.student.evaluation import (
     DTYPES,
@@ -130,7 +131,7 @@ class IclReport:
 
 def evaluate_episodes(
     student: Path,
-    data: Sequence[Path],
+    data: Sequence[Folder],
     *,
     split: str = "heldout",
     scoring: CandidateScoring = "mean",

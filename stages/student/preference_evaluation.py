@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, IdentityMismatch
+from schemas.object_store import Folder
 from stages.student.evaluation import device_of
 from stages.student.greedy_decoding import decode_greedily, end_tokens, load_tokenizer
 from stages.student.preference_metrics import implicit_rewards
@@ -64,7 +65,7 @@ class PreferenceOptions:
 
 def evaluate_preferences(
     students: Mapping[str, Path],
-    data: Sequence[Path],
+    data: Sequence[Folder],
     *,
     baseline: str | None = None,
     judge: Judge | None = None,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.manifest import read_manifest
+from schemas.object_store import Folder
 from schemas.preference_pairs import PREFERENCE_PAIRS
 from schemas.response_logprobs import RESPONSE_LOGPROBS
 from stages.language_head import read_config
@@ -65,7 +66,7 @@ class HeldOutPairs:
 
 
 def read_pairs(
-    data: Sequence[Path],
+    data: Sequence[Folder],
     *,
     split: str,
     models: Sequence[Path],
@@ -118,7 +119,7 @@ def _pair(row: dict[str, Any], judge_logprobs: Sequence[Array]) -> Pair:
     )
 
 
-def _cached_logprobs(pairs: Path, folder: Path, split: str) -> dict[str, Array]:
+def _cached_logprobs(pairs: Folder, folder: Folder, split: str) -> dict[str, Array]:
     """Return a table's sums [2] by sample_id; raises StoreError for scores of other responses."""
     dataset = open_dataset([pairs, folder], split=split)
     _expect_table(dataset, 1, RESPONSE_LOGPROBS.name)
@@ -136,7 +137,7 @@ def _cached_logprobs(pairs: Path, folder: Path, split: str) -> dict[str, Array]:
     return found
 
 
-def _refuse_one_model(teachers: Path, references: Path) -> None:
+def _refuse_one_model(teachers: Folder, references: Folder) -> None:
     if read_manifest(teachers).fingerprint == read_manifest(references).fingerprint:
         raise ConfigError(
             f"{teachers} and {references} hold one model's scores, so every reward would be 0: "

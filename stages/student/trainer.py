@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
+from schemas.object_store import Folder
 from schemas.shards import write_text
 from stages.checkpoint import (
     CHECKPOINTS,
@@ -31,7 +32,12 @@ from stages.checkpoint import (
     weight_checksums,
     write_checkpoint,
 )
-from stages.student.distillation_trainer import DistillationTrainer, OnEvent, training_arguments
+from stages.student.distillation_trainer import (
+    DistillationTrainer,
+    OnCheckpoint,
+    OnEvent,
+    training_arguments,
+)
 from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
 from stages.student.loader import worker_errors_as_raised
 from stages.student.required_tables import check_tables
@@ -59,17 +65,19 @@ def train(
     config: TrainConfig,
     *,
     student: Path,
-    data: Sequence[Path],
-    lm_data: Sequence[Path] = (),
+    data: Sequence[Folder],
+    lm_data: Sequence[Folder] = (),
     output: Path,
     fingerprint: str = "",
     resume: bool = True,
     heldout: bool = True,
     options: TrainOptions | None = None,
     on_event: OnEvent | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
 ) -> TrainResult:
     """Train ``student`` on the joined rows of the tables in ``data``; see the module.
 
+    ``on_checkpoint`` is called, in the main process, with each checkpoint that can be gone on from.
     ``lm_data`` are tables of running text, for the LM part of ``icl_distillation`` alone.
     ``fingerprint`` names the run; without one it is the hash of config, data and student. A folder
     that already holds this run is returned as it is. Raises ConfigError for a folder that holds
@@ -84,7 +92,7 @@ def train(
     check_tables(config.objective, dataset, lm_dataset)
     identity = _identity(config, dataset, lm_dataset, student)
     fingerprint = fingerprint or run_fingerprint(identity)
-    run = _Run(config, options, output, fingerprint, identity, on_event)
+    run = _Run(config, options, output, fingerprint, identity, on_event, on_checkpoint)
     claim_folder(output, fingerprint, resume=resume)
     finished = read_checkpoint(output)
     if finished is not None and resume:
@@ -117,6 +125,7 @@ class _Run:
     fingerprint: str
     identity: Mapping[str, Any]
     on_event: OnEvent | None
+    on_checkpoint: OnCheckpoint | None
 
     @property
     def checkpoints(self) -> Path:
@@ -152,6 +161,7 @@ class _Run:
             on_event=self.on_event,
             lm_dataset=lm_dataset,
             micro_batch_tokens=self.options.micro_batch_tokens,
+            on_checkpoint=self.on_checkpoint,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)

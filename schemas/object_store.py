@@ -1,0 +1,421 @@
+"""A folder or file in an object store: whole objects by GET, HEAD and PUT, never a rename.
+
+An object exists whole or not at all, so the commit of a shard is one PUT of its record after the
+PUT of its bytes. Nothing here lists a folder to find out what is finished; ``find`` is for people
+who ask what lies somewhere, ``abort_uploads`` for what a killed upload left.
+
+The store is reached through fsspec (s3fs for ``s3://``, gcsfs for ``gs://``), which is imported
+when the first object is. Credentials, region and endpoint come from the provider chain of the
+machine alone: an ``ObjectPath`` holds a URL and nothing else.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, StoreError, TeacherCacheError
+
+SCHEMES = ("s3", "gs")
+CONNECT_S, READ_S = 10, 60  # a request is given up, and tried again, when nothing moves so long
+ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS sets another number
+RANGE_BYTES = 32 << 20  # what one GET brings of a large object
+PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
+REQUESTS_AT_ONCE = 32
+_PACKAGES = {
+    "s3": "s3fs: pip install teachercache[s3]",
+    "gs": "gcsfs: pip install teachercache[gs]",
+}
+_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says of an object: bytes, our checksum of them, its version, seconds of age."""
+
+    num_bytes: int
+    sha256: str
+    etag: str
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectPath:
+    """The place of an object, or of a folder of them; what it offers is named as in pathlib.
+
+    Every call raises StoreError, or ConfigError for a missing bucket and for credentials that are
+    refused, each in one line.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        return self.url
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        """Return what lies below under ``name``."""
+        return ObjectPath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def parent(self) -> "ObjectPath":
+        """The folder."""
+        return ObjectPath(self.url.rsplit("/", 1)[0])
+
+    def absolute(self) -> "ObjectPath":
+        """Return itself: a URL is absolute."""
+        return self
+
+    def info(self) -> ObjectInfo | None:
+        """Return what the store says of the object, None where there is none (HEAD)."""
+        with suppress(FileNotFoundError), _told("look for", self):
+            return _info(self)
+        return None
+
+    def is_file(self) -> bool:
+        """Whether there is such an object (HEAD)."""
+        return self.info() is not None
+
+    def is_dir(self) -> bool:
+        """A store has no folders: one exists as soon as it is written to."""
+        return True
+
+    def read_bytes(self) -> bytes:
+        """Return a small object; raises FileNotFoundError where there is none (GET)."""
+        with _told("read", self):
+            return bytes(_store(self).cat_file(self.url, **_one_get(self)))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Return a small object as text; raises FileNotFoundError where there is none."""
+        return self.read_bytes().decode(encoding)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` up to ``stop``, which the object must have."""
+        with _told("read", self):
+            return bytes(_store(self).cat_file(self.url, start=start, end=stop))
+
+    def download(self, file: Path, num_bytes: int) -> None:
+        """Write the object's bytes over those of ``file``, which may be there already."""
+        with _told("read", self), file.open("r+b" if file.exists() else "wb") as stream:
+            for start in range(0, num_bytes, RANGE_BYTES):
+                stop = min(start + RANGE_BYTES, num_bytes)
+                stream.write(_store(self).cat_file(self.url, start=start, end=stop))
+            stream.truncate()
+
+    def sha256(self) -> str:
+        """Return the checksum of the bytes, all of which are fetched; FileNotFoundError without."""
+        digest = hashlib.sha256()
+        with _told("read", self):
+            num_bytes = _info(self).num_bytes
+            for start in range(0, num_bytes, RANGE_BYTES):
+                digest.update(self.read_range(start, min(start + RANGE_BYTES, num_bytes)))
+        return digest.hexdigest()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write a small object, its checksum beside it (one PUT)."""
+        with _told("write", self):
+            sha256 = hashlib.sha256(data).hexdigest()
+            _store(self).pipe_file(self.url, data, **_with_checksum(self, sha256))
+
+    def upload(self, file: Path) -> str:
+        """Write a file, return its checksum: one PUT, or parts that are nothing until the last.
+
+        Doing it again is harmless, so a request whose reply was lost is simply repeated.
+        """
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        with _told("write", self):
+            _store(self).put_file(
+                str(file), self.url, chunksize=PART_BYTES, **_with_checksum(self, sha256)
+            )
+        return sha256
+
+    def create(self, data: bytes) -> str | None:
+        """Write an object that must not be there yet; return its version, None where it is."""
+        with suppress(FileExistsError), _told("write", self):
+            _store(self).pipe_file(self.url, data, mode="create")
+            return _info(self).etag
+        return None
+
+    def replace(self, data: bytes, etag: str) -> str | None:
+        """Write over version ``etag`` of an object; return the new one, None where it has moved."""
+        with _told("write", self):
+            if self.url.startswith("s3:"):
+                try:
+                    return str(_store(self).pipe_file(self.url, data, IfMatch=etag)["ETag"])
+                except OSError as error:
+                    if _code_of(error) in ("PreconditionFailed", "NoSuchKey", "412", "404"):
+                        return None
+                    raise
+            with suppress(FileNotFoundError):  # the others only look before they write
+                if _info(self).etag == etag:
+                    _store(self).pipe_file(self.url, data)
+                    return _info(self).etag
+            return None
+
+    def unlink(self, missing_ok: bool = True) -> None:
+        """Delete the object; a store says nothing where there is none."""
+        with suppress(FileNotFoundError), _told("delete", self):
+            _store(self).rm_file(self.url)
+
+    def find(self) -> "dict[ObjectPath, int]":
+        """Return each object at or below this place and its bytes, by listing."""
+        with suppress(FileNotFoundError), _told("list", self):
+            scheme = self.url.split("://")[0]
+            found = _store(self).find(self.url, detail=True)
+            return {
+                ObjectPath(f"{scheme}://{name.lstrip('/')}"): int(entry["size"])
+                for name, entry in found.items()
+            }
+        return {}
+
+    def abort_uploads(self) -> int:
+        """End the uploads in parts that were begun below here and not finished; return how many.
+
+        Call it with the folder's lock held. Without the permission to list them there are none.
+        """
+        if not self.url.startswith("s3:"):
+            return 0
+        store, (bucket, key) = _store(self), _bucket_and_key(self)
+        with _told("list the uploads of", self), suppress(PermissionError):
+            found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+            uploads = found.get("Uploads", [])
+            for upload in uploads:
+                names = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                store.call_s3("abort_multipart_upload", Bucket=bucket, **names)
+            return len(uploads)
+        return 0
+
+
+class ObjectStream:
+    """An object to be read here and there, a GET for each read; for pyarrow's PythonFile."""
+
+    def __init__(self, path: ObjectPath, num_bytes: int) -> None:
+        """Begin at the first byte."""
+        self.path, self.num_bytes = path, num_bytes
+        self.position = 0
+        self.closed = False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, as files do."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.num_bytes}[whence]
+        self.position = start + offset
+        return self.position
+
+    def tell(self) -> int:
+        """Return where the next read begins."""
+        return self.position
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """Return so many bytes, fewer at the end."""
+        stop = self.num_bytes if num_bytes < 0 else self.position + num_bytes
+        stop = min(stop, self.num_bytes)
+        data = self.path.read_range(self.position, stop) if stop > self.position else b""
+        self.position += len(data)
+        return data
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def close(self) -> None:
+        """Nothing is open between reads."""
+        self.closed = True
+
+
+Folder = Path | ObjectPath
+
+
+def as_folder(place: Folder | str) -> Folder:
+    """Return ``s3://`` and ``gs://`` places as an ObjectPath, ``file://`` and any other as a Path.
+
+    Raises ConfigError for another scheme, or a place without a bucket.
+    """
+    if isinstance(place, Path | ObjectPath):
+        return place
+    scheme, mark, rest = place.partition("://")
+    if not mark:
+        return Path(place)
+    if scheme == "file":
+        return Path(f"/{rest.removeprefix('localhost').lstrip('/')}")
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"'{place}' begins with {scheme}://, expected a path, s3://, gs://, file://"
+        )
+    parts = [part for part in rest.split("/") if part]
+    if not parts:
+        raise ConfigError(f"'{place}' names no bucket: expected {scheme}://bucket/prefix")
+    return ObjectPath(f"{scheme}://{'/'.join(parts)}")
+
+
+def read_if_there(path: Folder) -> bytes | None:
+    """Return a small file, None where there is none: on a store, one GET."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_many(paths: Sequence[Folder]) -> list[bytes | None]:
+    """Return small files, None for each that is not there; from a store, many at once."""
+    remote = [path for path in paths if isinstance(path, ObjectPath)]
+    if len(remote) < len(paths) or not remote:
+        return [read_if_there(path) for path in paths]
+    read: list[bytes | None] = []
+    for first in range(0, len(remote), 32 * REQUESTS_AT_ONCE):
+        some = remote[first : first + 32 * REQUESTS_AT_ONCE]
+        with _told("read", some[0]):
+            found = _store(some[0]).cat(
+                [path.url for path in some],
+                on_error="return",
+                batch_size=REQUESTS_AT_ONCE,
+                **_one_get(some[0]),
+            )
+        if not isinstance(found, Mapping):  # what cat makes of a list of one
+            found = {some[0].url: found}
+        by_url = {key.split("://")[-1].lstrip("/"): value for key, value in found.items()}
+        for path in some:
+            value = by_url[path.url.split("://")[1]]
+            with suppress(FileNotFoundError), _told("read", path):
+                if isinstance(value, Exception):
+                    raise value
+            read.append(None if isinstance(value, Exception) else bytes(value))
+    return read
+
+
+@contextmanager
+def uploaded(path: ObjectPath) -> Iterator[Path]:
+    """Give a local file to write; it becomes the object when the block ends well."""
+    with tempfile.TemporaryDirectory(prefix="teachercache-") as folder:
+        file = Path(folder) / "object"
+        yield file
+        path.upload(file)
+
+
+def _store(path: ObjectPath) -> Any:
+    """Return this process's file system for a path: a forked one must not use its parent's."""
+    scheme = path.url.split("://")[0]
+    return _file_system(scheme, os.getpid())
+
+
+@cache
+def _file_system(scheme: str, process: int) -> Any:
+    import fsspec
+
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "s3":
+        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)
+        options["config_kwargs"] = {
+            "connect_timeout": CONNECT_S,
+            "read_timeout": READ_S,
+            "retries": {"mode": "standard", "total_max_attempts": attempts},
+            "max_pool_connections": REQUESTS_AT_ONCE,
+        }
+    try:
+        store = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}:// needs {_PACKAGES.get(scheme, scheme)}") from error
+    store.retries = 3  # of a reply that was cut off while it was read, or timed out
+    return store
+
+
+def _one_get(path: ObjectPath) -> dict[str, Any]:
+    """Keep s3fs from asking for the size of a small object first, and from listing to find it."""
+    return {"max_concurrency": 1} if path.url.startswith("s3:") else {}
+
+
+def _with_checksum(path: ObjectPath, sha256: str) -> dict[str, Any]:
+    return {"s3": {"Metadata": {"sha256": sha256}}, "gs": {"metadata": {"sha256": sha256}}}.get(
+        path.url.split("://")[0], {}
+    )
+
+
+def _info(path: ObjectPath) -> ObjectInfo:
+    store = _store(path)
+    if path.url.startswith("s3:"):
+        bucket, key = _bucket_and_key(path)
+        found = store.call_s3("head_object", Bucket=bucket, Key=key)
+        headers = found["ResponseMetadata"]["HTTPHeaders"]
+        # Both times are the store's, so that no clock of ours has to be right.
+        age = parsedate_to_datetime(headers["date"]) - found["LastModified"]
+        sha256 = str(found.get("Metadata", {}).get("sha256", ""))
+        return ObjectInfo(found["ContentLength"], sha256, found["ETag"], age.total_seconds())
+    entry = store.info(path.url)
+    if entry.get("type") != "file":
+        raise FileNotFoundError(path.url)
+    changed = entry.get("updated") or entry.get("created") or datetime.now(UTC)
+    if isinstance(changed, str):
+        changed = datetime.fromisoformat(changed)
+    age_s = (datetime.now(UTC) - changed).total_seconds()
+    sha256 = str((entry.get("metadata") or {}).get("sha256", ""))
+    return ObjectInfo(int(entry["size"]), sha256, str(entry.get("etag") or changed), age_s)
+
+
+def _bucket_and_key(path: ObjectPath) -> tuple[str, str]:
+    bucket, _, key = path.url.split("://")[1].partition("/")
+    return bucket, key
+
+
+def _code_of(error: BaseException) -> str:
+    """Return the store's own code of an error, such as NoSuchBucket; empty where it gave none."""
+    for found in (error, error.__cause__):
+        response = getattr(found, "response", None)
+        if isinstance(response, Mapping):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+@contextmanager
+def _told(what: str, path: ObjectPath) -> Iterator[None]:
+    """Say in one line why a store did not do what it was asked; a missing object is not that."""
+    try:
+        yield
+    except TeacherCacheError:
+        raise
+    except Exception as error:
+        code, kind = _code_of(error), type(error).__name__
+        bucket, _ = _bucket_and_key(path)
+        if code == "NoSuchBucket":
+            raise ConfigError(
+                f"bucket '{bucket}' does not exist, wanted for {path}: make it, or correct the "
+                f"place (execution.root) or the endpoint (AWS_ENDPOINT_URL)"
+            ) from error
+        if isinstance(error, FileNotFoundError | FileExistsError):
+            raise
+        if kind in _NO_CREDENTIALS:
+            raise ConfigError(
+                f"cannot {what} {path}: this machine has no credentials for it; give it some "
+                f"where the provider looks (environment, ~/.aws, instance role)"
+            ) from error
+        if code in _REFUSED:
+            raise ConfigError(
+                f"cannot {what} {path}: the store refuses this machine's credentials ({code}); "
+                f"correct what the provider chain finds (environment, ~/.aws, instance role)"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise ConfigError(
+                f"cannot {what} {path}: no permission ({code or kind}); give this machine's "
+                f"credentials the right to read and write below {bucket}"
+            ) from error
+        reason = (str(error).splitlines() or [kind])[0]
+        raise StoreError(
+            f"cannot {what} {path}, tried again and again: {reason}; run again when the store "
+            f"answers, finished shards are kept"
+        ) from error
