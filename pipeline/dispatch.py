@@ -19,9 +19,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Protocol
 
-from pipeline.shard_task import ShardTask, sample_id_at
+from pipeline.shard_task import ShardTasks, sample_id_at
 from pipeline.worker import Job
 from schemas.errors import EngineError, RejectLimitError
 from schemas.manifest import ShardRecord
@@ -87,13 +88,19 @@ class Limits:
 
 
 def dispatch(
-    crew: Crew, tasks: Sequence[ShardTask], limits: Limits, *, warned: Callable[[str], None]
+    crew: Crew,
+    tasks: ShardTasks,
+    limits: Limits,
+    *,
+    warned: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[ShardRecord]:
     """Yield each shard's record as it is finished; with no tasks, open the stage once.
 
     Raises what a worker raised, but for the EngineError of a job: that one is a lost worker.
+    ``clock`` gives seconds that never go back, whatever the time of day is set to.
     """
-    yield from _Dispatcher(crew, limits, warned, _Jobs(limits.max_attempts, tasks)).run()
+    yield from _Dispatcher(crew, limits, warned, _Jobs(limits.max_attempts, tasks), clock).run()
 
 
 @dataclass
@@ -102,8 +109,9 @@ class _Dispatcher:
     limits: Limits
     warned: Callable[[str], None]
     jobs: "_Jobs"
+    clock: Callable[[], float]
     starting: set[int] = field(default_factory=set)
-    idle: list[int] = field(default_factory=list)
+    idle: deque[int] = field(default_factory=deque)
     busy: dict[int, tuple[Job, float]] = field(default_factory=dict)  # the job, and since when
     failed_starts: int = 0  # in a row
 
@@ -124,9 +132,9 @@ class _Dispatcher:
             self.starting.add(self.crew.start())
 
     def _hand_out(self) -> None:
-        while self.idle and self.jobs.queue:
-            worker, job = self.idle.pop(0), self.jobs.take()
-            self.busy[worker] = (job, time.monotonic())
+        while self.idle and (job := self.jobs.take()) is not None:
+            worker = self.idle.popleft()
+            self.busy[worker] = (job, self.clock())
             self.crew.give(worker, job)
 
     def _take(self, event: Event) -> ShardRecord | None:
@@ -159,7 +167,8 @@ class _Dispatcher:
         else:
             self.starting.remove(worker)
             self.failed_starts += 1
-            if self.failed_starts >= self.limits.max_attempts:
+            # Of a thousand that start at once some may be lost to chance, all of them are not.
+            if self.failed_starts >= max(self.limits.max_attempts, self.limits.workers):
                 raise EngineError(
                     f"{self.failed_starts} workers in a row died before they were ready ({why}); "
                     f"finished shards are kept: lower execution.workers if memory is short, and "
@@ -170,34 +179,48 @@ class _Dispatcher:
         limit_s = self.limits.shard_timeout_s
         if limit_s is None or not self.busy:
             return None
-        first = min(since for _, since in self.busy.values())
-        return max(0.0, first + limit_s - time.monotonic())
+        _, first = next(iter(self.busy.values()))  # jobs are in the order they were given
+        return max(0.0, first + limit_s - self.clock())
 
     def _end_overdue(self) -> None:
-        limit_s, now = self.limits.shard_timeout_s, time.monotonic()
+        limit_s, now = self.limits.shard_timeout_s, self.clock()
         if limit_s is None:
             return
-        for worker in [w for w, (_, since) in self.busy.items() if now - since >= limit_s]:
+        overdue = takewhile(lambda item: now - item[1][1] >= limit_s, self.busy.items())
+        for worker, _ in list(overdue):
             self._lose(worker, f"no result within execution.shard_timeout_s {limit_s:g}")
 
 
 class _Jobs:
-    """What is to be done, what has been lost on it, and which rows are to blame."""
+    """What is to be done, what has been lost on it, and which rows are to blame.
 
-    def __init__(self, max_attempts: int, tasks: Sequence[ShardTask]) -> None:
+    A task is made when a worker is ready for it; ``queue`` has what is tried again.
+    """
+
+    def __init__(self, max_attempts: int, tasks: ShardTasks) -> None:
         self.max_attempts = max_attempts
-        self.queue = deque(Job(task, range(task.num_rows)) for task in tasks)
+        self.queue: deque[Job] = deque()
         self.num_in_hand = 0
+        self._tasks, self._num_untried = iter(tasks), len(tasks)
         self._losses: Counter[tuple[int, range, bool]] = Counter()
         self._suspects: dict[int, _Suspect] = {}
 
     @property
     def num_open(self) -> int:
-        return len(self.queue) + self.num_in_hand
+        return self._num_untried + len(self.queue) + self.num_in_hand
 
-    def take(self) -> Job:
+    def take(self) -> Job | None:
+        """Return the next job: first those that nobody has tried."""
+        if self._num_untried:
+            self._num_untried -= 1
+            task = next(self._tasks)
+            job = Job(task, range(task.num_rows))
+        elif self.queue:
+            job = self.queue.popleft()
+        else:
+            return None
         self.num_in_hand += 1
-        return self.queue.popleft()
+        return job
 
     def done(self, job: Job) -> None:
         self.num_in_hand -= 1

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.shard_task import ShardTask, run_shard
+from pipeline.shard_task import ShardTasks, run_shard
 from pipeline.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
 from schemas.manifest import ShardRecord
@@ -31,7 +31,7 @@ END_WITHIN_S = 20.0  # for an engine to free its device
 def run_local(
     stage: TableStage,
     context: StageContext,
-    tasks: Sequence[ShardTask],
+    tasks: ShardTasks,
     limits: Limits,
     *,
     warned: Callable[[str], None],

@@ -15,14 +15,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.shard_task import ShardTask
+from pipeline.shard_task import ShardTasks
 from pipeline.worker import Do, Job, Versions, opened_worker
 from pipeline.worker_size import Machine, WorkerSize
 from pipeline.working_folder import working_folder
@@ -53,7 +53,7 @@ POLL_S = 1.0
 def run_on_ray(
     stage: TableStage,
     context: StageContext,
-    tasks: Sequence[ShardTask],
+    tasks: ShardTasks,
     limits: Limits,
     *,
     address: str | None,

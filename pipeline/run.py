@@ -18,7 +18,7 @@ from pipeline.kept_shards import kept_shards
 from pipeline.local_executor import run_local
 from pipeline.plan import PlannedStep, Progress, finished_manifest, is_done, progress_of
 from pipeline.recipe import Execution
-from pipeline.shard_task import RowCount, ShardTask, write_output
+from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
 from pipeline.step_lock import remove_torn_files, step_lock
 from pipeline.training_job import TrainingJob
 from pipeline.working_folder import published, remove_work, working_folder
@@ -178,20 +178,14 @@ def _run_table(
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         if not indices and all((step.place / name).is_file() for name in stage.side_files):
             return
-        tasks = [
-            ShardTask(
-                folder=step.place,
-                index=index,
-                num_shards=len(source.shards),
-                split=shard.split,
-                input_file=source_step.place / shard.file,
-                input_sha256=shard.sha256,
-                num_rows=shard.num_rows,
-                max_rejected_fraction=stage.max_rejected_fraction,
-                made_by=made_by,
-            )
-            for index, shard in zip(indices, source.shard_list.at(indices), strict=True)
-        ]
+        tasks = StepTasks(
+            folder=step.place,
+            indices=indices,
+            input_folder=source_step.place,
+            input_shards=source.shard_list,
+            max_rejected_fraction=stage.max_rejected_fraction,
+            made_by=made_by,
+        )
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
@@ -226,7 +220,7 @@ def _make_missing(
 def _run_shards(
     stage: TableStage,
     context: StageContext,
-    tasks: Sequence[ShardTask],
+    tasks: ShardTasks,
     execution: Execution,
     reporter: Reporter,
 ) -> Iterator[ShardRecord]:

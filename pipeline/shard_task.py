@@ -4,10 +4,10 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from schemas.errors import RejectLimitError, StoreError
 from schemas.manifest import ShardRecord, read_record, shard_name, write_record
 from schemas.object_store import Folder, ObjectPath
 from schemas.shard_cache import local_file
+from schemas.shard_list import ShardList
 from schemas.shards import read_shard, sha256_of, write_shard, write_text
 from schemas.table import BoundTable
 from stages.stage import Rejected, Work
@@ -51,6 +52,48 @@ class ShardTask:
     def finished(self) -> ShardRecord | None:
         """The record, if this shard is already written and verifies."""
         return read_record(self.folder, self.name)
+
+
+class ShardTasks(Protocol):
+    """A known number of tasks, each made when its turn comes: a list, or ``StepTasks``."""
+
+    def __len__(self) -> int:
+        """How many tasks there are."""
+
+    def __iter__(self) -> Iterator[ShardTask]:
+        """Make one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTasks:
+    """The tasks of a step: some shards of its input, by index."""
+
+    folder: Folder
+    indices: Sequence[int]
+    input_folder: Folder
+    input_shards: ShardList
+    max_rejected_fraction: float
+    made_by: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        """How many shards are to be made."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[ShardTask]:
+        """Make one task after another, in the order of the indices."""
+        shards = self.input_shards.at(self.indices)
+        for index, shard in zip(self.indices, shards, strict=True):
+            yield ShardTask(
+                folder=self.folder,
+                index=index,
+                num_shards=len(self.input_shards),
+                split=shard.split,
+                input_file=self.input_folder / shard.file,
+                input_sha256=shard.sha256,
+                num_rows=shard.num_rows,
+                max_rejected_fraction=self.max_rejected_fraction,
+                made_by=self.made_by,
+            )
 
 
 def run_shard(task: ShardTask, table: BoundTable[Any], work: Work) -> ShardRecord:

@@ -168,7 +168,9 @@ def test_completion_is_never_learnt_from_a_list(
         assert not listed
         # The record comes after its shard, the manifest after every record.
         signals = recipe.step("signals").place.name
-        written = [p.split("?")[0] for m, p in proxy.seen if m == "PUT" and f"{signals}/shard-" in p]
+        written = [
+            p.split("?")[0] for m, p in proxy.seen if m == "PUT" and f"{signals}/shard-" in p
+        ]
         assert [path.rsplit(".", 1)[1] for path in written] == ["arrow", "json"] * (
             len(written) // 2
         )

@@ -1,18 +1,25 @@
-"""A million shards: what looking at them costs, and that it gives the right numbers."""
+"""A million shards and a thousand workers: what they cost, and that the numbers are right."""
 
+import itertools
 import json
 import resource
 import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.scale_costs import step_tasks
+from benchmarks.simulated_crew import SimulatedCrew, VirtualClock, World, unheard
+from benchmarks.synthetic_shards import ROWS, TOKENS
+from pipeline.dispatch import Limits, dispatch
 from schemas.manifest import read_manifest
-from tests.many_shards import ROWS, TOKENS, make_many_shards
+from tests.many_shards import make_many_shards
 from tests.tiny_recipe import COMMAND, TinyRecipe
 
 NUM_SHARDS = 1_000_000
@@ -29,7 +36,7 @@ print(time.monotonic() - started, peak_kb * 1024, file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def million(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyRecipe]:
-    """Half a million files in one folder: they are not left for a later session to delete."""
+    """A million names in one folder: they are not left for a later session to delete."""
     folder = tmp_path_factory.mktemp("million")
     yield make_many_shards(folder, tiny_model, NUM_SHARDS)
     shutil.rmtree(folder)
@@ -47,7 +54,7 @@ def test_a_million_shards_are_looked_at_within_the_bars(million: TinyRecipe, com
     documents, signals = json.loads(done.stdout)
     assert (documents["state"], documents["num_shards"]) == ("done", NUM_SHARDS)
     assert documents["num_rows"] == NUM_SHARDS * ROWS
-    assert (signals["state"], signals["shards_done"]) == ("partial", NUM_SHARDS // 4)
+    assert (signals["state"], signals["shards_done"]) == ("partial", NUM_SHARDS // 2)
     assert signals["num_positions"] == NUM_SHARDS * (TOKENS - ROWS)
 
 
@@ -62,3 +69,50 @@ def test_a_million_shards_are_walked_through_without_a_million_records(million: 
     assert total == manifest.num_tokens == NUM_SHARDS * TOKENS
     assert manifest.shards[123_456].file == "shard-0123456-of-1000000.arrow"
     assert manifest.rejects == {"too_long": NUM_SHARDS // 10}
+
+
+def dispatched(workers: int, num_shards: int) -> tuple[float, SimulatedCrew]:
+    """Return the processor seconds of handing out shards to a simulated crew, and the crew."""
+    world = World(shard_s=60.0, relative_S=np.linspace(0.5, 1.5, 50), mean_life_s=50_000.0)
+    clock = VirtualClock()
+    crew = SimulatedCrew(world, clock)
+    limits = Limits(workers, max_attempts=3, shard_timeout_s=3600.0)
+    records = dispatch(crew, step_tasks(num_shards), limits, warned=unheard, clock=clock)
+    started = time.process_time()
+    names = {record.name for record in records}
+    assert len(names) == num_shards
+    return time.process_time() - started, crew
+
+
+def test_a_shard_costs_the_dispatcher_the_same_with_a_thousand_workers() -> None:
+    """Simulated workers take shards of a minute, and some die: what is looked at is real code."""
+    few, _ = dispatched(10, 6000)
+    many, crew = dispatched(1000, 6000)
+    assert many < 3 * few
+    assert crew.spent.num_lost > 0
+
+
+def test_a_few_of_a_thousand_workers_may_die_before_they_are_ready() -> None:
+    """Five of a thousand do here, and none is ready before them: the run goes on without a word."""
+    clock = VirtualClock()
+    crew = SimulatedCrew(
+        World(shard_s=60.0, relative_S=np.ones(1), mean_life_s=60_000.0, seed=1), clock
+    )
+    limits = Limits(1000, max_attempts=3, shard_timeout_s=None)
+    records = dispatch(crew, step_tasks(1000), limits, warned=unheard, clock=clock)
+    next(records)
+    assert 3 <= crew.num_lost_at_start < 1000
+
+
+def test_the_dispatcher_holds_jobs_in_hand_and_no_others() -> None:
+    tasks = step_tasks(100_000)
+    clock = VirtualClock()
+    crew = SimulatedCrew(World(shard_s=60.0, relative_S=np.ones(1)), clock)
+    records = dispatch(crew, tasks, Limits(100, 3, None), warned=unheard, clock=clock)
+    next(records)
+    tracemalloc.start()
+    for _ in itertools.islice(records, 2000):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20  # 100,000 tasks take 40 MiB
