@@ -1,7 +1,7 @@
 """Carry out a plan: skip what is done, finish what is begun, make the rest, manifest last.
 
-One run at a time may write a step: it holds a lock on the step's folder that dies with the process,
-and a second run is refused in one line.
+One run at a time may write a step, or several that each write other shards of it: they hold locks
+that die with the process, and whoever comes too late is refused in one line.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.plan import PlannedStep, Progress, finished_manifest, needs, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTask, write_output
-from pipeline.step_lock import remove_torn_files, step_lock
+from pipeline.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.training_job import TrainingJob
 from schemas.episodes import EPISODES
 from schemas.errors import ConfigError, StoreError
@@ -86,6 +86,39 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
         reporter.step_finished(step)
 
 
+def run_shards(
+    step: PlannedStep, shards: range, execution: Execution, reporter: Reporter
+) -> list[ShardRecord]:
+    """Bring some shards of a table step to completion; ``run_plan`` writes its manifest later.
+
+    Other runs may make other shards of the step meanwhile. Raises ConfigError for a step without
+    shards of its own, or for shards that it does not have.
+    """
+    if not isinstance(step.stage, TableStage):
+        raise ConfigError(
+            f"--shards is about steps that make a table from a table, '{step.name}' is of stage "
+            f"{step.stage.stage}: leave it out"
+        )
+    tasks, context = _shard_tasks(step, step.stage, execution)
+    if not 0 <= shards.start < shards.stop <= len(tasks):
+        raise ConfigError(
+            f"--shards is {shards.start}:{shards.stop}, step '{step.name}' has shards "
+            f"0:{len(tasks)}: expected a part of that"
+        )
+    progress = progress_of(step)
+    reporter.step_started(step, progress)
+    chosen = tasks[shards.start : shards.stop]
+    if progress.state == "done":
+        _refuse_missing_files(step)
+        manifest = finished_manifest(step)
+        return [] if manifest is None else list(manifest.shards[shards.start : shards.stop])
+    with shards_lock(step.folder, shards):
+        for task in chosen:
+            remove_torn_files(step.folder, task.name)
+        _refuse_full_disk(step)
+        return _make_shards(step.stage, context, chosen, execution, reporter)
+
+
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
     _refuse_full_disk(step)
     match step.stage:
@@ -152,14 +185,24 @@ def _remove_work(step: PlannedStep) -> None:
 def _run_table(
     step: PlannedStep, stage: TableStage, execution: Execution, reporter: Reporter
 ) -> None:
+    tasks, context = _shard_tasks(step, stage, execution)
+    records = _make_shards(stage, context, tasks, execution, reporter)
+    source = finished_manifest(step.inputs[0])
+    assert source is not None, "steps run in order"
+    _write_manifest(step, records, source.tokenizer, context.vocab_size, {})
+
+
+def _shard_tasks(
+    step: PlannedStep, stage: TableStage, execution: Execution
+) -> tuple[list[ShardTask], StageContext]:
+    """Return what there is to do, done or not, and what a worker is given for it."""
     source_step = step.inputs[0]
     source = finished_manifest(source_step)
     assert source is not None, "steps run in order"
     models = {name: model.spec() for name, model in step.models.items()}
-    vocab_size = vocab_size_of(models[stage.model].path)
     context = StageContext(
         folder=step.folder,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size_of(models[stage.model].path),
         models=models,
         engine=execution.engine,
         input_table=source.table,
@@ -178,17 +221,25 @@ def _run_table(
         )
         for index, shard in enumerate(source.shards)
     ]
-    finished = _finished(step.folder, len(tasks))
-    reporter.shards_expected(len(tasks), list(finished.values()))
-    records = dict(finished)
-    todo = [task for task in tasks if task.index not in finished]
-    if todo or not all((step.folder / name).is_file() for name in stage.side_files):
-        index_of = {task.name: task.index for task in todo}
+    return tasks, context
+
+
+def _make_shards(
+    stage: TableStage,
+    context: StageContext,
+    tasks: Sequence[ShardTask],
+    execution: Execution,
+    reporter: Reporter,
+) -> list[ShardRecord]:
+    """Make those shards that are not finished, and the side files; return all records in order."""
+    records = {task.name: record for task in tasks if (record := task.finished()) is not None}
+    reporter.shards_expected(len(tasks), list(records.values()))
+    todo = [task for task in tasks if task.name not in records]
+    if todo or not all((context.folder / name).is_file() for name in stage.side_files):
         for record in _run_shards(stage, context, todo, execution, reporter):
-            records[index_of[record.name]] = record
+            records[record.name] = record
             reporter.shard_finished(record)
-    ordered = [records[index] for index in range(len(tasks))]
-    _write_manifest(step, ordered, source.tokenizer, vocab_size, {})
+    return [records[task.name] for task in tasks]
 
 
 def _run_shards(
@@ -325,6 +376,22 @@ def _write_evaluation(
     write_text(step.folder / EVALUATION, json.dumps(body, indent=1) + "\n")
     record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity, metrics=metrics)
     write_checkpoint(step.folder, record)
+
+
+def step_named(plan: Sequence[PlannedStep], name: str) -> PlannedStep:
+    """Return step ``name``; what it reads must be finished."""
+    chosen = next((step for step in plan if step.name == name), None)
+    if chosen is None:
+        raise ConfigError(
+            f"'{name}' is no step; there are: {', '.join(step.name for step in plan)}"
+        )
+    for needed in needs(plan, chosen):
+        if progress_of(needed).state != "done":
+            raise StoreError(
+                f"step '{needed.name}', which '{name}' reads, is not finished: run it first, or "
+                f"the whole recipe"
+            )
+    return chosen
 
 
 def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:

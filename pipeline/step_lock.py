@@ -1,4 +1,4 @@
-"""One run at a time writes a step: a lock on its folder, which dies with the process."""
+"""Who may write a step: one whole run, or runs of different shards. Locks die with the process."""
 
 import fcntl
 import os
@@ -11,6 +11,7 @@ from typing import IO
 from schemas.errors import StoreError
 
 LOCK_FILE = ".lock"
+SHARDS_LOCK_FILE = ".lock-shards"  # byte i of it stands for shard i
 _NAME_WITHIN_S = 1.0  # a holder writes its name right after it has the lock
 
 
@@ -21,18 +22,48 @@ def step_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StoreError(
-                f"{folder} is being written by {_holder(stream)}; wait for it to end and run "
-                f"again, or give this run another execution.root"
-            ) from error
-        with suppress(OSError):  # the name is for people: a full disk is met, and told, later
-            os.ftruncate(stream.fileno(), 0)
-            os.write(stream.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
+            raise _taken(folder, _holder(stream)) from error
+        _write_name(stream, "")
         try:
             yield
         finally:
             with suppress(OSError):
                 os.ftruncate(stream.fileno(), 0)
+
+
+@contextmanager
+def shards_lock(folder: Path, shards: range) -> Iterator[None]:
+    """Hold the right to write some shards of a step; others may hold other shards meanwhile.
+
+    Raises StoreError when a whole run has the step, or another process one of these shards.
+    """
+    with _lock_file(folder) as stream, _lock_file(folder, SHARDS_LOCK_FILE) as bytes_of_shards:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _taken(folder, _holder(stream)) from error
+        try:
+            mode = fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.lockf(bytes_of_shards, mode, len(shards), shards.start)
+        except OSError as error:
+            those = f"another run of shards {shards.start}:{shards.stop} or some of them"
+            raise _taken(folder, those) from error
+        _write_name(stream, "runs of some of its shards, the last one ")
+        yield
+
+
+def _taken(folder: Path, holder: str) -> StoreError:
+    return StoreError(
+        f"{folder} is being written by {holder}; wait for it to end and run again, or give this "
+        f"run another execution.root"
+    )
+
+
+def _write_name(stream: IO[str], what: str) -> None:
+    name = f"{what}process {os.getpid()} on {os.uname().nodename}"
+    with suppress(OSError):  # the name is for people: a full disk is met, and told, later
+        os.ftruncate(stream.fileno(), 0)
+        os.write(stream.fileno(), name.encode())
 
 
 def _holder(stream: IO[str]) -> str:
@@ -45,10 +76,10 @@ def _holder(stream: IO[str]) -> str:
         time.sleep(0.02)
 
 
-def _lock_file(folder: Path) -> IO[str]:
+def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / LOCK_FILE).open("a+")
+        return (folder / name).open("a+")
     except OSError as error:
         raise StoreError(
             f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
@@ -56,7 +87,7 @@ def _lock_file(folder: Path) -> IO[str]:
         ) from error
 
 
-def remove_torn_files(folder: Path) -> None:
-    """Delete what killed runs left half-written; call it with the step's lock held."""
-    for path in folder.glob("*.tmp-*"):
+def remove_torn_files(folder: Path, stem: str = "") -> None:
+    """Delete what killed runs left half-written, of one shard or all; hold the lock for it."""
+    for path in folder.glob(f"{stem}*.tmp-*"):
         path.unlink(missing_ok=True)
