@@ -7,6 +7,7 @@ Unknown keys are errors with their path. ``${NAME}`` in a text is taken from the
 import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -104,6 +105,27 @@ class Execution(StageConfig):
         return root.expanduser().absolute()
 
 
+class Schedule(StageConfig):
+    """When Airflow runs a recipe, and how hard it tries; ``airflow_dags`` reads it as it stands.
+
+    Nothing here changes what is written, and variables are not put in. docs/airflow.md tells what
+    each setting does.
+    """
+
+    cron: str | None = None
+    start_date: date = date(2026, 1, 1)
+    catchup: bool = False
+    max_active_runs: int = Field(default=1, ge=1)
+    max_parallel_groups: int | None = Field(default=None, ge=1)
+    tags: tuple[str, ...] = ()
+    pool: str = "default_pool"
+    retries: int = Field(default=3, ge=0)
+    retry_delay_s: float = Field(default=60.0, gt=0.0)
+    timeout_minutes: float | None = Field(default=None, gt=0.0)
+    deadline_minutes: float | None = Field(default=None, gt=0.0)
+    runner: Literal["local", "ray", "kubernetes"] = "local"
+
+
 class Recipe(StageConfig):
     """What to make: models, and named steps in an order in which each finds what it needs."""
 
@@ -113,6 +135,7 @@ class Recipe(StageConfig):
     models: dict[str, ModelRef] = Field(default_factory=dict)
     steps: dict[str, Step] = Field(min_length=1)
     execution: Execution = Execution()
+    schedule: Schedule = Schedule()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
