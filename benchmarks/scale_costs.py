@@ -157,7 +157,7 @@ def resume_costs(num_records: int, num_bytes: int) -> dict[str, float]:
             os.link(folder / "content", folder / record.file)
             write_record(folder, record, {"versions": {str(i): "1.2.3" for i in range(8)}})
         started = time.perf_counter()
-        with kept_shards(folder, num_records) as kept:
+        with kept_shards(folder, num_records, range(num_records)) as kept:
             record_s = (time.perf_counter() - started) / num_records
             assert kept.num_kept == num_records and not kept.changed()
     block = np.random.default_rng(0).bytes(num_bytes)

@@ -83,20 +83,52 @@ def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False)
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+def run(
+    recipe: RecipePath,
+    step: Annotated[
+        str | None, typer.Option(help="Run this step alone; what it reads must be finished.")
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="With --step: make shards A to B-1 alone, no manifest."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
     """Do all of a recipe that is not done yet, then print what came of it.
 
     Safe to run again at any time: finished shards are kept, a killed run loses at most the shard in
-    hand of each worker.
+    hand of each worker. Runs of different --shards may go on at once; --step alone then finishes.
     """
     from pipeline import report
-    from pipeline.run import run_plan
+    from pipeline.run import run_plan, run_shards, step_named
 
+    chosen = _shard_range(shards, step)
     loaded, steps = _plan(recipe, overrides)
+    if step is not None:
+        steps = [step_named(steps, step)]
     _quiet_libraries()
     with _reporting() as reporter:
-        run_plan(steps, loaded.execution, reporter)
-    report.print_results(console, steps)
+        if chosen is None:
+            run_plan(steps, loaded.execution, reporter)
+        else:
+            made = run_shards(steps[0], chosen, loaded.execution, reporter)
+    if chosen is None:
+        report.print_results(console, steps)
+    else:
+        report.print_group(console, steps[0], made)
+
+
+def _shard_range(text: str | None, step: str | None) -> range | None:
+    from schemas.errors import ConfigError
+
+    if text is None:
+        return None
+    if step is None:
+        raise ConfigError("--shards goes with --step NAME: say which step's shards to make")
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise ConfigError(f"--shards is '{text}', expected two numbers such as 0:16")
+    return range(int(start), int(stop))
 
 
 @app.command()
@@ -123,20 +155,27 @@ def status(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = Fals
     """Show how far each step is: shards, rows, bytes per token, rejected rows by reason."""
     from pipeline import report
 
-    _, steps = _plan(recipe, overrides)
-    report.print_status(console, steps, as_json=as_json)
+    loaded, steps = _plan(recipe, overrides)
+    report.print_status(console, loaded, steps, as_json=as_json)
 
 
 @app.command()
 def verify(
     folders: Annotated[
-        list[str], typer.Argument(help="Table or checkpoint folders, or a whole root.")
+        list[str],
+        typer.Argument(help="Table or checkpoint folders, a whole root, or a recipe for its root."),
     ],
 ) -> None:
     """Check finished tables and checkpoints: checksums, schema, row and position counts."""
+    from pipeline.recipe import load_recipe
     from pipeline.verify import verify_folders
 
-    problems = verify_folders([as_folder(folder) for folder in folders], console)
+    places = [as_folder(folder) for folder in folders]
+    roots = [
+        load_recipe(place).execution.root if isinstance(place, Path) and place.is_file() else place
+        for place in places
+    ]
+    problems = verify_folders(roots, console)
     if problems:
         raise typer.Exit(1)
 

@@ -34,9 +34,13 @@ RECORDS_AT_ONCE = 4096  # asked of an object store
 
 @dataclass
 class KeptShards:
-    """``is_kept_S`` says which shards have a record; ``records`` has those, and takes the rest."""
+    """``shards`` are those asked for; ``is_kept_S`` says, of all, which of them have a record.
+
+    ``records`` has those, and takes the rest.
+    """
 
     folder: Folder
+    shards: range
     is_kept_S: npt.NDArray[np.bool_]
     sha256_SB: npt.NDArray[np.uint8]
     records: ShardListBuilder = field(default_factory=ShardListBuilder)
@@ -46,6 +50,11 @@ class KeptShards:
     def num_kept(self) -> int:
         """How many shards need not be made, if they verify."""
         return int(self.is_kept_S.sum())
+
+    def missing(self) -> list[int]:
+        """Return the shards that have to be made."""
+        is_kept = self.is_kept_S[self.shards.start : self.shards.stop]
+        return [self.shards.start + int(at) for at in np.flatnonzero(~is_kept)]
 
     def keep(self, index: int, record: ShardRecord) -> None:
         """Take a shard for finished."""
@@ -59,19 +68,21 @@ class KeptShards:
 
 
 @contextmanager
-def kept_shards(folder: Folder, num_shards: int) -> Iterator[KeptShards]:
-    """Read the records of a step's folder and begin to hash what they are about."""
-    kept = KeptShards(folder, np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8))
+def kept_shards(folder: Folder, num_shards: int, shards: range) -> Iterator[KeptShards]:
+    """Read the records of some shards of a step and begin to hash what they are about."""
+    none, no_sha256 = np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8)
+    kept = KeptShards(folder, shards, none, no_sha256)
     if isinstance(folder, ObjectPath):
-        for first in range(0, num_shards, RECORDS_AT_ONCE):
-            indices = range(first, min(first + RECORDS_AT_ONCE, num_shards))
+        for first in range(shards.start, shards.stop, RECORDS_AT_ONCE):
+            indices = range(first, min(first + RECORDS_AT_ONCE, shards.stop))
             names = [shard_name(index, num_shards) for index in indices]
             for index, found in zip(indices, read_records(folder, names), strict=True):
                 if found is not None:
                     kept.keep(index, found)
         yield kept
         return
-    for index in np.flatnonzero(listed_shards(folder, num_shards, ".json")).tolist():
+    listed = listed_shards(folder, num_shards, ".json")[shards.start : shards.stop]
+    for index in (shards.start + np.flatnonzero(listed)).tolist():
         record = read_unverified_record(folder, shard_name(index, num_shards))
         if record is not None:
             kept.keep(index, record)

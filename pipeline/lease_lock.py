@@ -36,6 +36,12 @@ def lease(path: ObjectPath, *, warned: Callable[[str], None]) -> Iterator[None]:
         keeper.end()
 
 
+def is_leased(path: ObjectPath) -> bool:
+    """Whether a run has this lock and goes on renewing it."""
+    info = path.info()
+    return info is not None and info.age_s <= LEASE_S
+
+
 def _acquire(path: ObjectPath, holder: bytes, warned: Callable[[str], None]) -> str:
     """Return the version of the lock that is now ours."""
     seen = ""

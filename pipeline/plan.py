@@ -34,6 +34,7 @@ from stages.teacher_align import TeacherAlignStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
 State = Literal["done", "partial", "pending"]
+Kind = Literal["source", "table", "checkpoint", "report"]
 EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
 
 
@@ -85,6 +86,18 @@ class PlannedStep:
     def writes_table(self) -> bool:
         """Whether the step writes shards (else a checkpoint)."""
         return isinstance(self.stage, SourceStage | TableStage)
+
+    @property
+    def kind(self) -> Kind:
+        """What the step does: make a table from files or from a table, a checkpoint or a report."""
+        match self.stage:
+            case SourceStage():
+                return "source"
+            case TableStage():
+                return "table"
+            case EvaluateStage() | PreferenceEvaluationStage():
+                return "report"
+        return "checkpoint"
 
     @property
     def makes_model(self) -> bool:
@@ -289,6 +302,13 @@ def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: 
         raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
     identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
     return Model(step.place, ref.dtype, ref.engine, identity, step.tokenizer)
+
+
+def needs(plan: Sequence[PlannedStep], step: PlannedStep) -> list[PlannedStep]:
+    """Return the steps whose tables or checkpoints ``step`` reads."""
+    folders = {source.place for source in step.inputs}
+    folders |= {model.base for model in step.models.values()}
+    return [other for other in plan if other.place in folders]
 
 
 def finished_manifest(step: PlannedStep) -> Manifest | None:

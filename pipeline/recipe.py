@@ -7,6 +7,7 @@ Unknown keys are errors with their path. ``${NAME}`` in a text is taken from the
 import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -99,7 +100,8 @@ class Execution(StageConfig):
     ``root`` is a folder, or a place in an object store such as ``s3://bucket/prefix``.
     ``address`` is a Ray cluster's (``auto``, ``host:port``, ``ray://host:port``); without one,
     executor ``ray`` starts a Ray of its own. A shard may cost ``max_attempts`` workers before its
-    rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one.
+    rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one. A
+    scheduler gives each of its tasks ``group_size`` shards.
     """
 
     root: Root = Field(default=Path("cache"), validate_default=True)
@@ -107,9 +109,31 @@ class Execution(StageConfig):
     address: str | None = None
     workers: int = Field(default=1, ge=1)
     training_processes: int = Field(default=1, ge=1)
+    group_size: int = Field(default=16, ge=1)
     max_attempts: int = Field(default=3, ge=1)
     shard_timeout_s: float | None = Field(default=None, gt=0.0)
     engine: EngineOptions = EngineOptions()
+
+
+class Schedule(StageConfig):
+    """When Airflow runs a recipe, and how hard it tries; ``airflow_dags`` reads it as it stands.
+
+    Nothing here changes what is written, and variables are not put in. docs/airflow.md tells what
+    each setting does.
+    """
+
+    cron: str | None = None
+    start_date: date = date(2026, 1, 1)
+    catchup: bool = False
+    max_active_runs: int = Field(default=1, ge=1)
+    max_parallel_groups: int | None = Field(default=None, ge=1)
+    tags: tuple[str, ...] = ()
+    pool: str = "default_pool"
+    retries: int = Field(default=3, ge=0)
+    retry_delay_s: float = Field(default=60.0, gt=0.0)
+    timeout_minutes: float | None = Field(default=None, gt=0.0)
+    deadline_minutes: float | None = Field(default=None, gt=0.0)
+    runner: Literal["local", "ray", "kubernetes"] = "local"
 
 
 class Recipe(StageConfig):
@@ -121,6 +145,7 @@ class Recipe(StageConfig):
     models: dict[str, ModelRef] = Field(default_factory=dict)
     steps: dict[str, Step] = Field(min_length=1)
     execution: Execution = Execution()
+    schedule: Schedule = Schedule()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

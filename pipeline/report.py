@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.plan import PlannedStep, Progress, finished_manifest, progress_of
+from pipeline.plan import PlannedStep, Progress, finished_manifest, needs, progress_of
 from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
 from pipeline.run import EVALUATION
 from schemas.manifest import Manifest, all_notes
 from schemas.object_store import Folder, ObjectPath
+from schemas.shard_list import ShardTotals
 from stages.checkpoint import read_checkpoint
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 
@@ -30,7 +31,7 @@ def print_plan(
     """Show each step: what it is, whether it is done and why, what it will come to."""
     found = [(step, progress_of(step)) for step in steps]
     if as_json:
-        console.print_json(json.dumps([_as_dict(step, progress) for step, progress in found]))
+        _print_json(steps, recipe.execution.group_size)
         return
     table = Table("step", "stage", "state", "why", "shards", "rows", "bytes", title=recipe.name)
     for step, progress in found:
@@ -57,12 +58,14 @@ def print_plan(
         console.print(f"{step.name}: {step.place}", highlight=False, soft_wrap=True)
 
 
-def print_status(console: Console, steps: Sequence[PlannedStep], *, as_json: bool) -> None:
+def print_status(
+    console: Console, recipe: Recipe, steps: Sequence[PlannedStep], *, as_json: bool
+) -> None:
     """Show how far each step is and what it holds."""
-    found = [(step, progress_of(step)) for step in steps]
     if as_json:
-        console.print_json(json.dumps([_as_dict(step, progress) for step, progress in found]))
+        _print_json(steps, recipe.execution.group_size)
         return
+    found = [(step, progress_of(step)) for step in steps]
     table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected")
     for step, progress in found:
         per_position = "-"
@@ -233,14 +236,42 @@ def _rejects(step: PlannedStep) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "0"
 
 
-def _as_dict(step: PlannedStep, progress: Progress) -> dict[str, Any]:
+def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:
+    """Say what a run of some shards came to, and what is left to do."""
+    size = human_bytes(made.num_bytes)
+    console.print(
+        f"{step.name}: {made.num_shards} shards finished, {made.num_rows:,} rows, {size}, in "
+        f"{step.place}; "
+        f"`teachercache run --step {step.name}` makes the rest and the manifest",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_json(plan: Sequence[PlannedStep], group_size: int) -> None:
+    """Print what machines read, on one line: it may be the last line of a log."""
+    print(json.dumps([_as_dict(plan, step, group_size) for step in plan]))  # noqa: T201
+
+
+def _as_dict(plan: Sequence[PlannedStep], step: PlannedStep, group_size: int) -> dict[str, Any]:
+    progress = progress_of(step)
+    in_groups = step.kind == "table" and progress.num_shards is not None
     return {
         "name": step.name,
         "stage": step.stage.stage,
+        "kind": step.kind,
+        "needs": [needed.name for needed in needs(plan, step)],
         "fingerprint": step.fingerprint,
         "folder": str(step.place),
         **asdict(progress),
+        "groups": _groups(progress.num_shards or 0, group_size) if in_groups else None,
     }
+
+
+def _groups(num_shards: int, group_size: int) -> list[str]:
+    """Return the groups of shards as ``run --shards`` takes them: ``0:16``, ``16:24``."""
+    starts = range(0, num_shards, group_size)
+    return [f"{start}:{min(start + group_size, num_shards)}" for start in starts]
 
 
 def _of(progress: Progress) -> str:

@@ -1,7 +1,7 @@
 """Carry out a plan: skip what is done, finish what is begun, make the rest, manifest last.
 
-One run at a time may write a step: it holds a lock on the step's folder that dies with the process,
-and a second run is refused in one line.
+One run at a time may write a step, or several that each write other shards of it: they hold locks
+that die with the process, and whoever comes too late is refused in one line.
 """
 
 import json
@@ -16,10 +16,10 @@ from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.kept_shards import kept_shards
 from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep, Progress, finished_manifest, is_done, progress_of
+from pipeline.plan import PlannedStep, Progress, finished_manifest, is_done, needs, progress_of
 from pipeline.recipe import Execution
 from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
-from pipeline.step_lock import remove_torn_files, step_lock
+from pipeline.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.training_job import TrainingJob
 from pipeline.working_folder import published, remove_work, working_folder
 from schemas.episodes import EPISODES
@@ -33,7 +33,13 @@ from schemas.manifest import (
     write_manifest,
 )
 from schemas.object_store import ObjectPath
-from schemas.shard_list import SHARD_LIST, ShardList, shard_index
+from schemas.shard_list import (
+    SHARD_LIST,
+    ShardList,
+    ShardListBuilder,
+    ShardTotals,
+    shard_index,
+)
 from schemas.shards import sha256_of, write_text
 from stages.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, StageContext, TableStage
@@ -92,6 +98,37 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
         reporter.step_finished(step)
 
 
+def run_shards(
+    step: PlannedStep, shards: range, execution: Execution, reporter: Reporter
+) -> ShardTotals:
+    """Bring some shards of a table step to completion; ``run_plan`` writes its manifest later.
+
+    Other runs may make other shards of the step meanwhile. Raises ConfigError for a step without
+    shards of its own, or for shards that it does not have.
+    """
+    if not isinstance(step.stage, TableStage):
+        raise ConfigError(
+            f"--shards is about steps that make a table from a table, '{step.name}' is of stage "
+            f"{step.stage.stage}: leave it out"
+        )
+    num_shards = len(_source_of(step).shards)
+    if not 0 <= shards.start < shards.stop <= num_shards:
+        raise ConfigError(
+            f"--shards is {shards.start}:{shards.stop}, step '{step.name}' has shards "
+            f"0:{num_shards}: expected a part of that"
+        )
+    reporter.step_started(step, progress_of(step))
+    manifest = finished_manifest(step)
+    if manifest is not None:
+        _refuse_missing_files(step)
+        return ShardList.of(manifest.shards[shards.start : shards.stop]).totals
+    with shards_lock(step.place, shards, warned=reporter.warned):
+        for index in shards:
+            remove_torn_files(step.place, shard_name(index, num_shards))
+        _refuse_full_disk(step)
+        return _make_shards(step, step.stage, shards, execution, reporter).totals(shards)
+
+
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
     _refuse_full_disk(step)
     match step.stage:
@@ -144,7 +181,7 @@ def _run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> No
             )
             yield index, record
 
-    shards = _make_missing(step, num_shards, make, reporter)
+    shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
     fingerprint = tokenizer_fingerprint(tokenizer)
     _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
     _remove_work(step)
@@ -161,14 +198,32 @@ def _remove_work(step: PlannedStep) -> None:
 def _run_table(
     step: PlannedStep, stage: TableStage, execution: Execution, reporter: Reporter
 ) -> None:
-    source_step = step.inputs[0]
-    source = finished_manifest(source_step)
+    source = _source_of(step)
+    every = range(len(source.shards))
+    shards = _make_shards(step, stage, every, execution, reporter).finish()
+    vocab_size = vocab_size_of(step.models[stage.model].spec().path)
+    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+
+
+def _source_of(step: PlannedStep) -> Manifest:
+    source = finished_manifest(step.inputs[0])
     assert source is not None, "steps run in order"
+    return source
+
+
+def _make_shards(
+    step: PlannedStep,
+    stage: TableStage,
+    shards: range,
+    execution: Execution,
+    reporter: Reporter,
+) -> ShardListBuilder:
+    """Make some shards of a table step as far as they are not finished, and the side files."""
+    source = _source_of(step)
     models = {name: model.spec() for name, model in step.models.items()}
-    vocab_size = vocab_size_of(models[stage.model].path)
     context = StageContext(
         folder=step.place,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size_of(models[stage.model].path),
         models=models,
         engine=execution.engine,
         input_table=source.table,
@@ -181,7 +236,7 @@ def _run_table(
         tasks = StepTasks(
             folder=step.place,
             indices=indices,
-            input_folder=source_step.place,
+            input_folder=step.inputs[0].place,
             input_shards=source.shard_list,
             max_rejected_fraction=stage.max_rejected_fraction,
             made_by=made_by,
@@ -189,20 +244,23 @@ def _run_table(
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
-    shards = _make_missing(step, len(source.shards), make, reporter)
-    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+    return _make_missing(step, len(source.shards), shards, make, reporter)
 
 
 def _make_missing(
     step: PlannedStep,
     num_shards: int,
+    shards: range,
     make: Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]],
     reporter: Reporter,
-) -> ShardList:
-    """Make the shards that an earlier run did not finish, then those whose bytes have changed."""
-    with kept_shards(step.place, num_shards) as kept:
-        reporter.shards_expected(num_shards, kept.num_kept)
-        for index, record in make(np.flatnonzero(~kept.is_kept_S).tolist()):
+) -> ShardListBuilder:
+    """Make those ``shards`` of ``num_shards`` that an earlier run did not finish.
+
+    Then those whose bytes have changed; returns the records of all.
+    """
+    with kept_shards(step.place, num_shards, shards) as kept:
+        reporter.shards_expected(len(shards), kept.num_kept)
+        for index, record in make(kept.missing()):
             kept.records.add(index, record)
             reporter.shard_finished(record)
         if changed := kept.changed():
@@ -214,7 +272,7 @@ def _make_missing(
             for index, record in make(changed):
                 kept.records.add(index, record)
                 reporter.shard_finished(record)
-        return kept.records.finish()
+        return kept.records
 
 
 def _run_shards(
@@ -347,6 +405,22 @@ def _write_evaluation(
     with published(step.place) as folder:
         write_text(folder / EVALUATION, json.dumps(body, indent=1) + "\n")
         write_checkpoint(folder, record)
+
+
+def step_named(plan: Sequence[PlannedStep], name: str) -> PlannedStep:
+    """Return step ``name``; what it reads must be finished."""
+    chosen = next((step for step in plan if step.name == name), None)
+    if chosen is None:
+        raise ConfigError(
+            f"'{name}' is no step; there are: {', '.join(step.name for step in plan)}"
+        )
+    for needed in needs(plan, chosen):
+        if progress_of(needed).state != "done":
+            raise StoreError(
+                f"step '{needed.name}', which '{name}' reads, is not finished: run it first, or "
+                f"the whole recipe"
+            )
+    return chosen
 
 
 def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:

@@ -61,19 +61,13 @@ def verify_folder(folder: Folder) -> list[str]:
         if (folder / CHECKPOINT).is_file():
             return damaged_files(folder, read_record(folder))
         manifest = read_manifest(folder)
-    except TeacherCacheError as error:
-        return [str(error)]
-    try:
+        if isinstance(folder, ObjectPath):
+            return _problems_in_store(folder, manifest, known_table(manifest, folder))
         if damaged := damaged_shards(folder, manifest):
             return damaged
         table = known_table(manifest, folder)
     except TeacherCacheError as error:
-        return damaged_shards(folder, manifest) or [str(error)]
-    if isinstance(folder, ObjectPath):
-        return _problems_in_store(folder, manifest, table)
-    damaged = damaged_shards(folder, manifest)
-    if damaged:
-        return damaged
+        return [str(error)]
     return [
         line
         for shard in manifest.shards

@@ -182,16 +182,17 @@ class ObjectPath:
             }
         return {}
 
-    def abort_uploads(self) -> int:
-        """End the uploads in parts that were begun below here and not finished; return how many.
+    def abort_uploads(self, stem: str = "") -> int:
+        """End uploads in parts that were begun below here and not finished; return how many.
 
-        Call it with the folder's lock held. Without the permission to list them there are none.
+        Of objects whose names begin with ``stem``. Call it with their lock held. Without the
+        permission to list them there are none.
         """
         if not self.url.startswith("s3:"):
             return 0
         store, (bucket, key) = _store(self), _bucket_and_key(self)
         with _told("list the uploads of", self), suppress(PermissionError):
-            found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+            found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/{stem}")
             uploads = found.get("Uploads", [])
             for upload in uploads:
                 names = {"Key": upload["Key"], "UploadId": upload["UploadId"]}

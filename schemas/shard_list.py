@@ -198,6 +198,13 @@ class ShardListBuilder:
 
     def finish(self) -> ShardList:
         """Return the list of all shards from the first to the last; none may be missing."""
+        return ShardList.of_columns(self._columns(0))
+
+    def totals(self, shards: range) -> ShardTotals:
+        """Return the sums over ``shards``, which are all that was added; none may be missing."""
+        return ShardList.of_columns(self._columns(shards.start)).totals
+
+    def _columns(self, first: int) -> pa.Table:
         self._pack()
         table = pa.Table.from_batches(self._batches, SCHEMA)
         order = np.concatenate([np.zeros(0, np.int64), *self._order])
@@ -205,8 +212,9 @@ class ShardListBuilder:
         ordered = order[by_index]
         last = np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]
         kept = by_index[last]
-        assert np.array_equal(order[kept], np.arange(len(kept))), "a shard is missing"
-        return ShardList.of_columns(table.take(pa.array(kept)))
+        expected = np.arange(first, first + len(kept))
+        assert np.array_equal(order[kept], expected), "a shard is missing"
+        return table.take(pa.array(kept))
 
     def _pack(self) -> None:
         columns = {

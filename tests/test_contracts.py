@@ -94,7 +94,7 @@ PUBLIC = [
 ]
 COMMANDS = {
     "plan": {"--set", "--json"},
-    "run": {"--set"},
+    "run": {"--step", "--shards", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
