@@ -239,9 +239,8 @@ def _operator(recipe: Recipe) -> Any:
 @task(task_id="groups")
 def _groups(path: str, step: str, runner: str) -> list[str]:
     """Return the groups of shards there are to make: none of a finished step."""
-    context = get_current_context()
-    (call,) = calls(context, path)
-    found = read_plan(call, context["ti"].log.info)[step]
+    (call,) = calls(get_current_context(), path)
+    found = read_plan(call)[step]
     if found["state"] == "done":
         return []
     return [f"0:{found['num_shards']}"] if runner == "ray" else list(found["groups"])
@@ -251,9 +250,8 @@ def _publish(path: str, asset: Asset) -> BaseOperator:
     @task(task_id="publish", outlets=[asset])
     def publish() -> Iterator[Metadata]:
         """Tell whoever waits for the tables which they are and where."""
-        context = get_current_context()
-        (call,) = calls(context, path)
-        yield Metadata(asset, extra=extra_of(call, read_plan(call, context["ti"].log.info)))
+        (call,) = calls(get_current_context(), path)
+        yield Metadata(asset, extra=extra_of(call, read_plan(call)))
 
     return publish().operator
 

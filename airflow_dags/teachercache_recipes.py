@@ -172,7 +172,7 @@ def _step(
 
 def _schedule(node: "_Mapping") -> Schedule:
     known = {item.name: item for item in fields(Schedule)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, child in node.children().items():
         if key not in known:
             raise child.error(f"schedule.{key}: no such setting; there are: {', '.join(known)}")

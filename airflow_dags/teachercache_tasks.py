@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ import httpx
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+_log = logging.getLogger("airflow.task")
 HOPELESS = {2, 3}  # wrong recipe, too many rejected rows: a retry ends the same way
 END_WITHIN_S = 10.0
 POLL_S = 2.0
@@ -124,8 +126,8 @@ def raise_for(code: int, last: str) -> None:
     raise AirflowFailException(problem) if code in HOPELESS else AirflowException(problem)
 
 
-def read_plan(call: Call, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Return ``teachercache plan --json`` by step; its warnings, if any, go to the log."""
+def read_plan(call: Call) -> dict[str, dict[str, Any]]:
+    """Return ``teachercache plan --json`` by step."""
     lines: list[str] = []
     process = Process(call.arguments("plan", "--json"), call)
     try:
@@ -133,7 +135,7 @@ def read_plan(call: Call, say: Callable[[str], None]) -> dict[str, dict[str, Any
     except BaseException:
         process.end()
         for line in lines:
-            say(line)
+            _log.info(line)
         raise
     found = next(line for line in lines if line.startswith("[{"))
     return {step["name"]: step for step in json.loads(found)}
@@ -184,7 +186,7 @@ class VerifyOperator(TeachercacheOperator):
 
     def carry_out(self, call: Call, context: Context) -> None:
         """Find the tables, then look at them."""
-        tables = tables_of(read_plan(call, self.log.info))
+        tables = tables_of(read_plan(call))
         self.follow(["verify", *(step["folder"] for step in tables.values())], call)
 
 
@@ -267,7 +269,9 @@ def kubernetes_operator() -> type[BaseOperator]:
     """
     from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 
-    class TeachercachePodOperator(KubernetesPodOperator):  # type: ignore[misc]
+    class TeachercachePodOperator(KubernetesPodOperator):
+        env_vars: list[Any]
+
         def __init__(
             self,
             *,

@@ -1,0 +1,312 @@
+"""The DAGs by themselves: their graphs, what is wrong with a recipe, and runs without a scheduler."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from conftest import DAGS, REPOSITORY, World, tables, teachercache
+from teachercache_tasks import Call, Process, TeachercacheOperator, calls, raise_for
+
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
+
+
+def bag() -> DagBag:
+    return DagBag(str(DAGS), collect_dags=True)
+
+
+def edges(dag: Any) -> dict[str, set[str]]:
+    return {task.task_id: set(task.upstream_task_ids) for task in dag.tasks}
+
+
+def the_import_error(found: DagBag) -> list[str]:
+    """The lines of the one import error, without its traceback."""
+    (error,) = found.import_errors.values()
+    assert all("teachercache_recipe_errors.py" in name for name in found.import_errors)
+    return error.split("RecipeError: ")[1].strip().split("\n")
+
+
+def test_each_recipe_has_a_dag_that_caches_and_one_that_trains(recipes: Path) -> None:
+    for path in EXAMPLES:
+        shutil.copy(path, recipes)
+    found = bag()
+    assert not found.import_errors
+    names = [f"{path.stem.replace('_', '-')}__{what}" for path in EXAMPLES for what in WHAT]
+    assert sorted(found.dags) == sorted([*names, "teachercache_audit"])
+    assert set(edges(found.dags["teachercache_audit"])) == {name.split("__")[0] for name in names}
+    assert edges(found.dags["quickstart__cache"]) == {
+        "plan": set(),
+        "documents": {"plan"},
+        "signals.groups": {"documents"},
+        "signals.shards": {"signals.groups"},
+        "signals.finish": {"signals.shards"},
+        "verify": {"signals.finish"},
+        "publish": {"verify"},
+    }
+    assert edges(found.dags["quickstart__train"]) == {
+        "student": set(),
+        "cross_entropy_only": {"student"},
+        "distilled": {"student"},
+    }
+    chain = edges(found.dags["adpa__cache"])  # a table of a model that an earlier step trains
+    assert chain["sft_responses.groups"] == {"pairs", "sft"}
+    assert chain["sft_advantages.groups"] == {"sft_responses.finish", "aligned_teacher"}
+    document = found.dags["quickstart__cache"].doc_md
+    assert (REPOSITORY / "examples" / "quickstart.yaml").read_text() in document
+
+
+WHAT = ("cache", "train")
+
+
+def test_the_schedule_of_a_recipe_is_that_of_its_dags(recipes: Path, world: World) -> None:
+    schedule = {
+        "cron": "0 3 * * *",
+        "max_active_runs": 2,
+        "max_parallel_groups": 3,
+        "tags": ["nightly"],
+        "pool": "gpu",
+        "retries": 5,
+        "retry_delay_s": 30,
+        "timeout_minutes": 90,
+        "deadline_minutes": 240,
+    }
+    world.write(recipes / "tiny.yaml", recipes / "root", schedule=schedule)
+    cache, train = (bag().dags[f"tiny__{what}"] for what in WHAT)
+    assert cache.timetable.expression == "0 3 * * *" and not cache.catchup
+    assert cache.max_active_runs == 2 and {"nightly", "teachercache"} <= set(cache.tags)
+    shards, documents = cache.get_task("signals.shards"), cache.get_task("documents")
+    assert (shards.pool, documents.pool) == ("gpu", "default_pool")
+    assert shards.max_active_tis_per_dagrun == 3
+    for task in (shards, documents, train.get_task("distilled")):
+        assert task.retries == 5 and task.retry_delay.total_seconds() == 30
+        assert task.execution_timeout.total_seconds() == 90 * 60
+        assert task.retry_exponential_backoff and task.on_failure_callback
+    (deadline,) = cache.deadline if isinstance(cache.deadline, list) else [cache.deadline]
+    assert deadline.interval.total_seconds() == 240 * 60
+    asset = cache.get_task("publish").outlets[0]
+    assert asset.uri == "teachercache://tiny/"
+    assert [found.uri for _, found in train.timetable.asset_condition.iter_assets()] == [asset.uri]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: [a\n", "line 2: did not find expected ',' or ']'"),
+        ("a: 1\n", "line 1: the recipe has no 'name'"),
+        ("name: b\n", "line 1: the recipe has no 'steps'"),
+        ("- a\n", "line 1: the recipe is not a mapping"),
+        ("", "line 1: the recipe is not a mapping"),
+        ("name: a b\nsteps: {}\n", "line 1: name 'a b' has other characters than"),
+        ("name: b\nsteps:\n  s: 3\n", "line 3: 's' is not a mapping"),
+        ("name: b\nsteps:\n  s:\n    stage: x\n", "line 4: stage 'x' found, expected one of"),
+        ("name: b\nsteps:\n  plan: {stage: train}\n", "line 3: step 'plan' cannot be a task"),
+        ("name: b\nsteps: {}\nschedule:\n  crn: x\n", "line 4: schedule.crn: no such setting"),
+        ("name: b\nsteps: {}\nschedule: {retries: -1}\n", "line 3: schedule.retries is -1, expect"),
+        ("name: b\nsteps: {}\nschedule: {catchup: 1}\n", "line 3: schedule.catchup is 1, expected"),
+        (
+            "name: b\nsteps: {}\nschedule: {cron: a}\n",
+            "line 3: schedule.cron is 'a', expected five",
+        ),
+        ("name: b\nsteps: {}\nschedule: {runner: x}\n", "line 3: schedule.runner is 'x', expected"),
+        (
+            "name: b\nsteps: {}\nschedule:\n  runner: kubernetes\n",
+            "line 4: schedule.runner is kubernetes: install apache-airflow-providers-cncf-kuber",
+        ),
+    ],
+)
+def test_a_bad_recipe_is_an_import_error_and_the_others_stay(
+    recipes: Path, text: str, problem: str
+) -> None:
+    shutil.copy(REPOSITORY / "examples" / "quickstart.yaml", recipes)
+    bad = recipes / "bad.yaml"
+    bad.write_text(text)
+    found = bag()
+    (line,) = the_import_error(found)
+    assert line.startswith(f"{bad}, {problem}"), line
+    assert sorted(found.dags) == ["quickstart__cache", "quickstart__train", "teachercache_audit"]
+
+
+def test_two_recipes_of_one_name_are_one_line_that_names_both(recipes: Path) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        shutil.copy(REPOSITORY / "examples" / "quickstart.yaml", recipes / name)
+    shutil.copy(REPOSITORY / "examples" / "dckd.yaml", recipes)
+    found = bag()
+    assert the_import_error(found) == [
+        f"{recipes}/a.yaml and {recipes}/b.yaml are both named 'quickstart': rename one, neither "
+        f"runs until then"
+    ]
+    assert sorted(found.dags) == ["dckd__cache", "dckd__train", "teachercache_audit"]
+
+
+def test_a_folder_that_does_not_exist_is_an_import_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHERCACHE_RECIPES", str(tmp_path / "none"))
+    assert "does not exist: make it or name another" in the_import_error(bag())[0]
+
+
+PARSE = """
+import sys, time
+from airflow.dag_processing.dagbag import DagBag
+sys.path.append(sys.argv[1])
+start = time.perf_counter()
+bag = DagBag(sys.argv[1])
+print(len(bag.dags), time.perf_counter() - start, file=sys.stderr)
+ours = {"pipeline", "schemas", "stages", "torch", "numpy", "pyarrow", "pandas"}
+print(sorted(ours & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_twenty_recipes_are_parsed_in_less_than_a_second(recipes: Path) -> None:
+    text = (REPOSITORY / "examples" / "adpa_plus.yaml").read_text()
+    for number in range(20):
+        (recipes / f"{number}.yaml").write_text(text.replace("name: adpa", f"name: r{number}-adpa"))
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, str(DAGS)], capture_output=True, text=True, check=True
+    )
+    *_, figures, loaded = done.stderr.strip().splitlines()
+    number_of_dags, seconds = figures.split()
+    print(f"20 recipes, {number_of_dags} DAGs, both files: {float(seconds):.2f} s")
+    assert int(number_of_dags) == 41 and loaded == "[]"
+    assert float(seconds) < 3.0  # 0.6 s on a quiet machine
+
+
+# What a run is about.
+
+
+def context_of(**values: Any) -> Any:
+    run = SimpleNamespace(
+        logical_date=values.get("logical_date"), run_after=datetime(2026, 3, 4, tzinfo=UTC)
+    )
+    params = {"date": None, "overrides": [], "workers": None, **values.get("params", {})}
+    events = [SimpleNamespace(extra=extra) for extra in values.get("extras", ())]
+    return {"params": params, "dag_run": run, "triggering_asset_events": {"asset": events}}
+
+
+def test_a_run_is_about_its_date_its_parameter_or_its_events() -> None:
+    def asked(**values: Any) -> list[tuple[str, tuple[str, ...]]]:
+        return [(call.date, call.overrides) for call in calls(context_of(**values), "r.yaml")]
+
+    day = datetime(2026, 1, 2, tzinfo=UTC)
+    assert asked(logical_date=day) == [("2026-01-02", ())]
+    assert asked() == [("2026-03-04", ())]
+    given = {"date": "2026-01-09", "overrides": ["a.b=1"], "workers": 2}
+    expected = ("a.b=1", "execution.workers=2")
+    assert asked(logical_date=day, params=given) == [("2026-01-09", expected)]
+    extras = [{"date": day, "overrides": ["c=3"]} for day in ("d1", "d2", "d1")]
+    assert asked(extras=extras) == [("d1", ("c=3",)), ("d2", ("c=3",))]  # each once, none lost
+    call = Call("r.yaml", "d1", ("a=1",))
+    assert call.arguments("run", "--step", "s") == ["run", "r.yaml", "--step", "s", "--set", "a=1"]
+
+
+def test_exit_codes_decide_whether_a_task_is_tried_again() -> None:
+    raise_for(0, "")
+    for code in (2, 3):
+        with pytest.raises(AirflowFailException, match=r"^steps\.x: bad \(exit code 2|3\)$"):
+            raise_for(code, "error: steps.x: bad")
+    for code in (1, 70, 130, -9):
+        with pytest.raises(AirflowException) as error:
+            raise_for(code, "error: the engine died")
+        assert not isinstance(error.value, AirflowFailException)
+    assert str(error.value) == "the engine died (ended by SIGKILL)"
+
+
+def test_a_command_that_is_not_there_fails_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHERCACHE_COMMAND", "/nowhere/teachercache")
+    with pytest.raises(AirflowFailException, match="cannot start /nowhere/teachercache"):
+        Process(["plan"], Call(str(tmp_path / "r.yaml"), "2026-01-01", ()))
+
+
+SLOW = """
+import os, subprocess, sys, time
+if len(sys.argv) > 2:
+    child = subprocess.Popen([sys.executable, __file__])
+    print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def assert_gone(pids: list[int]) -> None:
+    """Fail where one of them lives on, other than as an entry that nobody has asked for."""
+    deadline = time.monotonic() + 10
+    while any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        for pid in pids
+    ):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
+
+
+def test_a_timeout_and_a_killed_task_take_all_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command and its child: ended by a time-out, and by the death of the task's process."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    monkeypatch.setenv("TEACHERCACHE_COMMAND", f"{sys.executable} {script}")
+    task = TeachercacheOperator(task_id="t", recipe=str(tmp_path / "r.yaml"), arguments=["run"])
+    said: list[str] = []
+
+    def interrupted(number: int, frame: Any) -> None:
+        raise AirflowTaskTimeout("too long")
+
+    signal.signal(signal.SIGALRM, interrupted)
+    signal.alarm(3)
+    task._process = Process(["run", "x"], Call(str(tmp_path / "r.yaml"), "2026-01-01", ()))
+    with pytest.raises(AirflowTaskTimeout):
+        task._process.follow(said.append)
+    task.on_kill()
+    pids = [int(word) for word in said[0].split()]
+    assert len(pids) == 2
+    assert_gone(pids)
+
+
+def test_a_recipe_run_by_its_dags_gives_the_bytes_of_a_plain_run(
+    recipes: Path, world: World, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    world.write(recipes / "tiny.yaml", root)
+    dags = bag().dags
+    conf = {"date": "2026-01-05"}
+    run = dags["tiny__cache"].test(run_conf=conf)
+    assert run.state == "success"
+    assert tables(root) == world.plain_run("2026-01-05", tmp_path / "plain")
+    shutil.rmtree(root / "checkpoints", ignore_errors=True)
+    assert dags["tiny__train"].test(run_conf=conf).state == "success"
+    assert len(list((root / "checkpoints").glob("*/checkpoint.json"))) == 2
+    again = dags["tiny__cache"].test(run_conf=conf)
+    states = {task.task_id: task.state for task in again.get_task_instances()}
+    assert again.state == "success" and states["signals.shards"] == "skipped"
+    assert states["signals.finish"] == states["publish"] == "success"
+
+
+def test_a_wrong_override_fails_the_plan_at_its_first_try(
+    recipes: Path, world: World, tmp_path: Path
+) -> None:
+    world.write(recipes / "tiny.yaml", tmp_path / "root")
+    conf = {"date": "2026-01-05", "overrides": ["steps.signals.encoding.kind=none"]}
+    run = bag().dags["tiny__cache"].test(run_conf=conf)
+    states = {task.task_id: (task.state, task.try_number) for task in run.get_task_instances()}
+    assert states["plan"] == ("failed", 1) and states["documents"][0] == "upstream_failed"
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_audit_finds_a_damaged_shard(recipes: Path, world: World, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    path = world.write(recipes / "tiny.yaml", root, execution__workers=1)
+    teachercache("run", str(path), "--step", "documents", DS="2026-01-06")
+    assert bag().dags["teachercache_audit"].test().state == "success"
+    shard = next((root / "documents").glob("*/shard-*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert bag().dags["teachercache_audit"].test().state == "failed"
