@@ -34,7 +34,10 @@ _PACKAGES = {
     "gs": "gcsfs: pip install teachercache[gs]",
 }
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+_NO_CREDENTIALS = (
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+    *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +324,13 @@ def _file_system(scheme: str, process: int) -> Any:
 
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
-        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)
+        attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+        if not attempts.isdigit():
+            raise ConfigError(f"AWS_MAX_ATTEMPTS is '{attempts}', expected a number of attempts")
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_S,
             "read_timeout": READ_S,
-            "retries": {"mode": "standard", "total_max_attempts": attempts},
+            "retries": {"mode": "standard", "total_max_attempts": int(attempts)},
             "max_pool_connections": REQUESTS_AT_ONCE,
         }
     try:
@@ -401,8 +406,8 @@ def _told(what: str, path: ObjectPath) -> Iterator[None]:
             raise
         if kind in _NO_CREDENTIALS:
             raise ConfigError(
-                f"cannot {what} {path}: this machine has no credentials for it; give it some "
-                f"where the provider looks (environment, ~/.aws, instance role)"
+                f"cannot {what} {path}: this machine has no credentials for it ({kind}); give it "
+                f"some where the provider looks (environment, ~/.aws, instance role)"
             ) from error
         if code in _REFUSED:
             raise ConfigError(
@@ -414,7 +419,12 @@ def _told(what: str, path: ObjectPath) -> Iterator[None]:
                 f"cannot {what} {path}: no permission ({code or kind}); give this machine's "
                 f"credentials the right to read and write below {bucket}"
             ) from error
-        reason = (str(error).splitlines() or [kind])[0]
+        reason = " ".join(str(error).split()) or kind
+        if isinstance(error, ValueError) or "InvalidBucketName" in (kind, code):
+            raise ConfigError(
+                f"cannot {what} {path}: {reason}; correct the place (execution.root) or the "
+                f"environment (AWS_ENDPOINT_URL)"
+            ) from error
         raise StoreError(
             f"cannot {what} {path}, tried again and again: {reason}; run again when the store "
             f"answers, finished shards are kept"

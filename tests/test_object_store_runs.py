@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,9 +19,10 @@ from pipeline.training_job import TrainingJob
 from schemas.errors import StoreError
 from schemas.manifest import read_manifest
 from schemas.object_store import ObjectPath, as_folder
-from stages.checkpoint import read_checkpoint
+from stages.checkpoint import local_copy, read_checkpoint
 from stages.student.config import TrainStage
 from stages.student.train_config import TrainOptions
+from stages.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
 from tests.s3_server import (
     KEY_ID,
     PASS,
@@ -442,3 +444,20 @@ def test_a_store_is_the_root_of_a_run_on_ray(
     recipe.run("execution.executor=ray", "execution.workers=2")
     assert tables(recipe) == tables(local)
     assert losses(recipe.step("trained")) == pytest.approx(losses(local.step("trained")), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_from_the_store_has_the_whole_tokenizer(
+    tiny_model: Path, paragraphs: list[str], root: str, tmp_path: Path
+) -> None:
+    """Also the templates that lie in a folder of their own."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / TEMPLATE_FOLDER).mkdir()
+    (model / TEMPLATE_FOLDER / "tools.jinja").write_text("{{ messages }}")
+    assert tokenizer_fingerprint(model) != tokenizer_fingerprint(tiny_model)
+    recipe = make_recipe(tmp_path, model, paragraphs[:4], more_steps=STUDENTS)
+    stored = on_store(recipe, root, tmp_path, "student")
+    stored.run()
+    copy = local_copy(stored.step("student").place)
+    assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(model)
