@@ -24,7 +24,7 @@ from typing import Any
 from .errors import ConfigError, StoreError, TeacherCacheError
 
 SCHEMES = ("s3", "gs")
-CONNECT_S, READ_S = 10, 60  # a request is given up, and tried again, when nothing moves so long
+CONNECT_S, READ_S = 10, 30  # a request is given up, and tried again, when nothing moves so long
 ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS sets another number
 RANGE_BYTES = 32 << 20  # what one GET brings of a large object
 PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
@@ -34,6 +34,8 @@ _PACKAGES = {
     "gs": "gcsfs: pip install teachercache[gs]",
 }
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+# What a conditional PUT is answered: the object is another, has gone, or is being written now.
+_NOT_AS_EXPECTED = ("PreconditionFailed", "412", "NoSuchKey", "404", "ConditionalRequestConflict")
 _NO_CREDENTIALS = (
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
     *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
@@ -148,10 +150,14 @@ class ObjectPath:
 
     def create(self, data: bytes) -> str | None:
         """Write an object that must not be there yet; return its version, None where it is."""
-        with suppress(FileExistsError), _told("write", self):
-            _store(self).pipe_file(self.url, data, mode="create")
-            return _info(self).etag
-        return None
+        with _told("write", self):
+            try:
+                _store(self).pipe_file(self.url, data, mode="create")
+                return _info(self).etag
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _code_of(error) in _NOT_AS_EXPECTED:
+                    return None
+                raise
 
     def replace(self, data: bytes, etag: str) -> str | None:
         """Write over version ``etag`` of an object; return the new one, None where it has moved."""
@@ -160,7 +166,7 @@ class ObjectPath:
                 try:
                     return str(_store(self).pipe_file(self.url, data, IfMatch=etag)["ETag"])
                 except OSError as error:
-                    if _code_of(error) in ("PreconditionFailed", "NoSuchKey", "412", "404"):
+                    if _code_of(error) in _NOT_AS_EXPECTED:
                         return None
                     raise
             with suppress(FileNotFoundError):  # the others only look before they write
@@ -169,7 +175,7 @@ class ObjectPath:
                     return _info(self).etag
             return None
 
-    def unlink(self, missing_ok: bool = True) -> None:
+    def unlink(self) -> None:
         """Delete the object; a store says nothing where there is none."""
         with suppress(FileNotFoundError), _told("delete", self):
             _store(self).rm_file(self.url)
