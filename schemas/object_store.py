@@ -24,7 +24,7 @@ from typing import Any
 from .errors import ConfigError, StoreError, TeacherCacheError
 
 SCHEMES = ("s3", "gs")
-CONNECT_S, READ_S = 10, 60  # a request is given up, and tried again, when nothing moves so long
+CONNECT_S, READ_S = 10, 30  # a request is given up, and tried again, when nothing moves so long
 ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS sets another number
 RANGE_BYTES = 32 << 20  # what one GET brings of a large object
 PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
@@ -34,7 +34,12 @@ _PACKAGES = {
     "gs": "gcsfs: pip install teachercache[gs]",
 }
 _REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+# What a conditional PUT is answered: the object is another, has gone, or is being written now.
+_NOT_AS_EXPECTED = ("PreconditionFailed", "412", "NoSuchKey", "404", "ConditionalRequestConflict")
+_NO_CREDENTIALS = (
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+    *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +150,14 @@ class ObjectPath:
 
     def create(self, data: bytes) -> str | None:
         """Write an object that must not be there yet; return its version, None where it is."""
-        with suppress(FileExistsError), _told("write", self):
-            _store(self).pipe_file(self.url, data, mode="create")
-            return _info(self).etag
-        return None
+        with _told("write", self):
+            try:
+                _store(self).pipe_file(self.url, data, mode="create")
+                return _info(self).etag
+            except OSError as error:
+                if isinstance(error, FileExistsError) or _code_of(error) in _NOT_AS_EXPECTED:
+                    return None
+                raise
 
     def replace(self, data: bytes, etag: str) -> str | None:
         """Write over version ``etag`` of an object; return the new one, None where it has moved."""
@@ -157,7 +166,7 @@ class ObjectPath:
                 try:
                     return str(_store(self).pipe_file(self.url, data, IfMatch=etag)["ETag"])
                 except OSError as error:
-                    if _code_of(error) in ("PreconditionFailed", "NoSuchKey", "412", "404"):
+                    if _code_of(error) in _NOT_AS_EXPECTED:
                         return None
                     raise
             with suppress(FileNotFoundError):  # the others only look before they write
@@ -166,7 +175,7 @@ class ObjectPath:
                     return _info(self).etag
             return None
 
-    def unlink(self, missing_ok: bool = True) -> None:
+    def unlink(self) -> None:
         """Delete the object; a store says nothing where there is none."""
         with suppress(FileNotFoundError), _told("delete", self):
             _store(self).rm_file(self.url)
@@ -322,11 +331,13 @@ def _file_system(scheme: str, process: int) -> Any:
 
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
-        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS") or ATTEMPTS)
+        attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
+        if not attempts.isdigit():
+            raise ConfigError(f"AWS_MAX_ATTEMPTS is '{attempts}', expected a number of attempts")
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_S,
             "read_timeout": READ_S,
-            "retries": {"mode": "standard", "total_max_attempts": attempts},
+            "retries": {"mode": "standard", "total_max_attempts": int(attempts)},
             "max_pool_connections": REQUESTS_AT_ONCE,
         }
     try:
@@ -402,8 +413,8 @@ def _told(what: str, path: ObjectPath) -> Iterator[None]:
             raise
         if kind in _NO_CREDENTIALS:
             raise ConfigError(
-                f"cannot {what} {path}: this machine has no credentials for it; give it some "
-                f"where the provider looks (environment, ~/.aws, instance role)"
+                f"cannot {what} {path}: this machine has no credentials for it ({kind}); give it "
+                f"some where the provider looks (environment, ~/.aws, instance role)"
             ) from error
         if code in _REFUSED:
             raise ConfigError(
@@ -415,7 +426,12 @@ def _told(what: str, path: ObjectPath) -> Iterator[None]:
                 f"cannot {what} {path}: no permission ({code or kind}); give this machine's "
                 f"credentials the right to read and write below {bucket}"
             ) from error
-        reason = (str(error).splitlines() or [kind])[0]
+        reason = " ".join(str(error).split()) or kind
+        if isinstance(error, ValueError) or "InvalidBucketName" in (kind, code):
+            raise ConfigError(
+                f"cannot {what} {path}: {reason}; correct the place (execution.root) or the "
+                f"environment (AWS_ENDPOINT_URL)"
+            ) from error
         raise StoreError(
             f"cannot {what} {path}, tried again and again: {reason}; run again when the store "
             f"answers, finished shards are kept"

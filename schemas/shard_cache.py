@@ -12,6 +12,7 @@ A file for which there is no room is not kept: the caller reads it from the stor
 import fcntl
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -73,13 +74,10 @@ def local_file(path: Folder, sha256: str, *, spare_from_s: float | None = None) 
         finally:
             held.close()
         return
-    scratch = user_cache() / "scratch" / uuid.uuid4().hex
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _fetch(path, scratch, _size_of(path), sha256)
-        yield scratch
-    finally:
-        scratch.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="teachercache-") as scratch:
+        file = Path(scratch) / path.name
+        _fetch(path, file, _size_of(path), sha256)
+        yield file
 
 
 def local_files(folder: Folder, files: Mapping[str, str]) -> Path:

@@ -16,6 +16,7 @@ from schemas.errors import ConfigError, StoreError
 from schemas.object_store import Folder, read_if_there
 from schemas.shard_cache import local_files
 from schemas.shards import sha256_of, write_text
+from stages.tokenizer_identity import TEMPLATE_FOLDER
 
 CHECKPOINT = "checkpoint.json"
 METRICS = "metrics.json"
@@ -49,11 +50,11 @@ def run_fingerprint(identity: Mapping[str, Any]) -> str:
 def write_checkpoint(folder: Path, record: CheckpointRecord) -> None:
     """Force the folder's files to disk, then declare it complete."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in [*sorted(folder.iterdir()), *sorted((folder / TEMPLATE_FOLDER).glob("*"))]:
         if path.is_file() and path.name != CHECKPOINT and path.name[0] != ".":
             with path.open("rb+") as stream:
                 os.fsync(stream.fileno())
-            files[path.name] = sha256_of(path)
+            files[path.relative_to(folder).as_posix()] = sha256_of(path)
     body = asdict(record) | {"files": files}
     write_text(folder / CHECKPOINT, json.dumps(body, indent=1, sort_keys=True) + "\n")
 

@@ -30,7 +30,7 @@ _VOCABULARY_FILES = (
     "added_tokens.json",
 )
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 _RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
 _SPECIAL_KEYS = (
     "bos_token",
@@ -63,8 +63,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if (source / _TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(source / _TEMPLATE_FOLDER, target / _TEMPLATE_FOLDER, dirs_exist_ok=True)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER, dirs_exist_ok=True)
 
 
 def _vocabulary(folder: Path) -> Any:
@@ -112,7 +112,7 @@ def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     templates = {"default": inline} if isinstance(inline, str) else dict(_named(inline))
     if (folder / _TEMPLATE_FILE).is_file():
         templates["default"] = (folder / _TEMPLATE_FILE).read_text()
-    for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
+    for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
         templates[path.stem] = path.read_text()
     return templates
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,13 +16,16 @@ from pipeline import lease_lock
 from pipeline.plan import PlannedStep
 from pipeline.step_lock import LOCK_FILE, step_lock
 from pipeline.training_job import TrainingJob
+from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.manifest import read_manifest
 from schemas.object_store import ObjectPath, as_folder
-from stages.checkpoint import read_checkpoint
+from stages.checkpoint import local_copy, read_checkpoint
 from stages.student.config import TrainStage
 from stages.student.train_config import TrainOptions
+from stages.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
 from tests.s3_server import (
+    CUT_REPLY,
     KEY_ID,
     PASS,
     SECRET,
@@ -281,6 +285,20 @@ def test_a_second_run_is_refused_while_the_first_renews(
         pass
 
 
+def test_a_lock_whose_reply_was_lost_is_ours(
+    root: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is sent again, and finds there what the first one wrote."""
+    place = ObjectPath(f"{root}/teacher_logits/0123")
+    with faulty_proxy(server) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        proxy.fault = lambda method, path: CUT_REPLY if proxy.count("PUT") == 1 else PASS
+        told: list[str] = []
+        with step_lock(place, warned=told.append):
+            assert proxy.count("PUT") == 2 and not told
+    assert not server.objects(root)
+
+
 def test_the_lease_of_a_dead_run_is_taken_over_and_a_lost_one_is_told(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,3 +462,44 @@ def test_a_store_is_the_root_of_a_run_on_ray(
     recipe.run("execution.executor=ray", "execution.workers=2")
     assert tables(recipe) == tables(local)
     assert losses(recipe.step("trained")) == pytest.approx(losses(local.step("trained")), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_from_the_store_has_the_whole_tokenizer(
+    tiny_model: Path, paragraphs: list[str], root: str, tmp_path: Path
+) -> None:
+    """Also the templates that lie in a folder of their own."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / TEMPLATE_FOLDER).mkdir()
+    (model / TEMPLATE_FOLDER / "tools.jinja").write_text("{{ messages }}")
+    assert tokenizer_fingerprint(model) != tokenizer_fingerprint(tiny_model)
+    recipe = make_recipe(tmp_path, model, paragraphs[:4], more_steps=STUDENTS)
+    stored = on_store(recipe, root, tmp_path, "student")
+    stored.run()
+    copy = local_copy(stored.step("student").place)
+    assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(model)
+
+
+@pytest.mark.slow
+def test_a_finished_root_may_be_copied_either_way(
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path
+) -> None:
+    """By a tool that knows nothing of us, and stores no checksum with an object."""
+    bucket = root.split("/")[2]
+    files = [path for path in local.root.rglob("*") if path.is_file()]
+    for path in files:
+        key = f"cache/{path.relative_to(local.root)}"
+        server.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    stored = on_store(local, root, tmp_path)
+    assert set(stored.run().states.values()) == {"done"}
+    rows = open_dataset([str(stored.step(name).place) for name in ("documents", "signals")])
+    assert len(rows) == sum(m.num_rows for m in rows.manifests[:1])
+    copy = TinyRecipe(tmp_path / "copy.yaml", tmp_path / "copy")
+    copy.path.write_text(local.path.read_text().replace(str(local.root), str(copy.root)))
+    for key, body in server.objects(root).items():
+        path = copy.root / key.removeprefix("cache/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    assert set(copy.run().states.values()) == {"done"}
+    assert teachercache("verify", copy.root).code == 0
