@@ -17,11 +17,13 @@ from threading import Event, Lock
 import numpy as np
 import numpy.typing as npt
 
-from schemas.manifest import listed_shards, read_unverified_record, shard_name
+from schemas.manifest import ShardRecord, listed_shards, read_unverified_record, shard_name
 from schemas.shard_list import ShardListBuilder
 from schemas.shards import sha256_of
 
-MAX_THREADS = 8
+READING_THREADS = 16  # small files: on a network, each is a wait
+RECORDS_AT_ONCE = 256
+HASHING_THREADS = 8
 
 
 @dataclass
@@ -48,13 +50,11 @@ class KeptShards:
 def kept_shards(folder: Path, num_shards: int) -> Iterator[KeptShards]:
     """Read the records of a step's folder and begin to hash what they are about."""
     kept = KeptShards(folder, np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8))
-    for index in np.flatnonzero(listed_shards(folder, num_shards, ".json")).tolist():
-        record = read_unverified_record(folder, shard_name(index, num_shards))
-        if record is not None:
-            kept.is_kept_S[index] = True
-            kept.sha256_SB[index] = np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
-            kept.records.add(index, record)
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1, kept.num_kept)
+    for index, record in _records(folder, num_shards):
+        kept.is_kept_S[index] = True
+        kept.sha256_SB[index] = np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
+        kept.records.add(index, record)
+    num_threads = min(HASHING_THREADS, os.cpu_count() or 1, kept.num_kept)
     given_up = Event()
     if num_threads == 0:
         yield kept
@@ -66,6 +66,21 @@ def kept_shards(folder: Path, num_shards: int) -> Iterator[KeptShards]:
             yield kept
         finally:
             given_up.set()
+
+
+def _records(folder: Path, num_shards: int) -> Iterator[tuple[int, ShardRecord]]:
+    """Yield the shards that have a record and a file of the right size."""
+
+    def read(block: list[int]) -> list[tuple[int, ShardRecord]]:
+        names = ((index, shard_name(index, num_shards)) for index in block)
+        records = ((index, read_unverified_record(folder, name)) for index, name in names)
+        return [(index, record) for index, record in records if record is not None]
+
+    listed = np.flatnonzero(listed_shards(folder, num_shards, ".json")).tolist()
+    blocks = [listed[at : at + RECORDS_AT_ONCE] for at in range(0, len(listed), RECORDS_AT_ONCE)]
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for records in pool.map(read, blocks):
+            yield from records
 
 
 class _Queue:
