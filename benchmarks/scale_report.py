@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from benchmarks.bars import Bar, markdown_table
 from benchmarks.scale_costs import RAY_OVERHEAD_S, Driver
 from benchmarks.scale_results import PARTS, Measured, Result
+from benchmarks.shard_times import ShardTimes
 
 matplotlib.use("Agg")
 
@@ -42,25 +43,25 @@ With *N* tokens, *W* workers of *v* tokens/s each, *t* tokens a shard and *e* th
 | requests, read | 2 a shard: its input is hashed, then read | {gets:,.0f}; {get_rate:.0f}/s |
 | lost with a worker | half a shard and the engine's start | {lost_s:.0f} s of one worker |
 
-*v* is yours to measure: `teachercache status` and the line at the end of a run say it. Rules:
+*v* is yours to measure: what a run prints at its end has it, as positions/s. Rules:
 
-- **Tokens a shard**: so that a shard takes one to ten minutes, t = 60 v to 600 v. Below
-  {driver_floor:.1f} s a shard times {most_workers:,} workers the driver is busy all the time;
-  ten times that leaves it nine tenths idle. Above, a lost worker, a straggler and the last shards
-  of a run cost more, and so does a shard that is tried row by row.
+- **Tokens a shard**: so that a shard takes one to ten minutes, t = 60 v to 600 v. With
+  {most_workers:,} workers, shards of {driver_floor:.1f} s keep the driver busy all the time; shards
+  of ten times that leave it nine tenths idle. Longer ones make a lost worker, a straggler and the
+  end of a run cost more, and a shard that is tried row by row.
 - **Workers**: at most a hundredth of the shards, or the end of the run shows, when some have
   nothing left to do.
 - **execution.shard_timeout_s**: twenty times the median shard; stragglers of 10x are not ended.
 
 ## The simulation
 
-Measured: times of {num_times} shards of a real run ({teacher}; rows are whole documents, so
-shards differ in tokens), over their median; what the driver does for a shard. **Assumed**, and to
-be replaced by your own: {speed:,.0f} tokens/s a worker (one GPU, a teacher of some 8 B parameters);
-1 % of shards 10x slow on top of the measured tail; a worker lives {life_h:.0f} h on average
-(exponential) and takes {load_s:.0f} s to load its engine; an object store with {latency_ms:.0f} ms
-a request, {stream_mb:.0f} MB/s a stream, and 3,500 writes and 5,500 reads a second on the one
-prefix that a table has.
+Measured: times of {num_times} shards of a real run ({teacher}; five rows each, whole documents, so
+that shards differ in tokens, more than shards of a thousand rows would), over their mean; what the
+driver does for a shard. **Assumed**, and to be replaced by your own: {speed:,.0f} tokens/s a worker
+(one GPU, a teacher of some 8 B parameters); 1 % of shards 10x slow on top of the measured tail; a
+worker lives {life_h:.0f} h on average (exponential) and takes {load_s:.0f} s to load its engine; an
+object store with {latency_ms:.0f} ms a request, {stream_mb:.0f} MB/s a stream, and 3,500 writes and
+5,500 reads a second on the one prefix that a table has.
 
 Seconds of a shard over the median, quantiles:
 
@@ -77,8 +78,9 @@ other shares say where the rest went, and add up to it.
 
 {by_size}
 
-Runs other than that of a million shards stop at {most_shards:,}, so small shards are a shorter run,
-in which loading the engines and the end weigh more.
+These runs, and those below, stop at {most_shards:,} shards. Here the engines are loaded beforehand:
+with them, runs of small shards would be over before they show anything else. The end of a run is a
+straggler of 10x; in a run three times as long it weighs a third.
 
 ### More trouble, 1,000 workers
 
@@ -188,10 +190,15 @@ def quantile_rows(found: Measured) -> list[dict[str, Any]]:
             "shards": len(times.seconds_S),
             "median, s": float(np.median(times.seconds_S)),
             "tokens, median": float(np.median(times.tokens_S)),
-            **{f"q{100 * q:g}": float(np.quantile(times.relative_S, q)) for q in QUANTILES},
+            **{f"q{100 * q:g}": quantile(times, q) for q in QUANTILES},
         }
         for name, times in found.times.items()
     ]
+
+
+def quantile(times: ShardTimes, q: float) -> float:
+    """Return a quantile of the seconds over their median."""
+    return float(np.quantile(times.seconds_S, q) / np.median(times.seconds_S))
 
 
 def changes(found: Measured, shards: float, num_bytes: float) -> list[dict[str, str]]:
