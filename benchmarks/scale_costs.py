@@ -131,6 +131,7 @@ def list_costs(num_shards: int) -> dict[str, float]:
 
         build_s = seconds_of(walk) + seconds_of(builder.finish)
     return {
+        "shards": float(num_shards),
         "bytes a shard": size / num_shards,
         "write, s": write_s,
         "read and check, s": read_s,

@@ -7,7 +7,6 @@ The tables lie under ``CACHE/benchmarks/shard_times`` by fingerprint: they are m
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from schemas.manifest import read_manifest, read_notes
 
 F64Array = npt.NDArray[np.float64]
 TEXTS = ("text/c4_demo.jsonl", "text/alpaca_en_demo.json")
-ROWS_PER_SHARD = 5
+ROWS_PER_SHARD, QUICK_ROWS = 5, 60
 SMALL = "2 layers of SmolLM2-135M, transformers"
 TEACHER = "SmolLM2-135M, vLLM"
 
@@ -35,30 +34,37 @@ class ShardTimes:
 
     @property
     def relative_S(self) -> F64Array:
-        """Seconds over their median."""
-        return np.asarray(self.seconds_S / np.median(self.seconds_S))
+        """Seconds over their mean."""
+        return np.asarray(self.seconds_S / np.mean(self.seconds_S))
 
 
-def shard_times(cache: Path) -> dict[str, ShardTimes]:
-    """Run what has not been run yet; return the times by teacher."""
+def shard_times(cache: Path, *, quick: bool = False) -> dict[str, ShardTimes]:
+    """Run what has not been run yet; return the times by teacher. ``quick``: the small one's."""
+    for needed in (MODEL, *TEXTS):
+        if not (cache / needed).exists():
+            raise SystemExit(
+                f"{cache / needed} is missing: run `python examples/fetch_assets.py` first"
+            )
     root = cache / "benchmarks" / "shard_times"
+    root.mkdir(parents=True, exist_ok=True)
     small = root / "two_layers"
     if not (small / "model.safetensors").is_file():
         _command("student", "init", "--from", cache / MODEL, "--layers", "2", small)
     found = {}
-    for name, model, engine in (
-        (SMALL, small, "transformers"),
-        (TEACHER, cache / MODEL, "vllm"),
-    ):
-        path = root / f"{engine}.yaml"
-        path.write_text(yaml.safe_dump(_recipe(root, cache, model, engine), sort_keys=False))
+    teachers = [(SMALL, small, "transformers"), (TEACHER, cache / MODEL, "vllm")]
+    for name, model, engine in teachers[:1] if quick else teachers:
+        recipe = _recipe(root, cache, model, engine)
+        if quick:
+            recipe["steps"]["documents"]["max_rows"] = QUICK_ROWS
+        path = root / (f"{engine}_quick.yaml" if quick else f"{engine}.yaml")
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         _command("run", path)
         steps = json.loads(_command("status", path, "--json"))
         found[name] = _times_in(Path(steps[-1]["folder"]))
     return found
 
 
-def _recipe(root: Path, cache: Path, model: Path, engine: str) -> Mapping[str, Any]:
+def _recipe(root: Path, cache: Path, model: Path, engine: str) -> dict[str, Any]:
     return {
         "name": f"shard_times_{engine}",
         "models": {"teacher": {"path": str(model), "dtype": "float32", "engine": engine}},

@@ -48,8 +48,8 @@ class Store:
 class World:
     """What is simulated; every number that is assumed and not measured is here."""
 
-    shard_s: float  # the teacher's time for the median shard
-    relative_S: F64Array  # measured times of shards over their median, drawn from at random
+    shard_s: float  # the teacher's time for a shard, on average
+    relative_S: F64Array  # measured times of shards over their mean, drawn from at random
     slow_fraction: float = 0.01
     slow_factor: float = 10.0
     load_s: float = 300.0

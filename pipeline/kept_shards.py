@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, Lock
 
 import numpy as np
@@ -28,8 +29,10 @@ from schemas.object_store import Folder, ObjectPath
 from schemas.shard_list import ShardListBuilder
 from schemas.shards import sha256_of
 
-MAX_THREADS = 8
-RECORDS_AT_ONCE = 4096  # asked of an object store
+READING_THREADS = 16  # small files: on a network, each is a wait
+RECORDS_AT_ONCE = 256
+OBJECTS_AT_ONCE = 4096  # asked of an object store
+HASHING_THREADS = 8
 
 
 @dataclass
@@ -73,20 +76,13 @@ def kept_shards(folder: Folder, num_shards: int, shards: range) -> Iterator[Kept
     none, no_sha256 = np.zeros(num_shards, bool), np.zeros((num_shards, 32), np.uint8)
     kept = KeptShards(folder, shards, none, no_sha256)
     if isinstance(folder, ObjectPath):
-        for first in range(shards.start, shards.stop, RECORDS_AT_ONCE):
-            indices = range(first, min(first + RECORDS_AT_ONCE, shards.stop))
-            names = [shard_name(index, num_shards) for index in indices]
-            for index, found in zip(indices, read_records(folder, names), strict=True):
-                if found is not None:
-                    kept.keep(index, found)
+        for index, record in _records_in_store(folder, num_shards, shards):
+            kept.keep(index, record)
         yield kept
         return
-    listed = listed_shards(folder, num_shards, ".json")[shards.start : shards.stop]
-    for index in (shards.start + np.flatnonzero(listed)).tolist():
-        record = read_unverified_record(folder, shard_name(index, num_shards))
-        if record is not None:
-            kept.keep(index, record)
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1, kept.num_kept)
+    for index, record in _records(folder, num_shards, shards):
+        kept.keep(index, record)
+    num_threads = min(HASHING_THREADS, os.cpu_count() or 1, kept.num_kept)
     given_up = Event()
     if num_threads == 0:
         yield kept
@@ -98,6 +94,34 @@ def kept_shards(folder: Folder, num_shards: int, shards: range) -> Iterator[Kept
             yield kept
         finally:
             given_up.set()
+
+
+def _records_in_store(
+    folder: ObjectPath, num_shards: int, shards: range
+) -> Iterator[tuple[int, ShardRecord]]:
+    """Yield the shards that have a record and an object with its size and checksum."""
+    for first in range(shards.start, shards.stop, OBJECTS_AT_ONCE):
+        indices = range(first, min(first + OBJECTS_AT_ONCE, shards.stop))
+        names = [shard_name(index, num_shards) for index in indices]
+        for index, record in zip(indices, read_records(folder, names), strict=True):
+            if record is not None:
+                yield index, record
+
+
+def _records(folder: Path, num_shards: int, shards: range) -> Iterator[tuple[int, ShardRecord]]:
+    """Yield the shards that have a record and a file of the right size."""
+
+    def read(block: list[int]) -> list[tuple[int, ShardRecord]]:
+        names = ((index, shard_name(index, num_shards)) for index in block)
+        records = ((index, read_unverified_record(folder, name)) for index, name in names)
+        return [(index, record) for index, record in records if record is not None]
+
+    found = listed_shards(folder, num_shards, ".json")[shards.start : shards.stop]
+    listed = (shards.start + np.flatnonzero(found)).tolist()
+    blocks = [listed[at : at + RECORDS_AT_ONCE] for at in range(0, len(listed), RECORDS_AT_ONCE)]
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for records in pool.map(read, blocks):
+            yield from records
 
 
 class _Queue:
