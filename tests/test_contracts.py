@@ -1,6 +1,7 @@
 """What holds over the whole tree: who imports what, what a wheel carries, what users rely on."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -246,3 +247,12 @@ def test_the_readme_names_every_module() -> None:
         for path in (REPOSITORY / folder).rglob("*.py"):
             if path.name != "__init__.py":
                 assert f"  {path.name} " in text, f"README.md does not name {path}"
+
+
+def test_every_fault_in_the_table_has_the_test_it_names() -> None:
+    text = (REPOSITORY / "docs" / "reliability.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    named = re.findall(r"`([\w/]+\.py)::(\w+)` \|$", text, re.M)
+    assert len(named) == len([line for line in lines if not line.startswith("| ---")]) > 20
+    for file, name in named:
+        assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(), (file, name)

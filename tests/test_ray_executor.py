@@ -20,7 +20,6 @@ import pytest
 
 from pipeline.dispatch import Limits
 from pipeline.shard_task import DEADLY
-from pipeline.worker import Versions
 from schemas.errors import ConfigError, EngineError, SchemaMismatch
 from schemas.manifest import ShardRecord
 from schemas.shards import read_shard
@@ -341,12 +340,21 @@ def test_a_worker_with_another_version_is_refused(
     assert not list(shards.marks.iterdir())
 
 
-def test_a_worker_with_another_version_of_a_table_is_refused() -> None:
-    ours = Versions.installed()
-    theirs = Versions(ours.package, ours.tables | {"documents": 99})
-    ours.require(Versions.installed(), "here")
-    with pytest.raises(SchemaMismatch, match=r"there writes table documents in version 99, this"):
-        ours.require(theirs, "there")
+OTHER_TABLE = "from schemas.dataset import TABLES; TABLES['documents', ''].version = 99"
+
+
+def test_a_worker_with_another_version_of_a_table_is_refused(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python finds the same teachercache, in which one table has moved on."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(OTHER_TABLE)
+    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    expected = r"^the worker on .* writes table documents in version 99, this run reads version 1: "
+    with pytest.raises(SchemaMismatch, match=expected):
+        list(on_ray(shards, shards.stage(), TWO, None))
+    assert not list(shards.marks.iterdir())
 
 
 # A run as a job of the cluster.
