@@ -32,7 +32,7 @@ def the_import_error(found: DagBag) -> list[str]:
     """The lines of the one import error, without its traceback."""
     (error,) = found.import_errors.values()
     assert all("teachercache_recipe_errors.py" in name for name in found.import_errors)
-    return error.split("RecipeError: ")[1].strip().split("\n")
+    return str(error).split("RecipeError: ")[1].strip().split("\n")
 
 
 def test_each_recipe_has_a_dag_that_caches_and_one_that_trains(recipes: Path) -> None:

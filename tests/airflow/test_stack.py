@@ -144,7 +144,7 @@ class Stack:
     def log_of(self, dag: str, run: str, task: dict[str, Any], number: int | None = None) -> str:
         path = f"dags/{dag}/dagRuns/{run}/taskInstances/{task['task_id']}/logs"
         tries = number or task["try_number"]
-        found = self.get(f"{path}/{tries}", map_index=task["map_index"], full_content=True)
+        found: dict[str, Any] = self.get(f"{path}/{tries}", map_index=task["map_index"], full_content=True)
         return "\n".join(str(line.get("event", line)) for line in found["content"])
 
     def stop(self) -> None:
@@ -221,12 +221,17 @@ def finished_shards(root: Path) -> dict[Path, int]:
 def wait_for_first_shards(root: Path) -> psutil.Process:
     """Wait until a mapped task has finished a shard; return its command, stopped."""
     deadline = time.monotonic() + WITHIN_S
-    while not finished_shards(root):
+    while not (found := finished_shards(root)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    command = commands(root, "--shards")[0]
-    command.suspend()
-    return command
+    number = int(next(iter(found)).name.split("-")[1])
+    for command in commands(root, "--shards"):
+        words = command.cmdline()
+        first, end = words[words.index("--shards") + 1].split(":")
+        if int(first) <= number < int(end):
+            command.suspend()
+            return command
+    raise AssertionError("the command has ended already")
 
 
 def test_a_recipe_that_cannot_be_read_is_shown_and_the_others_are_there(stack: Stack) -> None:
@@ -266,7 +271,8 @@ def test_a_scheduled_run_whose_task_is_killed_gives_the_same_bytes_and_students(
     assert {task["rendered_map_index"] for task in shards} >= {"shards 0:20"}
     retried = max(shards, key=lambda found: found["try_number"])
     log = stack.log_of("nightly__cache", run["dag_run_id"], retried)
-    assert "shards are finished already" in log and "Traceback" not in log
+    assert "shards are finished already" in log, log
+    assert "Traceback" not in log, log
     # The asset, and what it started.
     (event,) = stack.get("assets/events")["asset_events"]
     assert event["extra"]["date"] == day and event["extra"]["overrides"] == []
