@@ -21,6 +21,7 @@ HOME = Path(tempfile.mkdtemp(prefix="airflow-"))
 COMMAND = os.environ.setdefault(
     "TEACHERCACHE_COMMAND", str(REPOSITORY / ".venv" / "bin" / "teachercache")
 )
+PYTHON = Path(shlex.split(COMMAND)[0]).with_name("python")  # of the command's environment
 # Before Airflow is imported for the first time. The command's threads are one, for equal bytes.
 os.environ.update(
     AIRFLOW_HOME=str(HOME),
@@ -99,9 +100,8 @@ def tables(root: Path) -> dict[str, dict[str, bytes]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny model and two days of text, made by the environment that has torch."""
     folder = tmp_path_factory.mktemp("world")
-    python = Path(shlex.split(COMMAND)[0]).with_name("python")
     done = subprocess.run(
-        [str(python), str(Path(__file__).with_name("tiny_world.py")), str(folder)],
+        [str(PYTHON), str(Path(__file__).with_name("tiny_world.py")), str(folder)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

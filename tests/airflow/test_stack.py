@@ -144,7 +144,9 @@ class Stack:
     def log_of(self, dag: str, run: str, task: dict[str, Any], number: int | None = None) -> str:
         path = f"dags/{dag}/dagRuns/{run}/taskInstances/{task['task_id']}/logs"
         tries = number or task["try_number"]
-        found: dict[str, Any] = self.get(f"{path}/{tries}", map_index=task["map_index"], full_content=True)
+        found: dict[str, Any] = self.get(
+            f"{path}/{tries}", map_index=task["map_index"], full_content=True
+        )
         return "\n".join(str(line.get("event", line)) for line in found["content"])
 
     def stop(self) -> None:
