@@ -178,7 +178,7 @@ def _schedule(node: "_Mapping") -> Schedule:
             raise child.error(f"schedule.{key}: no such setting; there are: {', '.join(known)}")
         value = child.value()
         value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, str(known[key].type)):
+        if not _fits(value, str(known[key].type), least=0 if key == "retries" else 1):
             expected = str(known[key].type).replace("datetime.", "").replace("tuple", "list")
             raise child.error(f"schedule.{key} is {value!r}, expected {expected}")
         if key == "runner" and value not in RUNNERS:
@@ -187,8 +187,8 @@ def _schedule(node: "_Mapping") -> Schedule:
     return Schedule(**values)
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    """Whether a YAML value is what the field takes; numbers are above zero, retries may be zero."""
+def _fits(value: Any, annotation: str, *, least: int) -> bool:
+    """Whether a YAML value is what the field takes: a count of ``least``, a time above zero."""
     if value is None:
         return "None" in annotation
     if "bool" in annotation or isinstance(value, bool):
@@ -201,7 +201,7 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, str)
     if "float" in annotation:
         return isinstance(value, int | float) and value > 0
-    return isinstance(value, int) and value >= 0
+    return isinstance(value, int) and value >= least
 
 
 class _Mapping:

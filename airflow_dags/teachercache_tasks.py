@@ -201,14 +201,18 @@ class RayJobOperator(TeachercacheOperator):
         super().__init__(**options)
         self._job: str | None = None
 
+    @staticmethod
+    def stem(call: Call, context: Context) -> str:
+        """Return what the names of a task's jobs begin with; every try of the task has the same."""
+        task = context["ti"]
+        key = [task.dag_id, task.run_id, task.task_id, task.map_index, call.date, call.overrides]
+        return "teachercache-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
     def carry_out(self, call: Call, context: Context) -> None:
         """Submit the job unless it is there already, then follow it."""
-        on_ray = ("execution.executor=ray", "execution.address=auto")
-        call = Call(call.recipe, call.date, (*call.overrides, *on_ray))
-        entrypoint = shlex.join(["teachercache", *call.arguments(*self.words)])
-        instance = context["ti"]
-        key = [instance.dag_id, instance.run_id, instance.task_id, instance.map_index, call.date]
-        stem = "teachercache-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        stem = self.stem(call, context)
+        on_ray = ("--set", "execution.executor=ray", "--set", "execution.address=auto")
+        entrypoint = shlex.join(["teachercache", *call.arguments(*self.words), *on_ray])
         with self._client() as client:
             number = 0
             while (found := client.get(f"/api/jobs/{stem}-{number}")).status_code == 200:
@@ -222,7 +226,7 @@ class RayJobOperator(TeachercacheOperator):
                     "entrypoint": entrypoint,
                     "submission_id": self._job,
                     "runtime_env": {"env_vars": {"DS": call.date}},
-                    "metadata": {"airflow": instance.task_id},
+                    "metadata": {"airflow": self.task_id},
                 }
                 self.log.info("Ray job %s: DS=%s %s", self._job, call.date, entrypoint)
                 client.post("/api/jobs/", json=body).raise_for_status()

@@ -135,6 +135,17 @@ def test_each_heavy_library_is_imported_where_the_table_says() -> None:
             assert sites is None or name.startswith(sites), f"{name} imports {library}"
 
 
+def test_the_dags_import_nothing_of_ours() -> None:
+    """Airflow's environment has none of it."""
+    allowed = {"airflow", "httpx", "kubernetes", "yaml", *sys.stdlib_module_names}
+    for path in (REPOSITORY / "airflow_dags").glob("*.py"):
+        names = {name for name, _ in imported(ast.parse(path.read_text()))}
+        foreign = {name for name in names - allowed if not name.startswith("teachercache_")}
+        assert not foreign, f"{path} imports {foreign}"
+    recipes = ast.parse((REPOSITORY / "airflow_dags/teachercache_recipes.py").read_text())
+    assert {name for name, _ in imported(recipes)} <= {"yaml", *sys.stdlib_module_names}
+
+
 def test_vllm_is_imported_inside_a_function_only() -> None:
     tree = ast.parse((REPOSITORY / "stages/engines/vllm_engine.py").read_text())
     top = [name for node in tree.body for name, _ in _direct(node)]
@@ -243,7 +254,7 @@ def test_nothing_is_left_unfinished() -> None:
 
 def test_the_readme_names_every_module() -> None:
     text = (REPOSITORY / "README.md").read_text()
-    for folder in (*PACKAGES, "tests", "benchmarks", "examples"):
+    for folder in (*PACKAGES, "airflow_dags", "tests", "benchmarks", "examples"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             if path.name != "__init__.py":
                 assert f"  {path.name} " in text, f"README.md does not name {path}"

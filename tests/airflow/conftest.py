@@ -21,6 +21,7 @@ HOME = Path(tempfile.mkdtemp(prefix="airflow-"))
 COMMAND = os.environ.setdefault(
     "TEACHERCACHE_COMMAND", str(REPOSITORY / ".venv" / "bin" / "teachercache")
 )
+PYTHON = Path(shlex.split(COMMAND)[0]).with_name("python")  # of the command's environment
 # Before Airflow is imported for the first time. The command's threads are one, for equal bytes.
 os.environ.update(
     AIRFLOW_HOME=str(HOME),
@@ -64,8 +65,9 @@ class World:
         return path
 
     def plain_run(self, day: str, root: Path) -> dict[str, dict[str, bytes]]:
-        """Run the recipe without Airflow; return every byte of the tables."""
-        path = self.write(root.with_suffix(".yaml"), root)
+        """Make the tables without Airflow; return every byte of them."""
+        steps = {name: self.body["steps"][name] for name in ("documents", "signals")}
+        path = self.write(root.with_suffix(".yaml"), root, steps=steps)
         teachercache("run", str(path), DS=day)
         return tables(root)
 
@@ -98,9 +100,8 @@ def tables(root: Path) -> dict[str, dict[str, bytes]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny model and two days of text, made by the environment that has torch."""
     folder = tmp_path_factory.mktemp("world")
-    python = Path(shlex.split(COMMAND)[0]).with_name("python")
     done = subprocess.run(
-        [str(python), str(Path(__file__).with_name("tiny_world.py")), str(folder)],
+        [str(PYTHON), str(Path(__file__).with_name("tiny_world.py")), str(folder)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Run by the worker's python: a tiny model, two days of text, and a recipe for Airflow, in a folder."""
+"""Run by the worker's python: a tiny model, some days' text, and a recipe for Airflow."""
 
 import sys
 from pathlib import Path
@@ -8,15 +8,14 @@ import yaml
 from tests.conftest import PARAGRAPHS, save_tiny_model
 from tests.tiny_recipe import make_recipe, write_jsonl
 
-DAYS = ("2026-01-05", "2026-01-06")
-TEXTS_A_DAY = 330
+# Short texts of two days, and a long one for whatever day it is.
+TEXTS = {"2026-01-05": (0, 60), "2026-01-06": (60, 120), "long": (120, 500)}
 
 
 def main(folder: Path) -> None:
     model = save_tiny_model(folder / "model", vocab_size=512)
-    for number, day in enumerate(DAYS):
-        texts = PARAGRAPHS[number * TEXTS_A_DAY : (number + 1) * TEXTS_A_DAY]
-        write_jsonl(folder / "text" / f"{day}.jsonl", texts)
+    for day, (first, last) in TEXTS.items():
+        write_jsonl(folder / "text" / f"{day}.jsonl", PARAGRAPHS[first:last])
     training = {
         "small": {"stage": "student_init", "model": "teacher", "layers": 2},
         "distilled": {
@@ -32,9 +31,9 @@ def main(folder: Path) -> None:
     body["steps"]["documents"]["source"]["paths"] = [str(folder / "text" / "${DS}.jsonl")]
     body["steps"]["documents"]["rows_per_shard"] = 32
     body["steps"]["signals"]["encoding"] = {"kind": "exact"}
-    body["execution"]["group_size"] = 16
+    body["execution"]["group_size"] = 20
     body["schedule"] = {"retries": 0}
-    print(yaml.safe_dump(body, sort_keys=False))
+    sys.stdout.write(yaml.safe_dump(body, sort_keys=False))
 
 
 if __name__ == "__main__":
