@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from .errors import SchemaMismatch, StoreError
-from .object_store import REQUESTS_AT_ONCE, Folder, ObjectPath, read_if_there, read_many
+from .object_store import Folder, ObjectPath, at_once, read_if_there, read_many
 from .shards import sha256_of, write_text
 
 MANIFEST = "manifest.json"
@@ -173,8 +173,7 @@ def read_records(folder: Folder, names: Sequence[str]) -> list[ShardRecord | Non
     """
     records = [_record_in(notes) for notes in all_notes(folder, names)]
     if isinstance(folder, ObjectPath):
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            return list(pool.map(lambda record: _if_whole(folder, record), records))
+        return at_once(partial(_if_whole, folder), records)
     return [_if_whole(folder, record) for record in records]
 
 
