@@ -320,9 +320,15 @@ def _write_manifest(
         identity=step.identity,
         shards=shards,
         source_rejects=source_rejects,
-        files={name: sha256_of(step.place / name) for name in side_files},
+        files={name: _written_sha256(step.place / name) for name in side_files},
     )
     write_manifest(step.place, manifest)
+
+
+def _written_sha256(path: Folder) -> str:
+    """Return the checksum of what this run has just written: of an object, the one beside it."""
+    info = path.info() if isinstance(path, ObjectPath) else None
+    return info.sha256 if info is not None and info.sha256 else sha256_of(path)
 
 
 def _run_training(

@@ -12,8 +12,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SchemaMismatch, StoreError
-from .object_store import REQUESTS_AT_ONCE, Folder, ObjectPath, read_if_there, read_many
+from .object_store import Folder, ObjectPath, at_once, read_if_there, read_many
 from .shard_list import ShardList, ShardTotals
 from .shard_list import ShardRecord as ShardRecord  # people take both from here
 from .shard_list import shard_name as shard_name
@@ -189,8 +189,7 @@ def read_records(folder: Folder, names: Sequence[str]) -> list[ShardRecord | Non
     """
     records = [_record_in(notes) for notes in all_notes(folder, names)]
     if isinstance(folder, ObjectPath):
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            return list(pool.map(lambda record: _if_whole(folder, record), records))
+        return at_once(partial(_if_whole, folder), records)
     return [_if_whole(folder, record) for record in records]
 
 

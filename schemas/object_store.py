@@ -12,14 +12,15 @@ machine alone: an ``ObjectPath`` holds a URL and nothing else.
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError, StoreError, TeacherCacheError
 
@@ -29,6 +30,7 @@ ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS 
 RANGE_BYTES = 32 << 20  # what one GET brings of a large object
 PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
 REQUESTS_AT_ONCE = 32
+_QUEUED = 10_000
 _PACKAGES = {
     "s3": "s3fs: pip install teachercache[s3]",
     "gs": "gcsfs: pip install teachercache[gs]",
@@ -40,6 +42,10 @@ _NO_CREDENTIALS = (
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
     *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
 )
+
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +120,20 @@ class ObjectPath:
 
     def download(self, file: Path, num_bytes: int) -> None:
         """Write the object's bytes over those of ``file``, which may be there already."""
-        with _told("read", self), file.open("r+b" if file.exists() else "wb") as stream:
-            for start in range(0, num_bytes, RANGE_BYTES):
-                stop = min(start + RANGE_BYTES, num_bytes)
-                stream.write(_store(self).cat_file(self.url, start=start, end=stop))
-            stream.truncate()
+        try:
+            with file.open("r+b" if file.exists() else "wb") as stream:
+                for start in range(0, num_bytes, RANGE_BYTES):
+                    stream.write(self.read_range(start, min(start + RANGE_BYTES, num_bytes)))
+                stream.truncate()
+                stream.flush()
+                os.fsync(stream.fileno())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {file}, a copy of {self}: {error.strerror or error}; free or open "
+                f"it, or set TEACHERCACHE_CACHE (and TMPDIR) to another folder"
+            ) from error
 
     def sha256(self) -> str:
         """Return the checksum of the bytes, all of which are fetched; FileNotFoundError without."""
@@ -285,29 +300,21 @@ def read_if_there(path: Folder) -> bytes | None:
 
 def read_many(paths: Sequence[Folder]) -> list[bytes | None]:
     """Return small files, None for each that is not there; from a store, many at once."""
-    remote = [path for path in paths if isinstance(path, ObjectPath)]
-    if len(remote) < len(paths) or not remote:
+    if all(isinstance(path, Path) for path in paths):
         return [read_if_there(path) for path in paths]
-    read: list[bytes | None] = []
-    for first in range(0, len(remote), 32 * REQUESTS_AT_ONCE):
-        some = remote[first : first + 32 * REQUESTS_AT_ONCE]
-        with _told("read", some[0]):
-            found = _store(some[0]).cat(
-                [path.url for path in some],
-                on_error="return",
-                batch_size=REQUESTS_AT_ONCE,
-                **_one_get(some[0]),
-            )
-        if not isinstance(found, Mapping):  # what cat makes of a list of one
-            found = {some[0].url: found}
-        by_url = {key.split("://")[-1].lstrip("/"): value for key, value in found.items()}
-        for path in some:
-            value = by_url[path.url.split("://")[1]]
-            with suppress(FileNotFoundError), _told("read", path):
-                if isinstance(value, Exception):
-                    raise value
-            read.append(None if isinstance(value, Exception) else bytes(value))
-    return read
+    return at_once(read_if_there, paths)
+
+
+def at_once(ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
+    """Return each answer in order; some questions wait for the store at the same time."""
+    answers: list[Answer] = []
+    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
+    try:
+        for start in range(0, len(items), _QUEUED):
+            answers.extend(pool.map(ask, items[start : start + _QUEUED]))
+    finally:
+        pool.shutdown(cancel_futures=True)  # the first error ends the rest
+    return answers
 
 
 @contextmanager
