@@ -120,7 +120,7 @@ def list_costs(num_shards: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_s = seconds_of(lambda: shards.write(folder))
-        size = (folder / "shards.arrow").stat().st_size
+        size = (folder / "shards.feather").stat().st_size
         again = ShardList.in_folder(folder, shards.totals)
         read_s = seconds_of(lambda: again.table)
         builder = ShardListBuilder()

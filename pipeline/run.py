@@ -32,7 +32,7 @@ from schemas.manifest import (
     shard_name,
     write_manifest,
 )
-from schemas.object_store import ObjectPath
+from schemas.object_store import Folder, ObjectPath
 from schemas.shard_list import (
     SHARD_LIST,
     ShardList,

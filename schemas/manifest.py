@@ -1,6 +1,6 @@
 """Records of finished shards, and the manifest that makes a table complete.
 
-Each shard has a JSON record, written after the shard. From the records come ``shards.arrow``, the
+Each shard has a JSON record, written after the shard. From the records come ``shards.feather``, the
 list of all shards, and then ``manifest.json``, last: a table is complete when that exists and every
 shard of its list verifies. The manifest itself stays small, whatever the number of shards: it has
 their totals, and the sha256 of the list. Timings stay in the records, so that equal tables have

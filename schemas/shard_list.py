@@ -1,7 +1,7 @@
 """The shards of a table, in order: columns in one small Arrow file, a record made when asked for.
 
 A table may have a million shards. ``manifest.json`` has their totals; the list itself lies beside
-it in ``shards.arrow``, some 80 bytes a shard, and is opened when somebody asks for a shard.
+it in ``shards.feather``, some 80 bytes a shard, and is opened when somebody asks for a shard.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from .errors import StoreError
 from .object_store import Folder
 from .shards import atomic_file
 
-SHARD_LIST = "shards.arrow"
+SHARD_LIST = "shards.feather"
 SCHEMA = pa.schema(
     {
         "split": pa.string(),
@@ -106,7 +106,7 @@ class ShardList(Sequence[ShardRecord]):
         return cls(totals, path=folder / SHARD_LIST, table=None)
 
     def write(self, folder: Folder) -> None:
-        """Write ``shards.arrow``: equal shards give equal bytes."""
+        """Write ``shards.feather``: equal shards give equal bytes."""
         with atomic_file(folder / SHARD_LIST) as stream:
             stream.write(_file_bytes(self.table))
 

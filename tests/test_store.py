@@ -184,7 +184,7 @@ def test_a_manifest_edited_by_hand_is_refused(documents: Path) -> None:
     body = json.loads(path.read_text())
     body["totals"]["num_rows"] += 1
     path.write_text(json.dumps(body))
-    with pytest.raises(StoreError, match=r"shards\.arrow is not the list .*num_rows=60.*=61"):
+    with pytest.raises(StoreError, match=r"shards\.feather is not the list .*num_rows=60.*=61"):
         open_dataset([documents])
     path.write_text(json.dumps({**body, "format": 1, "shards": []}))
     with pytest.raises(SchemaMismatch, match="has format 1, this version reads format 2: delete"):
@@ -198,7 +198,7 @@ def test_a_manifest_edited_by_hand_is_refused(documents: Path) -> None:
 def test_a_list_of_shards_that_is_not_the_manifests_is_refused(
     documents: Path, damage: str
 ) -> None:
-    path = documents / "shards.arrow"
+    path = documents / "shards.feather"
     content = bytearray(path.read_bytes())
     content[content.index(b"heldout")] ^= 1
     match damage:
@@ -210,10 +210,10 @@ def test_a_list_of_shards_that_is_not_the_manifests_is_refused(
             path.unlink()
     manifest = read_manifest(documents)
     assert (manifest.num_rows, len(manifest.shards)) == (NUM_SHARDS * ROWS, NUM_SHARDS)
-    with pytest.raises(StoreError, match=r"shards\.arrow is not the list of shards .*delete the"):
+    with pytest.raises(StoreError, match=r"shards\.feather is not the list of shards .*delete the"):
         open_dataset([documents])
     (problem,) = verify_folder(documents)
-    assert "shards.arrow is not the list of shards" in problem
+    assert "shards.feather is not the list of shards" in problem
 
 
 def test_shards_are_a_sequence_of_the_records_that_were_written(documents: Path) -> None:

@@ -203,7 +203,7 @@ def finish(process: subprocess.Popen[str]) -> Said:
 
 def table_bytes(folder: Path) -> dict[str, bytes]:
     """Everything of a table that has to be equal between runs: shards, rejects and manifest."""
-    patterns = ("shard*.arrow", "*.rejects.jsonl", "manifest.json", "head.*")
+    patterns = ("shard-*.arrow", "shards.feather", "*.rejects.jsonl", "manifest.json", "head.*")
     return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
 
 

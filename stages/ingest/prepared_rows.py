@@ -91,7 +91,7 @@ class PreparedRows:
 
     def read(self, index: int) -> Iterator[Any]:
         """Yield the rows of one shard, in order; raises StoreError where nothing is prepared."""
-        if self._body() is None:
+        if not self._marker.is_file():
             raise StoreError(
                 f"{self.work_dir} holds no complete {self.table.name}: run the recipe again"
             )
