@@ -148,6 +148,8 @@ def read_recipe(path: Path) -> Recipe:
     steps: dict[str, Step] = {}
     for key, node in top.require("steps").children().items():
         steps[key] = _step(key, node, made_by, steps)
+    if not steps:
+        raise top["steps"].error("there are no steps")
     if "schedule" not in top:
         return Recipe(name, path, text, steps)
     lines = {key: node.line for key, node in top["schedule"].children().items()}

@@ -110,16 +110,29 @@ def test_the_schedule_of_a_recipe_is_that_of_its_dags(recipes: Path, world: Worl
         ("name: b\nsteps:\n  s: 3\n", "line 3: 's' is not a mapping"),
         ("name: b\nsteps:\n  s:\n    stage: x\n", "line 4: stage 'x' found, expected one of"),
         ("name: b\nsteps:\n  plan: {stage: train}\n", "line 3: step 'plan' cannot be a task"),
-        ("name: b\nsteps: {}\nschedule:\n  crn: x\n", "line 4: schedule.crn: no such setting"),
-        ("name: b\nsteps: {}\nschedule: {retries: -1}\n", "line 3: schedule.retries is -1, expect"),
-        ("name: b\nsteps: {}\nschedule: {catchup: 1}\n", "line 3: schedule.catchup is 1, expected"),
+        ("name: b\nsteps: {}\n", "line 2: there are no steps"),
         (
-            "name: b\nsteps: {}\nschedule: {cron: a}\n",
+            "name: b\nsteps: {a: {stage: train}}\nschedule:\n  crn: x\n",
+            "line 4: schedule.crn: no such setting",
+        ),
+        (
+            "name: b\nsteps: {a: {stage: train}}\nschedule: {retries: -1}\n",
+            "line 3: schedule.retries is -1, expect",
+        ),
+        (
+            "name: b\nsteps: {a: {stage: train}}\nschedule: {catchup: 1}\n",
+            "line 3: schedule.catchup is 1, expected",
+        ),
+        (
+            "name: b\nsteps: {a: {stage: train}}\nschedule: {cron: a}\n",
             "line 3: schedule.cron is 'a', expected five",
         ),
-        ("name: b\nsteps: {}\nschedule: {runner: x}\n", "line 3: schedule.runner is 'x', expected"),
         (
-            "name: b\nsteps: {}\nschedule:\n  runner: kubernetes\n",
+            "name: b\nsteps: {a: {stage: train}}\nschedule: {runner: x}\n",
+            "line 3: schedule.runner is 'x', expected",
+        ),
+        (
+            "name: b\nsteps: {a: {stage: train}}\nschedule:\n  runner: kubernetes\n",
             "line 4: schedule.runner is kubernetes: install apache-airflow-providers-cncf-kuber",
         ),
     ],
