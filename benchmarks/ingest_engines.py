@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bars import at_least, at_most, benchmark_parser, finish
-from ingest_memory import demo_words, write_input
+from benchmarks.bars import at_least, at_most, benchmark_parser, finish
+from benchmarks.ingest_memory import demo_words, write_input
 
 POLARS = """
 import hashlib, sys
@@ -121,7 +121,7 @@ def memory_of(tree: psutil.Process) -> int:
 def rows_in(files: Sequence[Path]) -> int:
     import pyarrow.parquet as pq
 
-    return sum(pq.ParquetFile(path).metadata.num_rows for path in files)
+    return sum(int(pq.ParquetFile(path).metadata.num_rows) for path in files)
 
 
 def content_of(files: Sequence[Path]) -> str:
@@ -137,7 +137,7 @@ def differing(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def ratio(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], name: str) -> float:
-    return round(min(r[name] for r in rows) / min(r[name] for r in others), 2)
+    return round(float(min(r[name] for r in rows) / min(r[name] for r in others)), 2)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ TROUBLES: dict[str, dict[str, Any]] = {
     "workers live 24 h": {"mean_life_s": 24 * 3600.0},
     "workers live 4 h": {"mean_life_s": 4 * 3600.0},
 }
-MOST_SHARDS = 350_000  # of a run that is not about their number
-MIN_EFFICIENCY, MAX_DISPATCH_US, MAX_BYTES_A_SHARD = 0.85, 150.0, 100.0
+MOST_SHARDS = 100_000  # of a run that is not about their number
+MIN_EFFICIENCY, MAX_DISPATCH_US, MAX_BYTES_A_SHARD = 0.85, 100.0, 100.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
