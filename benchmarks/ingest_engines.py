@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
 from benchmarks.ingest_memory import demo_words, write_input
 
