@@ -503,3 +503,34 @@ def test_a_finished_root_may_be_copied_either_way(
         path.write_bytes(body)
     assert set(copy.run().states.values()) == {"done"}
     assert teachercache("verify", copy.root).code == 0
+
+
+@pytest.mark.slow
+def test_groups_of_shards_on_a_store_then_the_step_are_one_run(
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path
+) -> None:
+    recipe = on_store(local, root, tmp_path, "documents", "signals")
+    assert teachercache("run", recipe.path, "--step", "documents").code == 0
+    (signals,) = [
+        step
+        for step in json.loads(teachercache("plan", recipe.path, "--json").out)
+        if step["name"] == "signals"
+    ]
+    middle = signals["num_shards"] // 2
+    groups = (f"0:{middle}", f"{middle}:{signals['num_shards']}")
+    one_step = ("run", recipe.path, "--step", "signals")
+    for child in [start(*one_step, "--shards", group) for group in groups]:
+        said = finish(child)
+        assert said.code == 0, said.err
+    place = recipe.step("signals").place
+    assert not (place / "manifest.json").is_file()
+    events = recipe.run()
+    assert events.made == [] and tables(recipe) == {
+        name: found for name, found in tables(local).items() if name in ("documents", "signals")
+    }
+    # While a whole run has the step, a group of its shards is refused.
+    (place / "manifest.json").unlink()
+    with step_lock(place):
+        said = teachercache(*one_step, "--shards", groups[0])
+    assert said.code == 1 and "is being written by a run of the whole step" in said.error
+    assert not [key for key in server.objects(root) if LOCK_FILE in key]
