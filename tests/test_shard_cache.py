@@ -212,7 +212,7 @@ def test_rows_from_a_store_are_those_of_the_disk(
         assert row.keys() == same.keys()
         assert all(np.array_equal(row[name], same[name]) for name in row)
         assert sum(cached(tmp_path).values()) <= limit if shards_that_fit else True
-    if shards_that_fit == 10:  # three shards and one, each once, and two manifests
-        assert proxy.count("GET") == NUM_SHARDS + 1 + 2
+    if shards_that_fit == 10:  # three shards and one, each once; manifest and list of two tables
+        assert proxy.count("GET") == NUM_SHARDS + 1 + 4
     held = [len(part._readers) for part in found._parts]
     assert max(held) <= HELD_SHARDS
