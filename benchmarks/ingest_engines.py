@@ -55,7 +55,7 @@ rows.write_parquet(sys.argv[2])
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = benchmark_parser(__doc__ or "").parse_args(arguments)
-    size = 20_000_000 if options.quick else 500_000_000
+    size = 20_000_000 if options.quick else 200_000_000
     cores = os.cpu_count() or 1
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ingest-engines-") as folder:

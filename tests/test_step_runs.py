@@ -66,6 +66,7 @@ def test_the_plan_for_machines_names_kinds_needs_and_groups(begun: TinyRecipe) -
     assert planned(begun)["signals"]["groups"] is None
 
 
+@pytest.mark.slow
 def test_groups_in_any_order_then_the_step_give_the_bytes_of_one_run(
     begun: TinyRecipe, finished: TinyRecipe
 ) -> None:
