@@ -15,7 +15,7 @@ from rich.table import Table
 from pipeline.plan import PlannedStep, Progress, finished_manifest, needs, progress_of
 from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
-from pipeline.run import EVALUATION
+from pipeline.student_step import EVALUATION
 from schemas.manifest import Manifest, all_notes
 from schemas.object_store import Folder, ObjectPath
 from schemas.shard_list import ShardTotals

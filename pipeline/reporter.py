@@ -1,0 +1,31 @@
+"""What a run tells of itself, in order; ``progress`` prints it."""
+
+from typing import Any, Protocol
+
+from pipeline.plan import PlannedStep, Progress
+from schemas.manifest import ShardRecord
+
+
+class Reporter(Protocol):
+    """Told what happens, in order; prints it or drives a progress bar."""
+
+    def step_started(self, step: PlannedStep, progress: Progress) -> None:
+        """A step begins, or is found done (``progress.state``)."""
+
+    def said(self, line: str) -> None:
+        """A line about work that has no shards to count yet."""
+
+    def shards_expected(self, num_shards: int, num_finished: int) -> None:
+        """How many shards the step has, and how many an earlier run finished."""
+
+    def shard_finished(self, record: ShardRecord) -> None:
+        """One more shard is on disk."""
+
+    def warned(self, line: str) -> None:
+        """Something went wrong that the run makes good by itself."""
+
+    def trained(self, values: dict[str, Any]) -> None:
+        """The trainer reports a step or an evaluation."""
+
+    def step_finished(self, step: PlannedStep) -> None:
+        """The step is complete."""

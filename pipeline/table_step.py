@@ -1,0 +1,194 @@
+"""Make a table: the shards that an earlier run did not finish, then its manifest, last."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.dispatch import Limits
+from pipeline.fingerprint import fingerprint_of, vocab_size_of
+from pipeline.kept_shards import kept_shards
+from pipeline.local_executor import run_local
+from pipeline.plan import PlannedStep, finished_manifest
+from pipeline.recipe import Execution
+from pipeline.reporter import Reporter
+from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
+from pipeline.working_folder import remove_work, working_folder
+from schemas.manifest import Manifest, ShardRecord, shard_name, write_manifest
+from schemas.object_store import Folder, ObjectPath
+from schemas.shard_list import ShardList, ShardListBuilder, shard_index
+from schemas.shards import sha256_of
+from stages.stage import SourceStage, StageContext, TableStage
+from stages.tokenizer_identity import tokenizer_fingerprint
+
+WORK_FOLDER = ".work"
+
+
+def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
+    """Prepare the source, write its shards one after another, then the manifest."""
+    work_folder = working_folder(step.place) / WORK_FOLDER
+    prepared = stage.prepare(work_folder, on_progress=reporter.said)
+    tokenizer = Path(stage.tokenizer)
+    vocab_size = vocab_size_of(tokenizer)
+    bound = stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
+    num_shards = len(prepared.shards)
+
+    def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
+        for index in indices:
+            rows = RowCount(stage.read(work_folder, index))
+            name, split = shard_name(index, num_shards), prepared.shards[index].split
+            record = write_output(
+                step.place, name, bound, rows, split=split, made_by=_made_by(step)
+            )
+            yield index, record
+
+    shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
+    remove_source_work(step)
+
+
+def remove_source_work(step: PlannedStep) -> None:
+    """Free what a source needed on the way; a run killed just before it left that behind."""
+    if isinstance(step.place, Path):
+        shutil.rmtree(step.place / WORK_FOLDER, ignore_errors=True)
+    else:
+        remove_work(step.place)
+
+
+def run_table(
+    step: PlannedStep, stage: TableStage, execution: Execution, reporter: Reporter
+) -> None:
+    """Make the shards on the executor that the recipe asks for, then the manifest."""
+    source = source_of(step)
+    every = range(len(source.shards))
+    shards = make_shards(step, stage, every, execution, reporter).finish()
+    vocab_size = vocab_size_of(step.models[stage.model].spec().path)
+    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+
+
+def source_of(step: PlannedStep) -> Manifest:
+    """Return the table that a table step reads, which must be finished."""
+    source = finished_manifest(step.inputs[0])
+    assert source is not None, "steps run in order"
+    return source
+
+
+def make_shards(
+    step: PlannedStep,
+    stage: TableStage,
+    shards: range,
+    execution: Execution,
+    reporter: Reporter,
+) -> ShardListBuilder:
+    """Make some shards of a table step as far as they are not finished, and the side files."""
+    source = source_of(step)
+    models = {name: model.spec() for name, model in step.models.items()}
+    context = StageContext(
+        folder=step.place,
+        vocab_size=vocab_size_of(models[stage.model].path),
+        models=models,
+        engine=execution.engine,
+        input_table=source.table,
+    )
+    made_by = _made_by(step)
+
+    def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
+        if not indices and all((step.place / name).is_file() for name in stage.side_files):
+            return
+        tasks = StepTasks(
+            folder=step.place,
+            indices=indices,
+            input_folder=step.inputs[0].place,
+            input_shards=source.shard_list,
+            max_rejected_fraction=stage.max_rejected_fraction,
+            made_by=made_by,
+        )
+        for record in _run_shards(stage, context, tasks, execution, reporter):
+            yield shard_index(record.name), record
+
+    return _make_missing(step, len(source.shards), shards, make, reporter)
+
+
+def _make_missing(
+    step: PlannedStep,
+    num_shards: int,
+    shards: range,
+    make: Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]],
+    reporter: Reporter,
+) -> ShardListBuilder:
+    """Make those ``shards`` of ``num_shards`` that an earlier run did not finish.
+
+    Then those whose bytes have changed; returns the records of all.
+    """
+    with kept_shards(step.place, num_shards, shards) as kept:
+        reporter.shards_expected(len(shards), kept.num_kept)
+        for index, record in make(kept.missing()):
+            kept.records.add(index, record)
+            reporter.shard_finished(record)
+        if changed := kept.changed():
+            first = shard_name(changed[0], num_shards)
+            reporter.warned(
+                f"{len(changed)} finished shards no longer have the bytes that were written "
+                f"(first: {step.place / first}.arrow): making them again"
+            )
+            for index, record in make(changed):
+                kept.records.add(index, record)
+                reporter.shard_finished(record)
+        return kept.records
+
+
+def _run_shards(
+    stage: TableStage,
+    context: StageContext,
+    tasks: ShardTasks,
+    execution: Execution,
+    reporter: Reporter,
+) -> Iterator[ShardRecord]:
+    limits = Limits(execution.workers, execution.max_attempts, execution.shard_timeout_s)
+    if execution.executor == "local":
+        return run_local(stage, context, tasks, limits, warned=reporter.warned)
+    from pipeline.ray_executor import run_on_ray  # loads ray
+
+    address = execution.address
+    return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)
+
+
+def _made_by(step: PlannedStep) -> dict[str, Any]:
+    """Return what a shard's record says of its origin; the manifest spells the identity out."""
+    models = [
+        {"engine": model.engine, "dtype": model.dtype, "identity": fingerprint_of(model.identity)}
+        for model in step.models.values()
+    ]
+    return {"fingerprint": step.fingerprint, "models": models}
+
+
+def _write_manifest(
+    step: PlannedStep,
+    shards: ShardList,
+    tokenizer: str,
+    vocab_size: int,
+    source_rejects: dict[str, int],
+) -> None:
+    assert isinstance(step.stage, SourceStage | TableStage)
+    table = step.stage.table
+    side_files = step.stage.side_files if isinstance(step.stage, TableStage) else ()
+    manifest = Manifest(
+        table=table.name,
+        version=table.version,
+        variant=table.variant,
+        fingerprint=step.fingerprint,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        identity=step.identity,
+        shards=shards,
+        source_rejects=source_rejects,
+        files={name: _written_sha256(step.place / name) for name in side_files},
+    )
+    write_manifest(step.place, manifest)
+
+
+def _written_sha256(path: Folder) -> str:
+    """Return the checksum of what this run has just written: of an object, the one beside it."""
+    info = path.info() if isinstance(path, ObjectPath) else None
+    return info.sha256 if info is not None and info.sha256 else sha256_of(path)
