@@ -1,5 +1,6 @@
 """The DAGs by themselves: their graphs, what is wrong with a recipe, runs without a scheduler."""
 
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -131,10 +132,6 @@ def test_the_schedule_of_a_recipe_is_that_of_its_dags(recipes: Path, world: Worl
             "name: b\nsteps: {a: {stage: train}}\nschedule: {runner: x}\n",
             "line 3: schedule.runner is 'x', expected",
         ),
-        (
-            "name: b\nsteps: {a: {stage: train}}\nschedule:\n  runner: kubernetes\n",
-            "line 4: schedule.runner is kubernetes: install apache-airflow-providers-cncf-kuber",
-        ),
     ],
 )
 def test_a_bad_recipe_is_an_import_error_and_the_others_stay(
@@ -192,6 +189,75 @@ def test_twenty_recipes_are_parsed_in_less_than_a_second(recipes: Path) -> None:
     sys.stdout.write(f"20 recipes, {number_of_dags} DAGs, both files: {float(seconds):.2f} s\n")
     assert int(number_of_dags) == 41 and loaded == "[]"
     assert float(seconds) < 3.0  # 0.6 s on a quiet machine
+
+
+POD = """
+apiVersion: v1
+kind: Pod
+spec:
+  containers:
+    - name: base
+      image: registry.example/teachercache:1
+      env: [{name: HF_HUB_OFFLINE, value: "1"}]
+      resources: {limits: {nvidia.com/gpu: "1"}}
+"""
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+current-context: none
+contexts: [{name: none, context: {cluster: none, user: none}}]
+clusters: [{name: none, cluster: {server: "http://127.0.0.1:1"}}]
+users: [{name: none, user: {}}]
+"""
+
+
+def test_a_pod_has_the_template_and_the_command_of_its_step(
+    recipes: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider's own operator builds it; there is no cluster to run it on."""
+    from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+
+    template, config = tmp_path / "pod.yaml", tmp_path / "kubeconfig"
+    template.write_text(POD)
+    config.write_text(KUBECONFIG)
+    monkeypatch.setenv("TEACHERCACHE_POD_TEMPLATE", str(template))
+    path = world.write(recipes / "pods.yaml", tmp_path / "root", schedule={"runner": "kubernetes"})
+    found = bag()
+    assert not found.import_errors
+    (name,) = (name for name in found.dags if name.endswith("__cache"))
+    pods: list[Any] = []
+    monkeypatch.setattr(
+        KubernetesPodOperator,
+        "execute",
+        lambda self, context: pods.append(self.build_pod_request_obj(None)),
+    )
+    documents = found.dags[name].get_task("documents")
+    documents.config_file = str(config)
+    documents.execute(context_of(logical_date=datetime(2026, 1, 2, tzinfo=UTC)))
+    (container,) = pods[0].spec.containers
+    assert container.image == "registry.example/teachercache:1"
+    assert container.resources.limits == {"nvidia.com/gpu": "1"}
+    assert container.command == ["teachercache"]
+    assert container.args == ["run", str(path), "--step", "documents"]
+    variables = {variable.name: variable.value for variable in container.env}
+    assert variables == {"HF_HUB_OFFLINE": "1", "DS": "2026-01-02"}
+
+
+def test_pods_without_their_provider_are_an_import_error(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    missing = "airflow.providers.cncf"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    text = "name: b\nsteps: {a: {stage: train}}\nschedule:\n  runner: kubernetes\n"
+    (recipes / "bad.yaml").write_text(text)
+    (line,) = the_import_error(bag())
+    expected = "line 4: schedule.runner is kubernetes: install apache-airflow-providers-cncf-kuber"
+    assert line.startswith(f"{recipes / 'bad.yaml'}, {expected}")
 
 
 # What a run is about.
