@@ -47,7 +47,7 @@ airflow: $(AIRFLOW)/installed
 $(AIRFLOW)/installed: locks/airflow.txt
 	@command -v $(PYTHON) >/dev/null || { echo "set-up: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(AIRFLOW)/bin/python || $(PYTHON) -m venv $(AIRFLOW)
-	@echo "set-up: Airflow in $(AIRFLOW) (a minute and 300 MB the first time)"; $(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@echo "set-up: Airflow in $(AIRFLOW) (a minute and 450 MB the first time)"; $(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 demo: assets
