@@ -12,6 +12,9 @@ STAMP  := $(VENV)/installed-$(KIND)
 # Airflow has an environment of its own; it calls the teachercache command of the other.
 AIRFLOW := .airflow-venv
 
+# Two files of tests at a time: most of them wait for a process to start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 export TEACHERCACHE_CACHE := $(CACHE)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
@@ -54,7 +57,7 @@ demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
 
 test: assets check
-	$(BIN)/python -m pytest -m "slow or vllm"
+	$(PYTEST) -m "slow or vllm"
 	$(MAKE) test-airflow
 
 # A real Airflow on loopback, in its own environment, that calls the command of this one.
@@ -66,7 +69,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not vllm" -q
+	$(PYTEST) -m "not slow and not vllm" -q
 
 bench: tasks pairs
 	$(BIN)/python benchmarks/run_all.py

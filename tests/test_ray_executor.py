@@ -247,7 +247,7 @@ def test_a_row_that_ends_every_worker_is_found_and_rejected(
 ) -> None:
     task = shards.tasks[1]
     row = shards.sample_ids(task)[3]
-    limits = Limits(2, max_attempts=2, shard_timeout_s=2.0 if fault == "hanging" else None)
+    limits = Limits(2, max_attempts=2, shard_timeout_s=4.0 if fault == "hanging" else None)
     records = {r.name: r for r in run(shards, shards.stage(**{fault: (row,)}), limits)}
     assert records[task.name].rejects == {DEADLY: 1}
     assert sum(len(record.rejects) for record in records.values()) == 1
