@@ -56,7 +56,7 @@ $(AIRFLOW)/installed: locks/airflow.txt
 demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
 
-test: assets check
+test: pairs check
 	$(PYTEST) -m "slow or vllm"
 	$(MAKE) test-airflow
 

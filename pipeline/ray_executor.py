@@ -98,6 +98,8 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
     EngineError where no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # An error that two workers have is raised once: Ray would print the other's traceback.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     _require_answer(address)
     arguments: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:

@@ -130,7 +130,8 @@ def hold(path: ObjectPath, sha256: str, *, spare_from_s: float | None = None) ->
                     return None
                 try:
                     _fetch(path, part, num_bytes, sha256)
-                    os.replace(part, target)
+                    with _lock(folder / "room.lock"):  # who counts sees it under one name
+                        os.replace(part, target)
                 finally:
                     part.unlink(missing_ok=True)
     except OSError as error:

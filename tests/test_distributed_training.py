@@ -180,9 +180,11 @@ def test_a_run_goes_on_after_a_killed_rank(
     job = replace(killed, output=output)
     shutil.copytree(str(killed.output), output)
     checkpoint = last_checkpoint(output / CHECKPOINTS)
-    assert checkpoint is not None and checkpoint.name == f"checkpoint-{LAST_WHOLE}"
+    assert checkpoint is not None  # one more may have been written before the signal came
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert step in (LAST_WHOLE, LAST_WHOLE + 2)
     events = carry_out(job, processes)
-    assert events[1] == {"event": "start", "step": LAST_WHOLE, "max_steps": 10}
+    assert events[1] == {"event": "start", "step": step, "max_steps": 10}
     assert_same_run(whole[1], job)
     if processes == 2:
         assert record_of(job).history == record_of(whole[2]).history
