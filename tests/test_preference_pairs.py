@@ -502,7 +502,7 @@ def test_planning_loads_no_heavy_library() -> None:
 def test_real_pairs_keep_their_turns_and_end_them_once(smollm2: Path, tmp_path: Path) -> None:
     path = smollm2.parent.parent / "pairs" / "dpo_en_demo.jsonl"
     if not path.is_file():
-        pytest.skip(f"{path} is missing: run examples/fetch_pairs.py")
+        pytest.fail(f"{path} is missing: run `make pairs`")
     changes = {"max_prompt_length": 192, "max_response_length": 96, "heldout_fraction": 0.2}
     stage = stage_for(str(path), smollm2, format="sharegpt", long_responses="truncate", **changes)
     rows = rows_of(stage, tmp_path / "work")
