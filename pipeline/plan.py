@@ -1,4 +1,4 @@
-"""A recipe's plan: what each step is called by content, where it lies, and what is left to do.
+"""A recipe's plan: its steps in order, what each is called by content, and where it lies.
 
 A step's fingerprint is the hash of its identity: stage, stage version, configuration without its
 references, the table it writes, and the identities of its inputs and models in place of their
@@ -18,11 +18,10 @@ from pipeline.fingerprint import (
     vocab_size_of,
 )
 from pipeline.recipe import ModelRef, Recipe, Step
-from schemas.errors import ConfigError, IdentityMismatch, StoreError
-from schemas.manifest import Manifest, all_notes, count_records, manifest_if_there, shard_name
+from schemas.errors import ConfigError, IdentityMismatch
 from schemas.object_store import Folder
 from stages.advantages import AdvantagesStage
-from stages.checkpoint import local_copy, read_checkpoint
+from stages.checkpoint import local_copy
 from stages.stage import ModelSpec, SourceStage, TableStage
 from stages.student.config import (
     EvaluateStage,
@@ -33,9 +32,7 @@ from stages.student.config import (
 from stages.teacher_align import TeacherAlignStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 
-State = Literal["done", "partial", "pending"]
 Kind = Literal["source", "table", "checkpoint", "report"]
-EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +107,6 @@ class PlannedStep:
         if isinstance(self.stage, SourceStage):
             return str(self.identity["config"]["tokenizer"])
         return next(iter(self.models.values())).tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a step is, and why it is not done. Unknown counts are None."""
-
-    state: State
-    why: str
-    shards_done: int = 0
-    num_shards: int | None = None
-    num_rows: int | None = None
-    num_positions: int | None = None
-    num_bytes: int | None = None
-    estimated: bool = False
 
 
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
@@ -309,79 +292,3 @@ def needs(plan: Sequence[PlannedStep], step: PlannedStep) -> list[PlannedStep]:
     folders = {source.place for source in step.inputs}
     folders |= {model.base for model in step.models.values()}
     return [other for other in plan if other.place in folders]
-
-
-def finished_manifest(step: PlannedStep) -> Manifest | None:
-    """Return the manifest of a finished table step, else None."""
-    manifest = manifest_if_there(step.place)
-    if manifest is not None and manifest.fingerprint != step.fingerprint:
-        raise StoreError(
-            f"{step.place} holds fingerprint {manifest.fingerprint[:16]}, the recipe's step "
-            f"'{step.name}' is {step.fingerprint[:16]}: move that folder away and run again"
-        )
-    return manifest
-
-
-def is_done(step: PlannedStep) -> bool:
-    """Whether a step is complete: one file says so, however many shards it has."""
-    if step.writes_table:
-        return finished_manifest(step) is not None
-    return read_checkpoint(step.place) is not None
-
-
-def progress_of(step: PlannedStep) -> Progress:
-    """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
-    if not step.writes_table:
-        done = is_done(step)
-        what = "checkpoint" if step.makes_model else "report"
-        why = f"its {what} is complete" if done else f"no {what} with this fingerprint"
-        return Progress("done" if done else "pending", why)
-    manifest = finished_manifest(step)
-    if manifest is not None:
-        return Progress(
-            state="done",
-            why="its manifest is complete",
-            shards_done=len(manifest.shards),
-            num_shards=len(manifest.shards),
-            num_rows=manifest.num_rows,
-            num_positions=manifest.num_positions,
-            num_bytes=manifest.num_bytes,
-        )
-    return _unfinished(step)
-
-
-def _unfinished(step: PlannedStep) -> Progress:
-    source = finished_manifest(step.inputs[0]) if step.inputs else None
-    finished = _count_records(step.place, source)
-    state: State = "partial" if finished else "pending"
-    why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
-    if source is None:
-        waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
-        return Progress(state, why + waits, finished)
-    model = next(iter(step.models.values()))
-    if not (model.base / "config.json").is_file():  # an earlier step has yet to make the model
-        return Progress(state, why, finished, len(source.shards), source.num_rows)
-    assert isinstance(step.stage, TableStage)
-    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.base))
-    return Progress(
-        state=state,
-        why=why,
-        shards_done=finished,
-        num_shards=len(source.shards),
-        num_rows=source.num_rows,
-        num_positions=estimate.num_positions,
-        num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(source.shards),
-        estimated=True,
-    )
-
-
-def _count_records(folder: Folder, source: Manifest | None) -> int:
-    """Return how many shards are finished; a store is asked for each by name, never for a list.
-
-    The names follow from the input's; a step without a finished input has none yet.
-    """
-    if isinstance(folder, Path):
-        return count_records(folder)
-    num_shards = 0 if source is None else len(source.shards)
-    names = [shard_name(index, num_shards) for index in range(num_shards)]
-    return sum(notes is not None for notes in all_notes(folder, names))

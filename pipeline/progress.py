@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline import plan as planning
+from pipeline import step_state
 from pipeline.plan import PlannedStep
 from schemas.manifest import ShardRecord
 
@@ -56,7 +56,7 @@ class ConsoleReporter:
     _before: int = 0
     _made: _Made = field(default_factory=_Made)
 
-    def step_started(self, step: PlannedStep, progress: planning.Progress) -> None:
+    def step_started(self, step: PlannedStep, progress: step_state.Progress) -> None:
         """Say what begins, or that it is done already."""
         self._label = step.name
         self._clock = self._last_line = time.monotonic()

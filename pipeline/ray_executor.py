@@ -10,16 +10,22 @@ its sums are those of a worker of the local executor. All machines see ``executi
 same path.
 """
 
-import logging
 import math
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+from pipeline.ray_cluster import connected, first_line, head_of, refusal
+
+# isort: split
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
 from pipeline.shard_task import ShardTasks
@@ -30,21 +36,7 @@ from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.manifest import ShardRecord
 from stages.stage import StageContext, TableStage
 
-try:
-    import grpc
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-    from ray.job_submission import JobSubmissionClient
-    from ray.util import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-except ImportError as missing:
-    raise ConfigError(
-        f"Ray cannot be imported ({missing}): install teachercache[ray], or use execution.executor "
-        f"local"
-    ) from missing
-
 START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow
-CONNECT_TIMEOUT_S = 5.0
 HEAD_TIMEOUT_S = 20.0  # without the head Ray waits for ever, or ends this process after 60 s
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # Ray would set the first to the worker's CPUs
 POLL_S = 1.0
@@ -67,7 +59,7 @@ def run_on_ray(
         size = WorkerSize.of(context, limits.workers, machines)
         if address is None and not any(map(size.fits, machines)):
             raise EngineError(size.refusal(machines, "more than any machine has"))
-        crew = _ActorCrew(stage, context, size, start_timeout_s, _head(address))
+        crew = _ActorCrew(stage, context, size, start_timeout_s, head_of(address))
         try:
             yield from dispatch(crew, tasks, limits, warned=warned)
         except ConnectionError as error:  # of a client; a worker's own comes as a RayTaskError
@@ -76,91 +68,6 @@ def run_on_ray(
             raise
         finally:
             crew.close()
-
-
-def job_client(address: str) -> JobSubmissionClient:
-    """Reach the Jobs API of a cluster; raises EngineError where there is none."""
-    try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EngineError(
-            f"no Ray cluster takes jobs at {address} ({_first_line(error)}): start one with `ray "
-            f"start --head`, or give the address of its dashboard with --address"
-        ) from error
-
-
-@contextmanager
-def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[None]:
-    """Be a driver of a cluster, or of a Ray of our own with ``num_cpus`` that ends with the run.
-
-    Ray puts the folder it is called from on the workers' path, where a user's own ``schemas`` or
-    ``stages`` would be found before ours: so it is called from the step's ``folder``. Raises
-    EngineError where no cluster answers.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # An error that two workers have is raised once: Ray would print the other's traceback.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    _require_answer(address)
-    arguments: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
-        arguments |= {"num_cpus": num_cpus, "include_dashboard": False}
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        ray.init(address=address or "local", **arguments)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        raise EngineError(_no_ray(address, _first_line(error))) from error
-    finally:
-        os.chdir(before)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_answer(address: str | None) -> None:
-    """Raise EngineError where nothing listens: Ray would ask for minutes, and fill the log."""
-    if address is not None and _has_port(address) and (why := _refusal(address)):
-        raise EngineError(_no_ray(address, why))
-
-
-def _has_port(address: str) -> bool:
-    return address.rpartition(":")[2].isdigit()
-
-
-def _refusal(address: str) -> str:
-    """Return why no Ray answers at an address with a port, nothing when one does."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        return str(error)
-    if address.startswith("ray://") or os.environ.get("RAY_USE_TLS") == "1":
-        return ""
-    with grpc.insecure_channel(address) as channel:
-        try:  # the question that Ray's own machines ask the head
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=CONNECT_TIMEOUT_S)
-        except grpc.RpcError as error:
-            unheard = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            if error.code() in unheard:  # any other answer is an answer
-                return "what listens there is no Ray head, or a stopped one"
-    return ""
-
-
-def _head(address: str | None) -> str:
-    """Where the cluster we are connected to is reached."""
-    if address is not None and _has_port(address):
-        return address
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def _no_ray(address: str | None, why: str) -> str:
-    if address is None:
-        return f"Ray did not start on this machine: {why}"
-    return (
-        f"no Ray cluster at execution.address {address} ({why}): start one with "
-        f"`ray start --head`, correct the address, or leave it out for a Ray of this run's own"
-    )
 
 
 def _machines() -> list[Machine]:
@@ -273,7 +180,7 @@ class _ActorCrew:
     def _require_head(self) -> None:
         """Raise EngineError when the cluster's head is not there, and does not come back soon."""
         deadline = time.monotonic() + HEAD_TIMEOUT_S
-        while why := _refusal(self.head):
+        while why := refusal(self.head):
             if time.monotonic() > deadline:
                 raise self.lost_head(f"no answer for {HEAD_TIMEOUT_S:g} s: {why}")
             time.sleep(POLL_S)
@@ -306,7 +213,7 @@ class _ActorCrew:
             return Failed(worker, _not_loaded(error) if member.state == "placing" else error)
         except RayError as error:
             self._require_head()  # with it gone no worker can be ended or replaced
-            return Lost(worker, _first_line(error))
+            return Lost(worker, first_line(error))
         member.pending = None
         match member.state:
             case "placing":
@@ -359,7 +266,3 @@ def _not_loaded(error: Exception) -> ConfigError:
         f"a worker cannot load teachercache ({lines[-1].strip()}): install the same version on "
         f"every machine of the cluster"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pipeline.ray_executor import job_client
+from pipeline.ray_cluster import job_client
 from pipeline.recipe import Recipe
 from schemas.errors import EngineError
 

@@ -13,13 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.ray_cluster import connected
+
+# isort: split
 import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from pipeline.ray_executor import connected
 from pipeline.training_job import OnEvent, TrainingJob
 from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError

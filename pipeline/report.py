@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.plan import PlannedStep, Progress, finished_manifest, needs, progress_of
+from pipeline.plan import PlannedStep, needs
 from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
+from pipeline.step_state import Progress, finished_manifest, progress_of
 from pipeline.student_step import EVALUATION
 from schemas.manifest import Manifest, all_notes
 from schemas.object_store import Folder, ObjectPath

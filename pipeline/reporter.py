@@ -2,7 +2,8 @@
 
 from typing import Any, Protocol
 
-from pipeline.plan import PlannedStep, Progress
+from pipeline.plan import PlannedStep
+from pipeline.step_state import Progress
 from schemas.manifest import ShardRecord
 
 

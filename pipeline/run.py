@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.plan import PlannedStep, finished_manifest, is_done, needs, progress_of
+from pipeline.plan import PlannedStep, needs
 from pipeline.recipe import Execution
 from pipeline.reporter import Reporter
 from pipeline.step_lock import remove_torn_files, shards_lock, step_lock
+from pipeline.step_state import Progress, finished_manifest, is_done, progress_of
 from pipeline.student_step import run_evaluation, run_preference_evaluation, run_training
 from pipeline.table_step import make_shards, remove_source_work, run_source, run_table, source_of
 from pipeline.working_folder import published
@@ -61,22 +62,26 @@ def run_shards(
             f"--shards is about steps that make a table from a table, '{step.name}' is of stage "
             f"{step.stage.stage}: leave it out"
         )
-    num_shards = len(source_of(step).shards)
+    source = source_of(step)
+    num_shards = len(source.shards)
     if not 0 <= shards.start < shards.stop <= num_shards:
         raise ConfigError(
             f"--shards is {shards.start}:{shards.stop}, step '{step.name}' has shards "
             f"0:{num_shards}: expected a part of that"
         )
-    reporter.step_started(step, progress_of(step))
     manifest = finished_manifest(step)
     if manifest is not None:
+        reporter.step_started(step, progress_of(step))
         _refuse_missing_files(step)
         return ShardList.of(manifest.shards[shards.start : shards.stop]).totals
+    # How much of the whole step there is would be a question a shard to a store, in each group.
+    why = f"shards {shards.start}:{shards.stop} of {num_shards}"
+    reporter.step_started(step, Progress("partial", why, num_shards=num_shards))
     with shards_lock(step.place, shards, warned=reporter.warned):
-        for index in shards:
-            remove_torn_files(step.place, shard_name(index, num_shards))
+        remove_torn_files(step.place, {shard_name(index, num_shards) for index in shards})
         _refuse_full_disk(step)
-        return make_shards(step, step.stage, shards, execution, reporter).totals(shards)
+        made = make_shards(step, step.stage, source, shards, execution, reporter)
+        return made.totals(shards)
 
 
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
@@ -122,7 +127,7 @@ def step_named(plan: Sequence[PlannedStep], name: str) -> PlannedStep:
             f"'{name}' is no step; there are: {', '.join(step.name for step in plan)}"
         )
     for needed in needs(plan, chosen):
-        if progress_of(needed).state != "done":
+        if not is_done(needed):
             raise StoreError(
                 f"step '{needed.name}', which '{name}' reads, is not finished: run it first, or "
                 f"the whole recipe"

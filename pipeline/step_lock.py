@@ -3,7 +3,7 @@
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -108,10 +108,11 @@ def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
         ) from error
 
 
-def remove_torn_files(folder: Folder, stem: str = "") -> None:
-    """Delete what killed runs left half-written, of one shard or all; hold the lock for it."""
+def remove_torn_files(folder: Folder, stems: Collection[str] | None = None) -> None:
+    """Delete what killed runs left half-written, of some shards or all; hold the lock for it."""
     if isinstance(folder, ObjectPath):
-        folder.abort_uploads(stem)
+        folder.abort_uploads(stems)
         return
-    for path in folder.glob(f"{stem}*.tmp-*"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob("*.tmp-*"):
+        if stems is None or path.name.split(".")[0] in stems:
+            path.unlink(missing_ok=True)

@@ -32,8 +32,7 @@ def run_training(
         fingerprint=step.fingerprint,
     )
     if execution.executor == "ray":
-        import pipeline.ray_executor  # noqa: F401  says in one line when Ray is not installed
-        from pipeline.ray_training import train_on_ray
+        from pipeline.ray_training import train_on_ray  # loads ray
 
         address = execution.address
         train_on_ray(job, execution.training_processes, reporter.trained, address=address)

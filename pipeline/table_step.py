@@ -9,10 +9,11 @@ from pipeline.dispatch import Limits
 from pipeline.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.kept_shards import kept_shards
 from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep, finished_manifest
+from pipeline.plan import PlannedStep
 from pipeline.recipe import Execution
 from pipeline.reporter import Reporter
 from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
+from pipeline.step_state import finished_manifest
 from pipeline.working_folder import remove_work, working_folder
 from schemas.manifest import Manifest, ShardRecord, shard_name, write_manifest
 from schemas.object_store import Folder, ObjectPath
@@ -62,7 +63,7 @@ def run_table(
     """Make the shards on the executor that the recipe asks for, then the manifest."""
     source = source_of(step)
     every = range(len(source.shards))
-    shards = make_shards(step, stage, every, execution, reporter).finish()
+    shards = make_shards(step, stage, source, every, execution, reporter).finish()
     vocab_size = vocab_size_of(step.models[stage.model].spec().path)
     _write_manifest(step, shards, source.tokenizer, vocab_size, {})
 
@@ -77,12 +78,15 @@ def source_of(step: PlannedStep) -> Manifest:
 def make_shards(
     step: PlannedStep,
     stage: TableStage,
+    source: Manifest,
     shards: range,
     execution: Execution,
     reporter: Reporter,
 ) -> ShardListBuilder:
-    """Make some shards of a table step as far as they are not finished, and the side files."""
-    source = source_of(step)
+    """Make some shards of a table step as far as they are not finished, and the side files.
+
+    ``source`` is the table that the step reads.
+    """
     models = {name: model.spec() for name, model in step.models.items()}
     context = StageContext(
         folder=step.place,

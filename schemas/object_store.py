@@ -12,7 +12,7 @@ machine alone: an ``ObjectPath`` holds a URL and nothing else.
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -206,18 +206,22 @@ class ObjectPath:
             }
         return {}
 
-    def abort_uploads(self, stem: str = "") -> int:
+    def abort_uploads(self, stems: Collection[str] | None = None) -> int:
         """End uploads in parts that were begun below here and not finished; return how many.
 
-        Of objects whose names begin with ``stem``. Call it with their lock held. Without the
-        permission to list them there are none.
+        ``stems`` are the names, up to a dot, of the objects in question, all by default. Call it
+        with their lock held. Without the permission to list them there are none.
         """
         if not self.url.startswith("s3:"):
             return 0
         store, (bucket, key) = _store(self), _bucket_and_key(self)
         with _told("list the uploads of", self), suppress(PermissionError):
-            found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/{stem}")
-            uploads = found.get("Uploads", [])
+            found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
+            uploads = [
+                upload
+                for upload in found.get("Uploads", [])
+                if stems is None or upload["Key"].rsplit("/", 1)[1].split(".")[0] in stems
+            ]
             for upload in uploads:
                 names = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                 store.call_s3("abort_multipart_upload", Bucket=bucket, **names)

@@ -76,6 +76,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=512)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache folder that this test alone has."""
+    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def tiny_model_large_vocab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose ids do not fit 16 or 17 bits: 151,936 logits, untied head."""

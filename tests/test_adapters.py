@@ -50,12 +50,6 @@ def recipe(tiny_model: Path, adapter: Path, paragraphs: list[str], tmp_path: Pat
     return made
 
 
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.mark.vllm
 def test_one_vllm_engine_serves_base_and_adapter(
     tiny_model: Path, adapter: Path, own_cache: Path, tmp_path: Path

@@ -21,7 +21,7 @@ PACKAGES = ("schemas", "stages", "pipeline")
 # Each heavy library, and the only places that may import it (a folder, or one file).
 IMPORT_SITES = {
     "vllm": ("stages/engines/vllm_engine.py",),
-    "ray": ("pipeline/ray_executor.py", "pipeline/ray_training.py"),
+    "ray": ("pipeline/ray_cluster.py", "pipeline/ray_executor.py", "pipeline/ray_training.py"),
     "airflow": ("airflow_dags/",),
     "torch": ("stages/", "pipeline/training_launch.py"),
     "transformers": ("stages/", "pipeline/inspect_rows.py"),

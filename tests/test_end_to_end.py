@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.plan import progress_of
+from pipeline.step_state import progress_of
 from schemas.dataset import open_dataset
 from schemas.distribution import expectation, unpack_threshold
 from stages.checkpoint import read_checkpoint

@@ -31,9 +31,7 @@ STUDENT = {"stage": "student_init", "model": "teacher", "layers": 2}
 TRAIN = {"stage": "train", "student": "student", "data": ["documents", "signals"], "max_steps": 1}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @dataclass(frozen=True)

@@ -507,7 +507,7 @@ def test_a_finished_root_may_be_copied_either_way(
 
 @pytest.mark.slow
 def test_groups_of_shards_on_a_store_then_the_step_are_one_run(
-    local: TinyRecipe, root: str, server: Server, tmp_path: Path
+    local: TinyRecipe, root: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = on_store(local, root, tmp_path, "documents", "signals")
     assert teachercache("run", recipe.path, "--step", "documents").code == 0
@@ -528,8 +528,16 @@ def test_groups_of_shards_on_a_store_then_the_step_are_one_run(
     assert events.made == [] and tables(recipe) == {
         name: found for name, found in tables(local).items() if name in ("documents", "signals")
     }
-    # While a whole run has the step, a group of its shards is refused.
+    # A group asks for its own shards and no others, however many the step has.
     (place / "manifest.json").unlink()
+    with faulty_proxy(server) as proxy, pytest.MonkeyPatch.context() as patch:
+        use_endpoint(patch, proxy.url)
+        assert teachercache(*one_step, "--shards", "0:1").code == 0
+    asked = {
+        path.split("shard-")[1][:5] for _, path in proxy.seen if f"{place.name}/shard-" in path
+    }
+    assert asked == {"00000"}
+    # While a whole run has the step, a group of its shards is refused.
     with step_lock(place):
         said = teachercache(*one_step, "--shards", groups[0])
     assert said.code == 1 and "is being written by a run of the whole step" in said.error

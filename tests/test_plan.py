@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import progress_of
+from pipeline.step_state import progress_of
 from schemas.errors import StoreError
 from schemas.manifest import read_manifest
 from tests.tiny_recipe import ROWS_PER_SHARD, TinyRecipe, edit_recipe, make_recipe, teachercache
@@ -21,9 +21,7 @@ OF_STUDENT = {
 SMALL_MODEL = {"step": "small", "dtype": "float32", "engine": "transformers"}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ What may go wrong with a worker is asked of both kinds: actors of Ray and proces
 
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -31,15 +30,10 @@ os.environ.update(ENVIRONMENT)  # read by Ray when it is imported
 
 from pipeline.ray_executor import run_on_ray
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 NUM_PARAGRAPHS = 40
 TWO = Limits(workers=2, max_attempts=3, shard_timeout_s=None)
 Run = Callable[[Shards, FaultyStage, Limits], Iterator[ShardRecord]]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +58,7 @@ def finished(
 @pytest.fixture
 def again(finished: TinyRecipe, tmp_path: Path) -> TinyRecipe:
     """The same recipe without its signals."""
-    recipe = finished.copy(tmp_path)
-    shutil.rmtree(recipe.root / "teacher_logits")
-    return recipe
+    return finished.copy(tmp_path, without="teacher_logits")
 
 
 def signals(recipe: TinyRecipe) -> dict[str, bytes]:
@@ -327,6 +319,12 @@ def test_a_worker_of_several_gpus_has_them_to_itself(
     assert len(devices) == 2 and owned == ["0", "1", "2", "3"]
 
 
+def found_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the Python of workers look into ``folder`` before all others."""
+    path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
 def test_a_worker_with_another_version_is_refused(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,8 +332,7 @@ def test_a_worker_with_another_version_is_refused(
     other = tmp_path / "site" / "teachercache-9.9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: teachercache\nVersion: 9.9.9\n")
-    path = f"{other.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    monkeypatch.setenv("PYTHONPATH", path)
+    found_first(other.parent, monkeypatch)
     expected = r"^the worker on .* has teachercache 9\.9\.9, this run is \d.*: install"
     with pytest.raises(ConfigError, match=expected):
         list(on_ray(shards, shards.stage(), TWO, None))
@@ -351,8 +348,7 @@ def test_a_worker_with_another_version_of_a_table_is_refused(
     """Its Python finds the same teachercache, in which one table has moved on."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(OTHER_TABLE)
-    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    monkeypatch.setenv("PYTHONPATH", path)
+    found_first(tmp_path / "site", monkeypatch)
     expected = r"^the worker on .* writes table documents in version 99, this run reads version 1: "
     with pytest.raises(SchemaMismatch, match=expected):
         list(on_ray(shards, shards.stage(), TWO, None))

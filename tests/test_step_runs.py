@@ -19,10 +19,7 @@ from tests.tiny_recipe import (
     teachercache,
 )
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEACHERCACHE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,7 @@ def finished(
 @pytest.fixture
 def begun(finished: TinyRecipe, tmp_path: Path) -> TinyRecipe:
     """The same recipe, of which only the documents are there."""
-    recipe = finished.copy(tmp_path)
-    shutil.rmtree(recipe.root / "teacher_logits")
-    return recipe
+    return finished.copy(tmp_path, without="teacher_logits")
 
 
 def planned(recipe: TinyRecipe, *arguments: str) -> dict[str, Any]:

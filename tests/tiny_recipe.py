@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import plan as planning
+from pipeline import step_state
 from pipeline.cli import main
 from pipeline.plan import PlannedStep, make_plan
 from pipeline.recipe import Recipe, load_recipe
@@ -42,9 +42,9 @@ class TinyRecipe:
     def step(self, name: str, *overrides: str) -> PlannedStep:
         return next(step for step in self.plan(*overrides) if step.name == name)
 
-    def copy(self, folder: Path) -> "TinyRecipe":
-        """Return the same recipe with its own copy of all that was made."""
-        shutil.copytree(self.root, folder / "root")
+    def copy(self, folder: Path, *, without: str = "") -> "TinyRecipe":
+        """Return the same recipe with its own copy of all that was made, but for one table."""
+        shutil.copytree(self.root, folder / "root", ignore=shutil.ignore_patterns(without))
         path = folder / "recipe.yaml"
         path.write_text(self.path.read_text().replace(str(self.root), str(folder / "root")))
         return TinyRecipe(path, folder / "root")
@@ -78,7 +78,7 @@ class Events:
     def said(self, line: str) -> None:
         self.lines.append(line)
 
-    def step_started(self, step: PlannedStep, progress: planning.Progress) -> None:
+    def step_started(self, step: PlannedStep, progress: step_state.Progress) -> None:
         self.states[step.name] = progress.state
 
     def shards_expected(self, num_shards: int, num_finished: int) -> None:

@@ -1,0 +1,106 @@
+"""How far a step is: done, begun or not, and what it comes to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.fingerprint import hidden_size_of
+from pipeline.plan import PlannedStep
+from schemas.errors import StoreError
+from schemas.manifest import Manifest, all_notes, count_records, manifest_if_there, shard_name
+from schemas.object_store import Folder
+from stages.checkpoint import read_checkpoint
+from stages.stage import TableStage
+
+State = Literal["done", "partial", "pending"]
+EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step is, and why it is not done. Unknown counts are None."""
+
+    state: State
+    why: str
+    shards_done: int = 0
+    num_shards: int | None = None
+    num_rows: int | None = None
+    num_positions: int | None = None
+    num_bytes: int | None = None
+    estimated: bool = False
+
+
+def finished_manifest(step: PlannedStep) -> Manifest | None:
+    """Return the manifest of a finished table step, else None."""
+    manifest = manifest_if_there(step.place)
+    if manifest is not None and manifest.fingerprint != step.fingerprint:
+        raise StoreError(
+            f"{step.place} holds fingerprint {manifest.fingerprint[:16]}, the recipe's step "
+            f"'{step.name}' is {step.fingerprint[:16]}: move that folder away and run again"
+        )
+    return manifest
+
+
+def is_done(step: PlannedStep) -> bool:
+    """Whether a step is complete: one file says so, however many shards it has."""
+    if step.writes_table:
+        return finished_manifest(step) is not None
+    return read_checkpoint(step.place) is not None
+
+
+def progress_of(step: PlannedStep) -> Progress:
+    """Look at a step's folder: is it done, and if not, what is left and what will it come to?"""
+    if not step.writes_table:
+        done = is_done(step)
+        what = "checkpoint" if step.makes_model else "report"
+        why = f"its {what} is complete" if done else f"no {what} with this fingerprint"
+        return Progress("done" if done else "pending", why)
+    manifest = finished_manifest(step)
+    if manifest is not None:
+        return Progress(
+            state="done",
+            why="its manifest is complete",
+            shards_done=len(manifest.shards),
+            num_shards=len(manifest.shards),
+            num_rows=manifest.num_rows,
+            num_positions=manifest.num_positions,
+            num_bytes=manifest.num_bytes,
+        )
+    return _unfinished(step)
+
+
+def _unfinished(step: PlannedStep) -> Progress:
+    source = finished_manifest(step.inputs[0]) if step.inputs else None
+    finished = _count_records(step.place, source)
+    state: State = "partial" if finished else "pending"
+    why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
+    if source is None:
+        waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
+        return Progress(state, why + waits, finished)
+    model = next(iter(step.models.values()))
+    if not (model.base / "config.json").is_file():  # an earlier step has yet to make the model
+        return Progress(state, why, finished, len(source.shards), source.num_rows)
+    assert isinstance(step.stage, TableStage)
+    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.base))
+    return Progress(
+        state=state,
+        why=why,
+        shards_done=finished,
+        num_shards=len(source.shards),
+        num_rows=source.num_rows,
+        num_positions=estimate.num_positions,
+        num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(source.shards),
+        estimated=True,
+    )
+
+
+def _count_records(folder: Folder, source: Manifest | None) -> int:
+    """Return how many shards are finished; a store is asked for each by name, never for a list.
+
+    The names follow from the input's; a step without a finished input has none yet.
+    """
+    if isinstance(folder, Path):
+        return count_records(folder)
+    num_shards = 0 if source is None else len(source.shards)
+    names = [shard_name(index, num_shards) for index in range(num_shards)]
+    return sum(notes is not None for notes in all_notes(folder, names))
