@@ -530,13 +530,12 @@ def test_groups_of_shards_on_a_store_then_the_step_are_one_run(
     }
     # A group asks for its own shards and no others, however many the step has.
     (place / "manifest.json").unlink()
-    with faulty_proxy(server) as proxy, pytest.MonkeyPatch.context() as patch:
-        use_endpoint(patch, proxy.url)
+    with faulty_proxy(server) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
         assert teachercache(*one_step, "--shards", "0:1").code == 0
-    asked = {
-        path.split("shard-")[1][:5] for _, path in proxy.seen if f"{place.name}/shard-" in path
-    }
-    assert asked == {"00000"}
+    use_endpoint(monkeypatch, server.url)
+    of_shards = [path for _, path in proxy.seen if f"{place.name}/shard-" in path]
+    assert {path.split("shard-")[1][:5] for path in of_shards} == {"00000"}
     # While a whole run has the step, a group of its shards is refused.
     with step_lock(place):
         said = teachercache(*one_step, "--shards", groups[0])

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.dispatch import Limits
@@ -37,14 +38,20 @@ def finished(
     return recipe
 
 
-def kill_when(begun: int, marks: Path, node: "subprocess.Popen[bytes]") -> threading.Thread:
-    """Lose ``node`` as soon as that many shards have been begun."""
+def kill_at_work(marks: Path, node: "subprocess.Popen[bytes]") -> threading.Thread:
+    """Lose ``node`` as soon as a worker of it has begun a shard."""
 
     def watch() -> None:
         deadline = time.monotonic() + 120
-        while len(list(marks.iterdir())) < begun and time.monotonic() < deadline:
+        while not begun() & started() and time.monotonic() < deadline:
             time.sleep(0.01)
         kill_machine(node)
+
+    def begun() -> set[int]:
+        return {int(mark.name.split("-")[0]) for mark in marks.iterdir()}
+
+    def started() -> set[int]:
+        return {child.pid for child in psutil.Process(node.pid).children(recursive=True)}
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -61,7 +68,7 @@ def test_a_lost_machine_costs_the_shard_in_hand_there(finished: TinyRecipe, tmp_
         ray_cluster(num_cpus=1, num_gpus=0, env=THREADS) as cluster,
         another_machine(cluster, num_cpus=1) as machine,
     ):
-        thread = kill_when(5, shards.marks, machine)
+        thread = kill_at_work(shards.marks, machine)
         records = list(
             run_on_ray(
                 shards.stage(seconds_a_row=0.1),
