@@ -39,9 +39,9 @@ from benchmarks.preference_positions import (
     read_pairs,
 )
 from benchmarks.signal_error import Comparison
-from schemas.responses import Responses
 from schemas.sample_id import sample_id_of
-from schemas.shards import read_shard, write_shard
+from schemas.storage.shards import read_shard, write_shard
+from schemas.tables.responses import Responses
 from stages.advantage_scoring import Asked, score_row
 from stages.advantages import AdvantagesStage
 from stages.engines.engine import open_engine

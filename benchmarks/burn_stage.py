@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.shard_task import ShardTask
-from schemas.documents import DOCUMENTS, Document
-from schemas.manifest import Manifest
 from schemas.sample_id import sample_id_of
-from schemas.shards import write_shard
+from schemas.storage.manifest import Manifest
+from schemas.storage.shards import write_shard
 from schemas.table import BoundTable, Table
+from schemas.tables.documents import DOCUMENTS, Document
 from stages.stage import Estimate, StageContext, TableStage, Work
 
 VOCAB_SIZE, ROWS, LENGTH = 512, 8, 64

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish, markdown_table
-from schemas.candidate_scores import CandidateScores
-from schemas.episodes import Episode
+from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.episodes import Episode
 from stages.candidate_scoring import Branches, logprobs_of, score_candidates
 from stages.engines.engine import Engine, EngineKind, open_engine
 from stages.engines.options import EngineOptions

@@ -24,9 +24,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from schemas.documents import DOCUMENTS, Document
 from schemas.sample_id import sample_id_of
-from schemas.shards import write_shard
+from schemas.storage.shards import write_shard
+from schemas.tables.documents import DOCUMENTS, Document
 from stages.engines.engine import Engine, open_engine
 from stages.engines.options import EngineOptions
 from stages.scoring import LogitBlocks, score_shard

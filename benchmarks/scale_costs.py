@@ -23,8 +23,8 @@ from benchmarks.synthetic_shards import synthetic_shards
 from pipeline.dispatch import Limits, dispatch
 from pipeline.kept_shards import kept_shards
 from pipeline.shard_task import StepTasks
-from schemas.manifest import ShardRecord, shard_name, write_record
-from schemas.shard_list import ShardList, ShardListBuilder
+from schemas.storage.records import ShardRecord, shard_name, write_record
+from schemas.storage.shard_list import ShardList, ShardListBuilder
 
 RAY_OVERHEAD_S = 0.0027  # docs/executors.md
 

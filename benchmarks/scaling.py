@@ -26,7 +26,7 @@ from benchmarks.burn_stage import VOCAB_SIZE, BurnStage, burn, make_tasks
 from pipeline.dispatch import Limits
 from pipeline.local_executor import run_local
 from pipeline.ray_executor import run_on_ray
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 from stages.engines.options import EngineOptions
 from stages.stage import StageContext
 

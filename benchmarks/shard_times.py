@@ -16,7 +16,8 @@ import numpy.typing as npt
 import yaml
 
 from benchmarks.cached_tables import MODEL
-from schemas.manifest import read_manifest, read_notes
+from schemas.storage.manifest import read_manifest
+from schemas.storage.records import read_notes
 
 F64Array = npt.NDArray[np.float64]
 TEXTS = ("text/c4_demo.jsonl", "text/alpaca_en_demo.json")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline.dispatch import Done, Event, Lost, Ready
 from pipeline.shard_task import ShardTask
 from pipeline.worker import Job
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 
 F64Array = npt.NDArray[np.float64]
 DRAWS_AT_ONCE = 65_536

@@ -29,12 +29,13 @@ from benchmarks.real_positions import ROW_TOKENS, Domain, Seen
 from benchmarks.signal_error import Decoded
 from pipeline.shard_task import RowCount, write_output
 from schemas.distribution import unpack_threshold, unpack_top_k
-from schemas.documents import DOCUMENTS, Document
-from schemas.manifest import Manifest, shard_name, write_manifest
 from schemas.sample_id import sample_id_of
-from schemas.shards import read_shard
+from schemas.storage.manifest import Manifest, write_manifest
+from schemas.storage.records import shard_name
+from schemas.storage.shards import read_shard
 from schemas.table import BoundTable
-from schemas.teacher_logits import ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.teacher_logits import ExactLogits, ThresholdLogits, TopKLogits
 from stages.language_head import LanguageHead
 from stages.scoring import score_shard
 from stages.teacher_logits import TeacherLogitsStage

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-from schemas.shard_list import SCHEMA, ShardList
+from schemas.storage.shard_list import SCHEMA, ShardList
 
 ROWS, TOKENS, BYTES = 1000, 1_000_000, 2_100_000  # of one shard
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from schemas.errors import TeacherCacheError
-from schemas.object_store import as_folder
+from schemas.storage.files import as_folder
 
 if TYPE_CHECKING:
     from pipeline.plan import PlannedStep
@@ -267,7 +267,7 @@ def evaluate(
     """
     from pipeline import icl_report, preference_report, report
     from schemas.errors import ConfigError
-    from schemas.manifest import read_manifest
+    from schemas.storage.manifest import read_manifest
 
     _quiet_libraries()
     folders = [as_folder(place) for place in data]

@@ -25,7 +25,7 @@ from typing import Protocol
 from pipeline.shard_task import ShardTasks, sample_id_at
 from pipeline.worker import Job
 from schemas.errors import EngineError, RejectLimitError
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
-from schemas.object_store import Folder
-from schemas.shard_cache import user_cache
-from schemas.shards import sha256_of, write_text
+from schemas.storage.files import Folder, sha256_of, write_text
+from schemas.storage.shard_cache import user_cache
 from stages.engines.adapters import ADAPTER_CONFIG, adapter_files
 from stages.tokenizer_identity import tokenizer_fingerprint
 

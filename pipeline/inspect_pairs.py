@@ -7,16 +7,16 @@ import numpy as np
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from schemas.advantages import (
+from schemas.tables.advantages import (
     AnyAdvantages,
     ExactAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.episodes import split_candidates
-from schemas.preference_pairs import PreferencePair
-from schemas.response_logprobs import ResponseLogprobs
-from schemas.responses import FINISH_REASONS, Responses
+from schemas.tables.episodes import split_candidates
+from schemas.tables.preference_pairs import PreferencePair
+from schemas.tables.response_logprobs import ResponseLogprobs
+from schemas.tables.responses import FINISH_REASONS, Responses
 
 Decode = Callable[[Any], str]
 

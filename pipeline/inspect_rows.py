@@ -16,28 +16,28 @@ from pipeline.inspect_pairs import (
     response_logprobs_table,
     responses_table,
 )
-from schemas.advantages import (
+from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.errors import ConfigError
+from schemas.open_table import known_table
+from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest, read_manifest
+from schemas.storage.shard_cache import local_file
+from schemas.storage.shards import read_shard
+from schemas.table import Table
+from schemas.tables.advantages import (
     ExactAdvantages,
     ReleasedAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.candidate_scores import CandidateScores
-from schemas.dataset import known_table
-from schemas.distribution import unpack_threshold, unpack_top_k
-from schemas.documents import Document
-from schemas.episodes import Episode, split_candidates
-from schemas.errors import ConfigError
-from schemas.manifest import Manifest, read_manifest
-from schemas.object_store import Folder
-from schemas.preference_pairs import PreferencePair
-from schemas.response_logprobs import ResponseLogprobs
-from schemas.responses import Responses
-from schemas.shard_cache import local_file
-from schemas.shards import read_shard
-from schemas.subset_preferences import SubsetPreferences, split_subsets
-from schemas.table import Table
-from schemas.teacher_logits import ThresholdLogits, TopKLogits
+from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.documents import Document
+from schemas.tables.episodes import Episode, split_candidates
+from schemas.tables.preference_pairs import PreferencePair
+from schemas.tables.response_logprobs import ResponseLogprobs
+from schemas.tables.responses import Responses
+from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
+from schemas.tables.teacher_logits import ThresholdLogits, TopKLogits
 
 
 def inspect_rows(

@@ -18,16 +18,16 @@ from threading import Event, Lock
 import numpy as np
 import numpy.typing as npt
 
-from schemas.manifest import (
+from schemas.storage.files import Folder, sha256_of
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import (
     ShardRecord,
     listed_shards,
     read_records,
     read_unverified_record,
     shard_name,
 )
-from schemas.object_store import Folder, ObjectPath
-from schemas.shard_list import ShardListBuilder
-from schemas.shards import sha256_of
+from schemas.storage.shard_list import ShardListBuilder
 
 READING_THREADS = 16  # small files: on a network, each is a wait
 RECORDS_AT_ONCE = 256

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from schemas.errors import StoreError, TeacherCacheError
-from schemas.object_store import ObjectPath, read_if_there
+from schemas.storage.files import read_if_there
+from schemas.storage.object_path import ObjectPath
 
 LEASE_S = 30.0
 RENEW_S = 10.0

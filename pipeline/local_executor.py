@@ -22,7 +22,7 @@ from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
 from pipeline.shard_task import ShardTasks, run_shard
 from pipeline.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 from stages.stage import StageContext, TableStage
 
 END_WITHIN_S = 20.0  # for an engine to free its device

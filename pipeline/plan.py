@@ -19,7 +19,7 @@ from pipeline.fingerprint import (
 )
 from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch
-from schemas.object_store import Folder
+from schemas.storage.files import Folder
 from stages.advantages import AdvantagesStage
 from stages.checkpoint import local_copy
 from stages.stage import ModelSpec, SourceStage, TableStage

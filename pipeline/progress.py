@@ -17,7 +17,7 @@ from rich.progress import (
 
 from pipeline import step_state
 from pipeline.plan import PlannedStep
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 
 LINE_EVERY_S = 10.0
 

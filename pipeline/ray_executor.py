@@ -33,7 +33,7 @@ from pipeline.worker import Do, Job, Versions, opened_worker
 from pipeline.worker_size import Machine, WorkerSize
 from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 from stages.stage import StageContext, TableStage
 
 START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow

@@ -25,7 +25,7 @@ from ray.util.queue import Queue
 from pipeline.training_job import OnEvent, TrainingJob
 from pipeline.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
-from schemas.object_store import ObjectPath
+from schemas.storage.object_path import ObjectPath
 
 NOTES = ".ray"  # what Ray Train keeps of a run while it lasts
 

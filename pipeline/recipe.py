@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from schemas.errors import ConfigError
-from schemas.object_store import Folder, as_folder
+from schemas.storage.files import Folder, as_folder
 from stages.advantages import AdvantagesStage
 from stages.candidate_scores import CandidateScoresStage
 from stages.engines.options import EngineOptions

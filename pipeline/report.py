@@ -17,9 +17,11 @@ from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
 from pipeline.step_state import Progress, finished_manifest, progress_of
 from pipeline.student_step import EVALUATION
-from schemas.manifest import Manifest, all_notes
-from schemas.object_store import Folder, ObjectPath
-from schemas.shard_list import ShardTotals
+from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import all_notes
+from schemas.storage.shard_list import ShardTotals
 from stages.checkpoint import read_checkpoint
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 

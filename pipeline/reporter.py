@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from pipeline.plan import PlannedStep
 from pipeline.step_state import Progress
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 
 
 class Reporter(Protocol):

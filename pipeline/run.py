@@ -18,9 +18,9 @@ from pipeline.student_step import run_evaluation, run_preference_evaluation, run
 from pipeline.table_step import make_shards, remove_source_work, run_source, run_table, source_of
 from pipeline.working_folder import published
 from schemas.errors import ConfigError, StoreError
-from schemas.manifest import listed_shards, shard_name
-from schemas.object_store import ObjectPath
-from schemas.shard_list import SHARD_LIST, ShardList, ShardTotals
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import listed_shards, shard_name
+from schemas.storage.shard_list import SHARD_LIST, ShardList, ShardTotals
 from stages.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
 from stages.student.config import (

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import StoreError
-from schemas.object_store import ObjectPath, read_if_there
-from schemas.shards import sha256_of
+from schemas.storage.files import read_if_there, sha256_of
+from schemas.storage.object_path import ObjectPath
 from stages.checkpoint import CHECKPOINTS, RUN, last_checkpoint
 
 LATEST = "latest.json"

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import RejectLimitError, StoreError
-from schemas.manifest import ShardRecord, read_record, shard_name, write_record
-from schemas.object_store import Folder, ObjectPath
-from schemas.shard_cache import local_file
-from schemas.shard_list import ShardList
-from schemas.shards import read_shard, sha256_of, write_shard, write_text
+from schemas.storage.files import Folder, sha256_of, write_text
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
+from schemas.storage.shard_cache import local_file
+from schemas.storage.shard_list import ShardList
+from schemas.storage.shards import read_shard, write_shard
 from schemas.table import BoundTable
 from stages.stage import Rejected, Work
 

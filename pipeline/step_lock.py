@@ -10,7 +10,8 @@ from typing import IO
 
 from pipeline.lease_lock import is_leased, lease
 from schemas.errors import StoreError
-from schemas.object_store import Folder, ObjectPath
+from schemas.storage.files import Folder
+from schemas.storage.object_path import ObjectPath
 
 LOCK_FILE = ".lock"
 SHARDS_LOCK_FILE = ".lock-shards"  # byte i of it stands for shard i

@@ -7,8 +7,9 @@ from typing import Literal
 from pipeline.fingerprint import hidden_size_of
 from pipeline.plan import PlannedStep
 from schemas.errors import StoreError
-from schemas.manifest import Manifest, all_notes, count_records, manifest_if_there, shard_name
-from schemas.object_store import Folder
+from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest, manifest_if_there
+from schemas.storage.records import all_notes, count_records, shard_name
 from stages.checkpoint import read_checkpoint
 from stages.stage import TableStage
 

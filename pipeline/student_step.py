@@ -9,8 +9,8 @@ from pipeline.recipe import Execution
 from pipeline.reporter import Reporter
 from pipeline.training_job import TrainingJob
 from pipeline.working_folder import published, remove_work
-from schemas.episodes import EPISODES
-from schemas.shards import write_text
+from schemas.storage.files import write_text
+from schemas.tables.episodes import EPISODES
 from stages.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage

@@ -15,10 +15,11 @@ from pipeline.reporter import Reporter
 from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
 from pipeline.step_state import finished_manifest
 from pipeline.working_folder import remove_work, working_folder
-from schemas.manifest import Manifest, ShardRecord, shard_name, write_manifest
-from schemas.object_store import Folder, ObjectPath
-from schemas.shard_list import ShardList, ShardListBuilder, shard_index
-from schemas.shards import sha256_of
+from schemas.storage.files import Folder, sha256_of
+from schemas.storage.manifest import Manifest, write_manifest
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import ShardRecord, shard_index, shard_name
+from schemas.storage.shard_list import ShardList, ShardListBuilder
 from stages.stage import SourceStage, StageContext, TableStage
 from stages.tokenizer_identity import tokenizer_fingerprint
 

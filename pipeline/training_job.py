@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.saved_checkpoints import SavedCheckpoints
 from pipeline.working_folder import upload_checkpoint, working_folder
-from schemas.object_store import Folder, ObjectPath
+from schemas.storage.files import Folder
+from schemas.storage.object_path import ObjectPath
 from stages.checkpoint import local_copy
 from stages.student.train_config import TrainConfig, TrainOptions
 

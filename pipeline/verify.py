@@ -9,11 +9,13 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from schemas.dataset import known_table
 from schemas.errors import ConfigError, TeacherCacheError
-from schemas.manifest import MANIFEST, Manifest, ShardRecord, damaged_shards, read_manifest
-from schemas.object_store import Folder, ObjectPath
-from schemas.shards import read_shard, sha256_of
+from schemas.open_table import known_table
+from schemas.storage.files import Folder, sha256_of
+from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.records import ShardRecord
+from schemas.storage.shards import read_shard
 from schemas.table import Table
 from stages.checkpoint import CHECKPOINT, damaged_files, read_record
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from pipeline.shard_task import ShardTask, run_shard, try_rows
-from schemas.dataset import TABLES
 from schemas.errors import ConfigError, SchemaMismatch
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
+from schemas.tables import TABLES
 from stages.stage import StageContext, TableStage
 
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from schemas.object_store import Folder, ObjectPath
+from schemas.storage.files import Folder
+from schemas.storage.object_path import ObjectPath
 from stages.engines.options import EngineOptions
 from stages.stage import ModelSpec, StageContext
 

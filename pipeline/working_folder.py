@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from schemas.errors import StoreError
-from schemas.object_store import Folder, ObjectPath
-from schemas.shard_cache import user_cache
+from schemas.storage.files import Folder
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.shard_cache import user_cache
 from stages.checkpoint import CHECKPOINT, read_checkpoint
 
 

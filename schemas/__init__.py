@@ -1,24 +1,25 @@
-"""What a row is: tables, encodings, shards, manifests. Needs pyarrow and numpy, nothing else."""
+"""What a row is, and how rows lie on a disk or in a store: pyarrow and numpy, nothing else."""
 
-from .advantages import (
+from .dataset import CachedDataset, open_dataset
+from .distribution import unpack_threshold, unpack_top_k
+from .sample_id import sample_id_of
+from .storage.manifest import Manifest, read_manifest
+from .storage.records import ShardRecord
+from .tables.advantages import (
     SUPPORTS,
     ExactAdvantages,
     ReleasedAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from .candidate_scores import CANDIDATE_SCORES, CandidateScores
-from .dataset import CachedDataset, open_dataset
-from .distribution import unpack_threshold, unpack_top_k
-from .documents import DOCUMENTS, Document
-from .episodes import EPISODES, Episode, split_candidates, subset_input_ids
-from .manifest import Manifest, ShardRecord, read_manifest
-from .preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from .response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
-from .responses import RESPONSES, Responses
-from .sample_id import sample_id_of
-from .subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
-from .teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
+from .tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from .tables.documents import DOCUMENTS, Document
+from .tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
+from .tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from .tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from .tables.responses import RESPONSES, Responses
+from .tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
+from .tables.teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
 
 __all__ = [
     "CANDIDATE_SCORES",

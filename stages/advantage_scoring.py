@@ -24,10 +24,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from schemas.advantages import HEAD_FOLDERS, AnyAdvantages
 from schemas.distribution import round_mantissa, uniforms
 from schemas.errors import ConfigError
-from schemas.responses import RESPONSES, Responses
+from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
+from schemas.tables.responses import RESPONSES, Responses
 from stages.advantage_supports import (
     ReleasedKept,
     Scored,

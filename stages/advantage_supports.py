@@ -1,6 +1,6 @@
 """Which tokens' advantages are kept at a position: torch, batched, CPU or GPU.
 
-What each support is for is in ``schemas.advantages``. All of them read the log-probs of both
+What each support is for is in ``schemas.tables.advantages``. All of them read the log-probs of both
 models over the whole vocabulary, in float32; no step loops over positions.
 
 ``threshold`` draws with the scheme of ``stages.encoding``: a token of weight w is kept with

@@ -2,7 +2,7 @@
 
 ``model`` is the aligned teacher, ``reference`` the teacher that the alignment started from; both
 score every position of the responses (ADPA, arXiv 2502.17927). What each support keeps is in
-``schemas.advantages``.
+``schemas.tables.advantages``.
 
 This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
 ``stages.advantage_scoring`` is the work.
@@ -15,11 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.advantages import HEAD_FOLDERS, SUPPORTS
 from schemas.errors import ConfigError
-from schemas.manifest import Manifest
-from schemas.responses import RESPONSES
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS
+from schemas.tables.responses import RESPONSES
 from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
 
 _HEAD_FILES = ("head.safetensors", "head.json")

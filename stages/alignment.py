@@ -29,9 +29,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError, TeacherCacheError
-from schemas.object_store import Folder
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.shards import write_text
+from schemas.storage.files import Folder, write_text
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.checkpoint import (
     CHECKPOINT,
     CHECKPOINTS,

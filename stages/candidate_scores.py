@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from schemas.candidate_scores import CANDIDATE_SCORES
-from schemas.episodes import EPISODES
-from schemas.manifest import Manifest
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.candidate_scores import CANDIDATE_SCORES
+from schemas.tables.episodes import EPISODES
 from stages.stage import Estimate, StageContext, TableStage, Work
 
 _CANDIDATES_A_ROW = 6

@@ -24,8 +24,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from schemas.candidate_scores import CandidateScores
-from schemas.episodes import EPISODES, Episode, split_candidates
+from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.episodes import EPISODES, Episode, split_candidates
 from stages.candidate_scores import CandidateScoresStage
 from stages.engines.engine import Engine, open_model
 from stages.engines.sequences import TokenIds, require_room

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
-from schemas.object_store import Folder, read_if_there
-from schemas.shard_cache import local_files
-from schemas.shards import sha256_of, write_text
+from schemas.storage.files import Folder, read_if_there, sha256_of, write_text
+from schemas.storage.shard_cache import local_files
 from stages.tokenizer_identity import TEMPLATE_FOLDER
 
 CHECKPOINT = "checkpoint.json"

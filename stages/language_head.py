@@ -30,8 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError
-from schemas.object_store import Folder
-from schemas.shards import atomic_file, write_text
+from schemas.storage.files import Folder, atomic_file, write_text
 
 HEAD_TENSORS = "head.safetensors"
 HEAD_SETTINGS = "head.json"

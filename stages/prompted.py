@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from schemas.episodes import split_candidates
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.responses import RESPONSES
+from schemas.tables.episodes import split_candidates
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.responses import RESPONSES
 from stages.engines.sequences import TokenIds
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.errors import ConfigError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.responses import FINISH_REASONS, Responses
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.responses import FINISH_REASONS, Responses
 from stages.engines.decoding import Decoding, Generated
 from stages.engines.generator import Generator, open_generator
 from stages.stage import Rejected, StageContext, Work

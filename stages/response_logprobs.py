@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-from schemas.manifest import Manifest
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.response_logprobs import RESPONSE_LOGPROBS
-from schemas.responses import RESPONSES
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
+from schemas.tables.responses import RESPONSES
 from stages.stage import Estimate, StageContext, TableStage, Work
 
 

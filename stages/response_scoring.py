@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.response_logprobs import ResponseLogprobs
+from schemas.tables.response_logprobs import ResponseLogprobs
 from stages.candidate_scoring import logprobs_of
 from stages.engines.engine import Engine, open_model
 from stages.engines.options import EngineOptions

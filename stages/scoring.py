@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import quantise_sticks, round_mantissa, uniforms
-from schemas.documents import DOCUMENTS
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.documents import DOCUMENTS
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages.encoding import (
     MAX_BLOCK_BYTES,
     Measured,

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from schemas.episodes import Episode
 from schemas.errors import ConfigError
+from schemas.tables.episodes import Episode
 
 
 class SentenceSimilarity:

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, Protocol
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from schemas.manifest import Manifest
-from schemas.object_store import Folder
+from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from stages.checkpoint import local_copy
 from stages.engines.adapters import merged_folder

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
-from schemas.manifest import Manifest
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.responses import RESPONSES
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.responses import RESPONSES
 from stages.stage import Estimate, StageContext, TableStage, Work
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and takes next to 0 for greedy

@@ -14,10 +14,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from schemas.episodes import EPISODES
-from schemas.manifest import Manifest
-from schemas.subset_preferences import SUBSET_PREFERENCES
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.episodes import EPISODES
+from schemas.tables.subset_preferences import SUBSET_PREFERENCES
 from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
 
 

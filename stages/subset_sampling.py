@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.distribution import uniforms
-from schemas.episodes import Episode, subset_input_ids
+from schemas.tables.episodes import Episode, subset_input_ids
 from stages.engines.sequences import TokenIds
 from stages.subset_preferences import SubsetPreferencesStage
 

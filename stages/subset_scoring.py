@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.episodes import EPISODES, Episode
 from schemas.errors import ConfigError
-from schemas.subset_preferences import SubsetPreferences
+from schemas.tables.episodes import EPISODES, Episode
+from schemas.tables.subset_preferences import SubsetPreferences
 from stages.candidate_scoring import logprobs_of
 from stages.engines.engine import Engine, open_model
 from stages.engines.sequences import TokenIds, require_room

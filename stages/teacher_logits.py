@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from schemas.documents import DOCUMENTS
-from schemas.episodes import EPISODES
 from schemas.errors import ConfigError
-from schemas.manifest import Manifest
-from schemas.preference_pairs import PREFERENCE_PAIRS
+from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
-from schemas.teacher_logits import ENCODINGS
+from schemas.tables.documents import DOCUMENTS
+from schemas.tables.episodes import EPISODES
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.teacher_logits import ENCODINGS
 from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
 
 EXACT_FILES = ("head.safetensors", "head.json")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
-from schemas.shards import sha256_of
+from schemas.storage.files import sha256_of
 
 TOKENIZER_JSON = "tokenizer.json"
 # Vocabularies of tokenizers that are saved without tokenizer.json; hashed as bytes.

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from schemas.candidate_scores import CANDIDATE_SCORES, CandidateScores
-from schemas.episodes import EPISODES, Episode
 from schemas.sample_id import sample_id_of
-from schemas.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences
-from schemas.teacher_logits import TOP_K, TopKLogits
+from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from schemas.tables.episodes import EPISODES, Episode
+from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences
+from schemas.tables.teacher_logits import TOP_K, TopKLogits
 from stages.encoding import measure, top_k
 from stages.tokenizer_identity import copy_tokenizer
 from tests.cached_data import write_table

@@ -16,13 +16,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from schemas.distribution import quantise_sticks, uniforms
-from schemas.documents import DOCUMENTS, Document
-from schemas.episodes import Episode
-from schemas.manifest import Manifest, ShardRecord, shard_name, write_manifest
 from schemas.sample_id import sample_id_of
-from schemas.shards import sha256_of, write_shard
+from schemas.storage.files import sha256_of
+from schemas.storage.manifest import Manifest, write_manifest
+from schemas.storage.records import ShardRecord, shard_name
+from schemas.storage.shards import write_shard
 from schemas.table import BoundTable
-from schemas.teacher_logits import (
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.episodes import Episode
+from schemas.tables.teacher_logits import (
     ENCODINGS,
     AnyLogits,
     ExactLogits,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.candidate_scores import CANDIDATE_SCORES, CandidateScores
-from schemas.episodes import EPISODES, Episode
 from schemas.sample_id import sample_id_of
-from schemas.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences
-from schemas.teacher_logits import ENCODINGS
+from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from schemas.tables.episodes import EPISODES, Episode
+from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences
+from schemas.tables.teacher_logits import ENCODINGS
 from tests.cached_data import VOCAB_SIZE, CachedData, make_cached_data, write_signals, write_table
 
 NUM_SUBSETS = 4

@@ -14,11 +14,12 @@ import pyarrow as pa
 from pipeline.dispatch import Limits
 from pipeline.local_executor import run_local
 from pipeline.shard_task import ShardTask
-from schemas.documents import DOCUMENTS, Document
 from schemas.errors import ConfigError, EngineError
-from schemas.manifest import Manifest, ShardRecord, read_manifest
-from schemas.shards import read_shard
+from schemas.storage.manifest import Manifest, read_manifest
+from schemas.storage.records import ShardRecord
+from schemas.storage.shards import read_shard
 from schemas.table import BoundTable, Table
+from schemas.tables.documents import DOCUMENTS, Document
 from stages.stage import Estimate, StageContext, TableStage, Work
 
 

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from benchmarks.synthetic_shards import synthetic_shards
-from schemas.manifest import Manifest, shard_name, write_manifest
+from schemas.storage.manifest import Manifest, write_manifest
+from schemas.storage.records import shard_name
 from tests.tiny_recipe import TinyRecipe, make_recipe
 
 LINKS = 20_000  # names of one empty file: a name costs a tenth of a file, and lists the same

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from schemas.advantages import (
+from schemas.distribution import quantise_sticks, uniforms
+from schemas.sample_id import sample_id_of
+from schemas.storage.files import sha256_of
+from schemas.storage.manifest import read_manifest, write_manifest
+from schemas.tables.advantages import (
     HEAD_FOLDERS,
     SUPPORTS,
     ExactAdvantages,
@@ -26,14 +30,10 @@ from schemas.advantages import (
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.distribution import quantise_sticks, uniforms
-from schemas.manifest import read_manifest, write_manifest
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
-from schemas.responses import RESPONSES, Responses
-from schemas.sample_id import sample_id_of
-from schemas.shards import sha256_of
-from schemas.teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
 from stages.encoding import measure, threshold_sample, top_k
 from stages.language_head import LanguageHead
 from tests.cached_data import VOCAB_SIZE, K, save_model, write_table

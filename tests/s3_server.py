@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import boto3
 import pytest
 
-from schemas import object_store
-from schemas.object_store import ObjectPath
+from schemas.storage import object_path as object_store
+from schemas.storage.object_path import ObjectPath
 
 KEY_ID, SECRET = "AKIDLOOPBACK", "a-secret-that-nobody-may-write-down"
 

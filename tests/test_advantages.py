@@ -11,17 +11,18 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from schemas.advantages import (
+from schemas.errors import ConfigError
+from schemas.storage.manifest import Manifest
+from schemas.storage.records import ShardRecord
+from schemas.storage.shards import write_shard
+from schemas.tables.advantages import (
     HEAD_FOLDERS,
     ExactAdvantages,
     ReleasedAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.errors import ConfigError
-from schemas.manifest import Manifest, ShardRecord
-from schemas.responses import Responses
-from schemas.shards import write_shard
+from schemas.tables.responses import Responses
 from stages.advantage_scoring import Asked, score_row, score_shard
 from stages.advantages import AdvantagesStage
 from stages.engines.engine import Engine, open_engine

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
-from schemas.episodes import Episode
+from schemas.tables.episodes import Episode
 from stages.student.distillation_trainer import DistillationTrainer, training_arguments
 from stages.student.student_model import load_student
 from stages.student.train_config import (

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schemas.candidate_scores import CandidateScores
-from schemas.episodes import Episode
 from schemas.errors import ConfigError
+from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.episodes import Episode
 from stages.candidate_scores import CandidateScoresStage
 from stages.candidate_scoring import Branches
 from stages.engines.options import EngineOptions

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.manifest import read_manifest
+from schemas.storage.manifest import read_manifest
 from tests.tiny_recipe import TinyRecipe, make_recipe, teachercache
 
 HELP = {

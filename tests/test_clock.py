@@ -13,8 +13,8 @@ from tests.tiny_recipe import TinyRecipe, finish, make_recipe, stamps, start, ta
 # The only places that may look at the time of day, and what for.
 TIME_OF_DAY = {
     "pipeline/shard_task.py": "started_at_s in a record's notes, which nobody compares",
-    "schemas/dataset.py": "when a table was opened, held against times of files of this machine",
-    "schemas/object_store.py": "a gs:// object's age, where the store gives no time of its own",
+    "schemas/open_table.py": "when a table was opened, held against times of files of this machine",
+    "schemas/storage/object_path.py": "a gs:// object's age, where a store gives no time itself",
 }
 
 JUMPING = """

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import StoreError
-from schemas.manifest import read_record
+from schemas.storage.records import read_record
 from tests.tiny_recipe import (
     COMMAND,
     Said,

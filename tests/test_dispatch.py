@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
 from pipeline.shard_task import ShardTask
 from pipeline.worker import Job
-from schemas.documents import DOCUMENTS
 from schemas.errors import ConfigError, EngineError, RejectLimitError
-from schemas.manifest import ShardRecord
 from schemas.sample_id import sample_id_of
-from schemas.shards import sha256_of, write_shard
+from schemas.storage.files import sha256_of
+from schemas.storage.records import ShardRecord
+from schemas.storage.shards import write_shard
+from schemas.tables.documents import DOCUMENTS
 from tests.tiny_teacher import as_document
 
 LIMITS = Limits(workers=2, max_attempts=3, shard_timeout_s=None)

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from schemas.episodes import Episode, split_candidates, subset_input_ids
 from schemas.errors import ConfigError, StoreError
+from schemas.tables.episodes import Episode, split_candidates, subset_input_ids
 from stages.ingest.episode_building import EpisodeBuilder
 from stages.ingest.episode_draws import DrawnEpisode
 from stages.ingest.episodes import EpisodesStage

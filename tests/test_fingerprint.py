@@ -22,7 +22,7 @@ from pipeline.fingerprint import (
     vocab_size_of,
 )
 from schemas.errors import ConfigError
-from schemas.shards import sha256_of
+from schemas.storage.files import sha256_of
 from stages.ingest.text import IngestStage
 from stages.teacher_logits import TeacherLogitsStage
 from tests.tiny_recipe import TinyRecipe, edit_recipe, error_of, make_recipe

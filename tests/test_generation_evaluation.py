@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from schemas.episodes import Episode
 from schemas.errors import ConfigError
+from schemas.tables.episodes import Episode
 from stages.student.generation_evaluation import SPARE_TOKENS, FreeAnswer, generate_answers
 from stages.student.icl_tasks import generation_numbers
 from stages.student.student_model import load_student

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.dataset import open_dataset
-from schemas.documents import DOCUMENTS, Document
-from schemas.episodes import EPISODES, Episode
 from schemas.errors import ConfigError, StoreError
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.episodes import EPISODES, Episode
 from stages.student.episode_scoring import candidate_sums, subset_sums
 from stages.student.icl_evaluation import IclOptions, TaskReport, measure_episodes
 from stages.student.shared_prompt import shared_prompt_logprobs

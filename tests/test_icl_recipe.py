@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from schemas.dataset import open_dataset
-from schemas.manifest import read_manifest
+from schemas.storage.manifest import read_manifest
 from tests.tiny_recipe import TinyRecipe, table_bytes, teachercache, write_jsonl
 
 WORDS = ("stone", "river", "cloud", "ember", "grove", "harbor", "meadow", "canyon", "valley")

@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from schemas.documents import Document
 from schemas.errors import ConfigError, StoreError
 from schemas.sample_id import sample_id_of
+from schemas.tables.documents import Document
 from stages.ingest.cleaning import clean
 from stages.ingest.prepared import PreparedSource, within
 from stages.ingest.text import IngestStage

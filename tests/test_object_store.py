@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from schemas import object_store
 from schemas.errors import ConfigError, StoreError
-from schemas.object_store import ObjectPath, as_folder, read_if_there, read_many
+from schemas.storage import object_path as object_store
+from schemas.storage.files import as_folder, read_if_there, read_many
+from schemas.storage.object_path import ObjectPath
 from tests.s3_server import (
     CUT_REPLY,
     CUT_REQUEST,
@@ -214,7 +215,7 @@ def test_credentials_that_are_refused_are_the_users_to_mend(
 def test_a_scheme_whose_package_is_missing_names_it() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from schemas.object_store import ObjectPath\n"
+        "from schemas.storage.object_path import ObjectPath\n"
         "try: ObjectPath('s3://b/x').read_bytes()\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -18,8 +18,9 @@ from pipeline.step_lock import LOCK_FILE, step_lock
 from pipeline.training_job import TrainingJob
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
-from schemas.manifest import read_manifest
-from schemas.object_store import ObjectPath, as_folder
+from schemas.storage.files import as_folder
+from schemas.storage.manifest import read_manifest
+from schemas.storage.object_path import ObjectPath
 from stages.checkpoint import local_copy, read_checkpoint
 from stages.student.config import TrainStage
 from stages.student.train_config import TrainOptions

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from schemas.errors import ConfigError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.sample_id import sample_id_of
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.engines.options import EngineOptions
 from stages.stage import ModelSpec, Rejected, StageContext
 from tests.cached_data import VOCAB_SIZE, save_model

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.step_state import progress_of
 from schemas.errors import StoreError
-from schemas.manifest import read_manifest
+from schemas.storage.manifest import read_manifest
 from tests.tiny_recipe import ROWS_PER_SHARD, TinyRecipe, edit_recipe, make_recipe, teachercache
 
 STUDENT = {"stage": "student_init", "model": "teacher", "layers": [0]}

@@ -23,11 +23,11 @@ from pipeline.plan import Model, PlannedStep, check_judge
 from pipeline.recipe import Execution
 from pipeline.report import print_results
 from pipeline.run import run_plan
-from schemas.documents import DOCUMENTS, Document
 from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from schemas.sample_id import sample_id_of
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from stages.checkpoint import read_checkpoint
 from stages.student.config import PreferenceEvaluationStage
 from stages.student.preference_evaluation import Judge, PreferenceOptions, evaluate_preferences

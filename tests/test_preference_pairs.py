@@ -18,8 +18,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError, StoreError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.sample_id import sample_id_of
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.ingest.preference_pairs import PreferencePairsStage
 from tests.test_episodes import make_sentencepiece
 

@@ -16,7 +16,7 @@ from pipeline.plan import PlannedStep, make_plan
 from pipeline.recipe import load_recipe
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, IdentityMismatch
-from schemas.manifest import read_manifest
+from schemas.storage.manifest import read_manifest
 from tests.conftest import save_tiny_model
 from tests.test_preference_pairs import CHATML
 from tests.tiny_recipe import Said, teachercache, write_jsonl

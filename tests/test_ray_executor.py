@@ -20,8 +20,8 @@ import pytest
 from pipeline.dispatch import Limits
 from pipeline.shard_task import DEADLY
 from schemas.errors import ConfigError, EngineError, SchemaMismatch
-from schemas.manifest import ShardRecord
-from schemas.shards import read_shard
+from schemas.storage.records import ShardRecord
+from schemas.storage.shards import read_shard
 from tests.faulty_stage import FaultyStage, Shards
 from tests.ray_cluster import ENVIRONMENT, Cluster, free_ports, ray_cluster
 from tests.tiny_recipe import TinyRecipe, finish, make_recipe, start, table_bytes, teachercache

@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from pipeline.ray_training import train_on_ray
-from schemas.documents import DOCUMENTS
 from schemas.errors import ConfigError, EngineError, StoreError
+from schemas.tables.documents import DOCUMENTS
 from stages.checkpoint import read_checkpoint
 from tests.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.episode_data import EpisodeData, make_episode_data

@@ -10,11 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from schemas.dataset import open_dataset
-from schemas.documents import DOCUMENTS
 from schemas.errors import ConfigError, RejectLimitError
-from schemas.manifest import read_manifest
 from schemas.sample_id import sample_id_of
-from schemas.shards import read_shard
+from schemas.storage.manifest import read_manifest
+from schemas.storage.shards import read_shard
+from schemas.tables.documents import DOCUMENTS
 from stages.stage import Rejected
 from stages.teacher_logits import TeacherLogitsStage
 from tests.conftest import save_tiny_model

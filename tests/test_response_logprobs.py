@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.response_logprobs import ResponseLogprobs
-from schemas.responses import RESPONSES
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.response_logprobs import ResponseLogprobs
+from schemas.tables.responses import RESPONSES
 from stages.engines.engine import Engine, open_engine
 from stages.engines.options import EngineOptions
 from stages.prompted import prompted_of

@@ -16,7 +16,8 @@ import pytest
 from pipeline.step_lock import step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
-from schemas.manifest import read_manifest, read_notes
+from schemas.storage.manifest import read_manifest
+from schemas.storage.records import read_notes
 from tests.tiny_recipe import (
     TinyRecipe,
     edit_recipe,

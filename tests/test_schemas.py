@@ -10,19 +10,24 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from schemas.advantages import SUPPORTS, ReleasedAdvantages, ThresholdAdvantages, UnionAdvantages
-from schemas.candidate_scores import CANDIDATE_SCORES, CandidateScores
-from schemas.documents import DOCUMENTS, Document
-from schemas.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.errors import SchemaMismatch
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
-from schemas.responses import RESPONSES, Responses
 from schemas.sample_id import sample_id_of
-from schemas.shards import read_shard, write_shard
-from schemas.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
+from schemas.storage.shards import read_shard, write_shard
 from schemas.table import BoundTable
-from schemas.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
+from schemas.tables.advantages import (
+    SUPPORTS,
+    ReleasedAdvantages,
+    ThresholdAdvantages,
+    UnionAdvantages,
+)
+from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
+from schemas.tables.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"K": 4, "D": 8, "R": 6}

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.dataset import HELD_SHARDS, open_dataset
+from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, StoreError
-from schemas.object_store import ObjectPath
-from schemas.shard_cache import LIMIT, hold, local_file, local_files
-from schemas.shards import atomic_file
+from schemas.open_table import HELD_SHARDS
+from schemas.storage.files import atomic_file
+from schemas.storage.object_path import ObjectPath
+from schemas.storage.shard_cache import LIMIT, hold, local_file, local_files
 from tests.s3_server import (
     FaultyProxy,
     Server,

@@ -12,23 +12,22 @@ import pytest
 
 from pipeline.verify import verify_folder
 from schemas.dataset import open_dataset
-from schemas.documents import DOCUMENTS, Document
 from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
-from schemas.manifest import (
-    Manifest,
+from schemas.sample_id import sample_id_of
+from schemas.storage.files import atomic_file
+from schemas.storage.manifest import Manifest, damaged_shards, read_manifest, write_manifest
+from schemas.storage.records import (
     ShardRecord,
-    damaged_shards,
     listed_shards,
-    read_manifest,
     read_record,
+    shard_index,
     shard_name,
-    write_manifest,
     write_record,
 )
-from schemas.sample_id import sample_id_of
-from schemas.shard_list import ShardListBuilder, shard_index
-from schemas.shards import ROWS_PER_BATCH, atomic_file, read_shard, write_shard
-from schemas.teacher_logits import TOP_K, TopKLogits
+from schemas.storage.shard_list import ShardListBuilder
+from schemas.storage.shards import ROWS_PER_BATCH, read_shard, write_shard
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.teacher_logits import TOP_K, TopKLogits
 
 VOCAB_SIZE = 512
 NUM_SHARDS, ROWS = 3, 20

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from schemas.errors import ConfigError
-from schemas.manifest import Manifest, ShardRecord
-from schemas.preference_pairs import PreferencePair
-from schemas.responses import RESPONSES, Responses
+from schemas.storage.manifest import Manifest
+from schemas.storage.records import ShardRecord
+from schemas.tables.preference_pairs import PreferencePair
+from schemas.tables.responses import RESPONSES, Responses
 from stages.engines.decoding import Decoding
 from stages.engines.generator import open_generator
 from stages.engines.options import EngineOptions

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from schemas.episodes import Episode, subset_input_ids
 from schemas.errors import ConfigError
-from schemas.subset_preferences import SubsetPreferences, split_subsets
+from schemas.tables.episodes import Episode, subset_input_ids
+from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
 from stages.engines.options import EngineOptions
 from stages.stage import ModelSpec, Rejected, StageContext
 from stages.subset_preferences import SubsetPreferencesStage

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from schemas.distribution import unpack_top_k
-from schemas.documents import Document
-from schemas.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.documents import Document
+from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages import scoring
 from stages.engines.engine import Engine, open_engine
 from stages.language_head import LanguageHead

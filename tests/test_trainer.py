@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas.documents import DOCUMENTS
 from schemas.errors import (
     ConfigError,
 )
+from schemas.tables.documents import DOCUMENTS
 from stages.checkpoint import damaged_files, read_checkpoint
 from stages.student.evaluation import evaluate
 from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions

@@ -16,7 +16,7 @@ from schemas.errors import (
     StoreError,
     TeacherCacheError,
 )
-from schemas.manifest import read_manifest, write_manifest
+from schemas.storage.manifest import read_manifest, write_manifest
 from stages.student.evaluation import evaluate
 from stages.student.train_config import TrainConfig, TrainOptions
 from stages.student.trainer import train

@@ -12,7 +12,7 @@ import pytest
 from transformers import GenerationConfig
 
 from schemas.errors import EngineError
-from schemas.responses import Responses
+from schemas.tables.responses import Responses
 from stages.engines.decoding import Decoding, Generated
 from stages.engines.generator import Generator, open_generator
 from stages.engines.options import EngineOptions

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas.episodes import EPISODES, Episode
+from schemas.tables.episodes import EPISODES, Episode
 
 Ids = npt.NDArray[np.int64]
 

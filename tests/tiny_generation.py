@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.engines.decoding import Decoding, Generated
 from stages.engines.sequences import TokenIds
 from stages.student_responses import StudentResponsesStage

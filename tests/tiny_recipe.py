@@ -20,7 +20,7 @@ from pipeline.plan import PlannedStep, make_plan
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.run import run_plan
 from schemas.errors import TeacherCacheError
-from schemas.manifest import ShardRecord
+from schemas.storage.records import ShardRecord
 
 LENGTH, ROWS_PER_SHARD = 48, 8
 COMMAND = Path(sys.executable).with_name("teachercache")

@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.responses import RESPONSES, Responses
 from schemas.sample_id import sample_id_of
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.responses import RESPONSES, Responses
 from stages.engines.options import EngineOptions
 from stages.stage import ModelSpec, StageContext
 

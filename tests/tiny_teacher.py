@@ -14,9 +14,9 @@ import pyarrow as pa
 from transformers import AutoTokenizer
 
 from schemas.distribution import unpack_threshold
-from schemas.documents import DOCUMENTS, Document
 from schemas.sample_id import sample_id_of
-from schemas.teacher_logits import ThresholdLogits
+from schemas.tables.documents import DOCUMENTS, Document
+from schemas.tables.teacher_logits import ThresholdLogits
 from stages import scoring
 from stages.engines.engine import Engine
 from stages.engines.options import EngineOptions

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
-from schemas.shard_cache import user_cache
+from schemas.storage.shard_cache import user_cache
 from stages.tokenizer_identity import copy_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError
-from schemas.shard_cache import user_cache
-from schemas.shards import write_text
+from schemas.storage.files import write_text
+from schemas.storage.shard_cache import user_cache
 from stages.engines.adapters import adapted_model
 from stages.engines.sequences import TokenIds
 from stages.language_head import LanguageHead, read_config

@@ -11,13 +11,12 @@ from typing import Any
 
 import polars as pl
 
+from stages.ingest.cleaning import CleanText, clean
+from stages.ingest.reading import read_rows
+from stages.ingest.spool import KEY, Spool, key_columns
+from stages.ingest.tally import Tally
+from stages.ingest.text import IngestStage
 from stages.stage import OnProgress
-
-from .cleaning import CleanText, clean
-from .reading import read_rows
-from .spool import KEY, Spool, key_columns
-from .tally import Tally
-from .text import IngestStage
 
 _READ_LIMIT = 1_000_000  # documents a segment, however few are kept: bounds what a crash repeats
 

@@ -13,15 +13,14 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from schemas.episodes import Episode
 from schemas.errors import ConfigError
 from schemas.sample_id import HEX_DIGITS, sample_id_of
-
-from .episode_draws import DrawnEpisode
-from .packing import IdArray
-from .tasks import Example, Task, digest_of
-from .templates import EpisodeTemplate
-from .tokens import TextTokenizer
+from schemas.tables.episodes import Episode
+from stages.ingest.episode_draws import DrawnEpisode
+from stages.ingest.packing import IdArray
+from stages.ingest.tasks import Example, Task, digest_of
+from stages.ingest.templates import EpisodeTemplate
+from stages.ingest.tokens import TextTokenizer
 
 _NO_IDS = np.zeros(0, np.uint32)
 

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from schemas.documents import SPLITS
 from schemas.errors import ConfigError
-
-from .episodes import EpisodesStage
-from .task_split import TaskSplit
-from .tasks import Example, Task, digest_of
+from schemas.tables.documents import SPLITS
+from stages.ingest.episodes import EpisodesStage
+from stages.ingest.task_split import TaskSplit
+from stages.ingest.tasks import Example, Task, digest_of
 
 TRAIN, HELDOUT = SPLITS
 

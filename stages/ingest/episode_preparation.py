@@ -12,20 +12,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from schemas.documents import SPLITS
-from schemas.episodes import EPISODES, Episode
 from schemas.errors import ConfigError
+from schemas.tables.documents import SPLITS
+from schemas.tables.episodes import EPISODES, Episode
+from stages.ingest.episode_building import EpisodeBuilder
+from stages.ingest.episode_draws import draw_episodes
+from stages.ingest.episodes import EpisodesStage
+from stages.ingest.prepared import PreparedShards, cut_shards
+from stages.ingest.prepared_rows import PreparedRows, prepare_rows
+from stages.ingest.task_readers import read_tasks
+from stages.ingest.task_split import split_tasks
+from stages.ingest.templates import template_of
+from stages.ingest.tokens import TextTokenizer
 from stages.stage import OnProgress
-
-from .episode_building import EpisodeBuilder
-from .episode_draws import draw_episodes
-from .episodes import EpisodesStage
-from .prepared import PreparedShards, cut_shards
-from .prepared_rows import PreparedRows, prepare_rows
-from .task_readers import read_tasks
-from .task_split import split_tasks
-from .templates import template_of
-from .tokens import TextTokenizer
 
 
 def prepare_episodes(

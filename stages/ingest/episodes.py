@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.episodes import EPISODES, Episode
 from schemas.table import Table
+from schemas.tables.episodes import EPISODES, Episode
 from stages.ingest.prepared import PreparedShards
 from stages.ingest.task_sources import TaskSource
 from stages.ingest.templates import EpisodeTemplate, TemplateName

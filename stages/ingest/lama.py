@@ -19,10 +19,9 @@ from pathlib import Path
 import polars as pl
 
 from schemas.errors import ConfigError
-
-from .task_lines import json_lines, text_of
-from .task_sources import LamaFiles
-from .tasks import Example, Task, make_task
+from stages.ingest.task_lines import json_lines, text_of
+from stages.ingest.task_sources import LamaFiles
+from stages.ingest.tasks import Example, Task, make_task
 
 SUBJECT, LABEL = "[X]", "[Y]"
 _FULL_STOP = re.compile(r"\s*\.\s*$")

@@ -18,18 +18,24 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from schemas.documents import SPLITS
 from schemas.errors import ConfigError
-from schemas.preference_pairs import PreferencePair
 from schemas.sample_id import sample_id_of
-
-from .cleaning import normalise
-from .packing import IdArray
-from .pair_dialogues import Branch, Message, RawPair, UnusablePair, parts_of, require_usable
-from .pair_wording import ChatWording, PlainWording, Wording, special_pattern
-from .preference_pairs import PreferencePairsStage
-from .tasks import digest_of
-from .tokens import TextTokenizer
+from schemas.tables.documents import SPLITS
+from schemas.tables.preference_pairs import PreferencePair
+from stages.ingest.cleaning import normalise
+from stages.ingest.packing import IdArray
+from stages.ingest.pair_dialogues import (
+    Branch,
+    Message,
+    RawPair,
+    UnusablePair,
+    parts_of,
+    require_usable,
+)
+from stages.ingest.pair_wording import ChatWording, PlainWording, Wording, special_pattern
+from stages.ingest.preference_pairs import PreferencePairsStage
+from stages.ingest.tasks import digest_of
+from stages.ingest.tokens import TextTokenizer
 
 TRAIN, HELDOUT = SPLITS
 

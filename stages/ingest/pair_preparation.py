@@ -12,17 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from schemas.documents import SPLITS
 from schemas.errors import ConfigError
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from schemas.tables.documents import SPLITS
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from stages.ingest.pair_building import PairBuilder
+from stages.ingest.pair_readers import read_pairs
+from stages.ingest.preference_pairs import PreferencePairsStage
+from stages.ingest.prepared import PreparedShards, cut_shards, within
+from stages.ingest.prepared_rows import PreparedRows, prepare_rows
+from stages.ingest.tokens import TextTokenizer
 from stages.stage import OnProgress
-
-from .pair_building import PairBuilder
-from .pair_readers import read_pairs
-from .preference_pairs import PreferencePairsStage
-from .prepared import PreparedShards, cut_shards, within
-from .prepared_rows import PreparedRows, prepare_rows
-from .tokens import TextTokenizer
 
 
 def prepare_pairs(

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from schemas.errors import ConfigError
-
-from .pair_dialogues import ASSISTANT, SYSTEM, USER, Branch, Message, RawPair
-from .pair_sources import HubPairs, PairColumns, PairFiles
-from .records import read_records
-from .task_lines import text_of
+from stages.ingest.pair_dialogues import ASSISTANT, SYSTEM, USER, Branch, Message, RawPair
+from stages.ingest.pair_sources import HubPairs, PairColumns, PairFiles
+from stages.ingest.records import read_records
+from stages.ingest.task_lines import text_of
 
 _STANDARD, _SHAREGPT = ("role", "content"), ("from", "value")
 _SPEAKERS = {"human": USER, "gpt": ASSISTANT}

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from stages.ingest.source import HubData, RowFiles
 from stages.stage import StageConfig
-
-from .source import HubData, RowFiles
 
 
 class PairColumns(StageConfig):

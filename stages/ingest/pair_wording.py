@@ -16,10 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from schemas.errors import ConfigError
-
-from .packing import IdArray
-from .pair_dialogues import ASSISTANT, USER, Message, UnusablePair
-from .tokens import TemplateRefusal, TextTokenizer
+from stages.ingest.packing import IdArray
+from stages.ingest.pair_dialogues import ASSISTANT, USER, Message, UnusablePair
+from stages.ingest.tokens import TemplateRefusal, TextTokenizer
 
 _TRANSCRIPT_NAMES = {USER: "Human", ASSISTANT: "Assistant"}
 _SHORTEST = (Message(USER, "a"), Message(ASSISTANT, "b"))

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from schemas.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.table import Table
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.ingest.pair_sources import PairSource, settings_of
 from stages.ingest.prepared import PreparedShards
 from stages.stage import OnProgress, SourceStage

@@ -21,14 +21,11 @@ import json
 import shutil
 from pathlib import Path
 
-from schemas.documents import SPLITS
 from schemas.errors import ConfigError
-from schemas.shards import write_text
-from stages.stage import OnProgress
-from stages.tokenizer_identity import tokenizer_fingerprint
-
-from .document_spool import spool_documents
-from .prepared import (
+from schemas.storage.files import write_text
+from schemas.tables.documents import SPLITS
+from stages.ingest.document_spool import spool_documents
+from stages.ingest.prepared import (
     PREPARED,
     PreparedSource,
     cut_shards,
@@ -36,13 +33,15 @@ from .prepared import (
     within,
     write_prepared,
 )
-from .sequence_spool import spool_sequences
-from .sequences import ROWS, SCHEMA, count_rows, range_path, write_sequences
-from .source import COMPRESSIONS, HubRows, Source
-from .spool import KEY, Spool, num_ranges
-from .tally import Tally
-from .text import IngestStage
-from .tokens import TextTokenizer
+from stages.ingest.sequence_spool import spool_sequences
+from stages.ingest.sequences import ROWS, SCHEMA, count_rows, range_path, write_sequences
+from stages.ingest.source import COMPRESSIONS, HubRows, Source
+from stages.ingest.spool import KEY, Spool, num_ranges
+from stages.ingest.tally import Tally
+from stages.ingest.text import IngestStage
+from stages.ingest.tokens import TextTokenizer
+from stages.stage import OnProgress
+from stages.tokenizer_identity import tokenizer_fingerprint
 
 DOCUMENTS, SEQUENCES = "documents", "sequences"
 WORK = "work.json"  # names what the work in progress belongs to; written first

@@ -11,11 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from schemas.documents import SPLITS, Document
 from schemas.errors import StoreError
-from schemas.shards import write_text
-
-from .sequences import range_path, read_sequences
+from schemas.storage.files import write_text
+from schemas.tables.documents import SPLITS, Document
+from stages.ingest.sequences import range_path, read_sequences
 
 PREPARED = "prepared.json"
 TRAIN = SPLITS[0]

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import StoreError
-from schemas.shards import read_shard, write_shard, write_text
+from schemas.storage.files import write_text
+from schemas.storage.shards import read_shard, write_shard
 from schemas.table import Table
+from stages.ingest.prepared import PreparedShards, SourceShard
+from stages.ingest.tokens import TextTokenizer, model_limits
 from stages.stage import SourceStage
 from stages.tokenizer_identity import tokenizer_fingerprint
-
-from .prepared import PreparedShards, SourceShard
-from .tokens import TextTokenizer, model_limits
 
 
 def identity_of(stage: SourceStage) -> dict[str, Any]:

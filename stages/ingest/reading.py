@@ -24,8 +24,7 @@ import datasets
 import pyarrow as pa
 
 from schemas.errors import ConfigError
-
-from .source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
+from stages.ingest.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
 
 ROWS_PER_READ = 128
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

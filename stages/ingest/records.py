@@ -11,9 +11,8 @@ from typing import Any
 import datasets
 
 from schemas.errors import ConfigError
-
-from .reading import json_object, raw_lines, readable
-from .source import HubData, RowFiles
+from stages.ingest.reading import json_object, raw_lines, readable
+from stages.ingest.source import HubData, RowFiles
 
 Record = tuple[str, dict[str, Any]]  # its place (``file:line``), and its columns
 

@@ -12,16 +12,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from schemas.documents import SPLITS
 from schemas.sample_id import sample_id_of
+from schemas.tables.documents import SPLITS
+from stages.ingest.packing import IdArray, pack, truncate
+from stages.ingest.sequences import SCHEMA
+from stages.ingest.spool import KEY, Spool, key_columns
+from stages.ingest.tally import Tally
+from stages.ingest.text import IngestStage
+from stages.ingest.tokens import TextTokenizer
 from stages.stage import OnProgress
-
-from .packing import IdArray, pack, truncate
-from .sequences import SCHEMA
-from .spool import KEY, Spool, key_columns
-from .tally import Tally
-from .text import IngestStage
-from .tokens import TextTokenizer
 
 _ENCODE_CHARS = 1 << 20  # tokenised at a time: an encoding takes some 100 bytes a token
 TRAIN, HELDOUT = SPLITS

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from schemas.documents import SPLITS, Document
 from schemas.errors import StoreError
-from schemas.shards import atomic_file
+from schemas.storage.files import atomic_file
+from schemas.tables.documents import SPLITS, Document
 
 ROWS = "rows"  # the folder of these files
 ROWS_PER_BATCH = 256

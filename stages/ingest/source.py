@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schemas.errors import ConfigError
-from schemas.shards import sha256_of
+from schemas.storage.files import sha256_of
 from stages.stage import StageConfig
 
 InputIdentity = dict[str, str | int]

@@ -22,7 +22,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import StoreError
-from schemas.shards import atomic_file
+from schemas.storage.files import atomic_file
 
 KEY = ("key_hi", "key_lo")  # uint64 halves of the key, as columns
 MAX_RANGES = 4096

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
-
-from .lama import read_lama
-from .task_lines import json_lines, json_object, text_lines, text_of, texts_of
-from .task_rows import read_table
-from .task_sources import (
+from stages.ingest.lama import read_lama
+from stages.ingest.task_lines import json_lines, json_object, text_lines, text_of, texts_of
+from stages.ingest.task_rows import read_table
+from stages.ingest.task_sources import (
     CROSSFIT_NAME,
     BigBenchFiles,
     CrossFitFiles,
@@ -24,7 +23,7 @@ from .task_sources import (
     TableRows,
     TaskSource,
 )
-from .tasks import Example, Task, make_task
+from stages.ingest.tasks import Example, Task, make_task
 
 
 def read_tasks(sources: Sequence[TaskSource], counts: Counter[str]) -> list[Task]:

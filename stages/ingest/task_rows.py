@@ -8,11 +8,10 @@ from collections import Counter
 from typing import Any
 
 from schemas.errors import ConfigError
-
-from .records import read_records
-from .task_lines import text_of, texts_of
-from .task_sources import TableRows
-from .tasks import Example, Task, make_task
+from stages.ingest.records import read_records
+from stages.ingest.task_lines import text_of, texts_of
+from stages.ingest.task_sources import TableRows
+from stages.ingest.tasks import Example, Task, make_task
 
 
 def read_table(source: TableRows, counts: Counter[str]) -> Task:

@@ -14,9 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
+from stages.ingest.source import (
+    HubData,
+    InputIdentity,
+    Patterns,
+    RowFiles,
+    file_identity,
+    find_files,
+)
 from stages.stage import StageConfig
-
-from .source import HubData, InputIdentity, Patterns, RowFiles, file_identity, find_files
 
 Seed = Literal[13, 21, 42, 87, 100]
 SEEDS: tuple[Seed, ...] = (13, 21, 42, 87, 100)

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from schemas.errors import ConfigError
-
-from .cleaning import normalise
-from .episodes import EpisodesStage
-from .tasks import Example, Task, digest_of
+from stages.ingest.cleaning import normalise
+from stages.ingest.episodes import EpisodesStage
+from stages.ingest.tasks import Example, Task, digest_of
 
 _SCHEMA = {
     "task": pl.String,

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from schemas.documents import DOCUMENTS, Document
 from schemas.table import Table
+from schemas.tables.documents import DOCUMENTS, Document
 from stages.ingest.prepared import PreparedSource, read_shard_rows
 from stages.ingest.source import Source
 from stages.stage import OnProgress, SourceStage

@@ -18,8 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
-
-from .packing import IdArray
+from stages.ingest.packing import IdArray
 
 _BREAK = "\n"
 _TODAY = date(2024, 7, 26)  # as Llama 3.2's template says where it knows no date

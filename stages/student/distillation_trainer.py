@@ -34,7 +34,7 @@ from transformers import (
 
 from schemas.dataset import CachedDataset
 from schemas.errors import TeacherCacheError
-from schemas.shards import write_text
+from schemas.storage.files import write_text
 from stages.checkpoint import WHOLE
 from stages.language_head import LanguageHead
 from stages.student.episode_loader import BiAlignCollator, EpisodesWithText, IclCollator

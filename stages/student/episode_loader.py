@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
-from schemas.episodes import subset_input_ids
 from schemas.errors import StoreError
-from schemas.subset_preferences import split_subsets
+from schemas.tables.episodes import subset_input_ids
+from schemas.tables.subset_preferences import split_subsets
 from stages.student.loader import Collator, Row, check_ids
 from stages.student.sequence_logprobs import Continuations
 

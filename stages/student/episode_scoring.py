@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from schemas.episodes import split_candidates
+from schemas.tables.episodes import split_candidates
 from stages.student.episode_loader import answers_of, subsets_of
 from stages.student.sequence_logprobs import Continuations, continuation_logprobs
 from stages.student.shared_prompt import shared_prompt_logprobs

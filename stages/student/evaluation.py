@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
-from schemas.advantages import HEAD_FOLDERS
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.object_store import Folder
-from schemas.preference_pairs import PREFERENCE_PAIRS
+from schemas.storage.files import Folder
+from schemas.tables.advantages import HEAD_FOLDERS
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.language_head import LanguageHead
 from stages.student.chunked_loss import chunked_loss
 from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised

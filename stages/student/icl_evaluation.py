@@ -20,9 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.episodes import EPISODES
 from schemas.errors import ConfigError
-from schemas.object_store import Folder
+from schemas.storage.files import Folder
+from schemas.tables.episodes import EPISODES
 from stages.student.episode_scoring import candidate_sums, subset_sums
 from stages.student.evaluation import (
     DTYPES,

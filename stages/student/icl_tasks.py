@@ -32,8 +32,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from schemas.episodes import split_candidates
 from schemas.errors import StoreError
+from schemas.tables.episodes import split_candidates
 from stages.student.generation_evaluation import FreeAnswer
 from stages.student.icl_metrics import (
     accuracy,

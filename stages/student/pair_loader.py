@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from schemas.dataset import CachedDataset
-from schemas.episodes import split_candidates
 from schemas.errors import StoreError
+from schemas.tables.episodes import split_candidates
 from stages.student.loader import Collator, Row, check_ids, joined
 from stages.student.sequence_logprobs import Continuations
 

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, IdentityMismatch
-from schemas.object_store import Folder
+from schemas.storage.files import Folder
 from stages.student.evaluation import device_of
 from stages.student.greedy_decoding import decode_greedily, end_tokens, load_tokenizer
 from stages.student.preference_metrics import implicit_rewards

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
-from schemas.manifest import read_manifest
-from schemas.object_store import Folder
-from schemas.preference_pairs import PREFERENCE_PAIRS
-from schemas.response_logprobs import RESPONSE_LOGPROBS
+from schemas.storage.files import Folder
+from schemas.storage.manifest import read_manifest
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from stages.language_head import read_config
 from stages.student.config import judge_tables_problem
 from stages.tokenizer_identity import tokenizer_fingerprint

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
-from schemas.object_store import Folder
-from schemas.shards import write_text
+from schemas.storage.files import Folder, write_text
 from stages.checkpoint import (
     CHECKPOINTS,
     METRICS,

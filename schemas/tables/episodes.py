@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
-from .table import TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 TASK_KINDS: Final = ("classification", "multiple_choice", "generation")

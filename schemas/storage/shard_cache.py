@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .errors import ConfigError, StoreError
-from .object_store import Folder, ObjectPath
+from ..errors import ConfigError, StoreError
+from .files import Folder
+from .object_path import ObjectPath
 
 LIMIT, DEFAULT_GB = "TEACHERCACHE_CACHE_GB", 20.0
 _PART = ".part"

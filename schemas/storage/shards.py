@@ -6,21 +6,17 @@ that is then uploaded. Equal rows give equal bytes: record batches are cut by ro
 nothing that varies between runs (time, host, process) is inside the file.
 """
 
-import errno
 import hashlib
-import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from .errors import StoreError
-from .object_store import Folder, ObjectPath, uploaded
-from .table import BoundTable
+from ..errors import StoreError
+from ..table import BoundTable
+from .files import Folder, atomic_file
 
 ROWS_PER_BATCH = 16  # a reader decompresses one batch to reach one row; 16 x 512 tokens is ~300 kB
 ZSTD_LEVEL = 15  # 1 % smaller than level 9, and still 190,000 tokens a second on one core
@@ -60,67 +56,6 @@ def read_shard(path: Path) -> pa.Table:
             f"cannot read shard {path}: {_first_line(error)}; run `teachercache verify` to see "
             f"which shards are damaged, delete that file and run the recipe again"
         ) from error
-
-
-def sha256_of(path: Folder) -> str:
-    """Return the sha256 of a file's bytes; those of an object are fetched for it."""
-    if isinstance(path, ObjectPath):
-        return path.sha256()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_file(path: Folder) -> Iterator[IO[bytes]]:
-    """Open a file that appears at ``path`` whole, on success, or not at all."""
-    if isinstance(path, ObjectPath):
-        with uploaded(path) as file:
-            try:
-                with file.open("xb") as stream:
-                    yield stream
-            except OSError as error:
-                raise _write_error(file, error) from error
-        return
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    finally:
-        with suppress(OSError):  # no folder at all; and the error above is the one to tell
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Folder, text: str) -> None:
-    """Write a small file atomically: in an object store, with a single PUT."""
-    if isinstance(path, ObjectPath):
-        path.write_bytes(text.encode())
-        return
-    with atomic_file(path) as stream:
-        stream.write(text.encode())
-
-
-def _write_error(path: Path, error: OSError) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StoreError(
-            f"no space left writing {path}: free some or move `execution.root`, then run again; "
-            f"finished shards are kept and nothing half-written counts as done"
-        )
-    return StoreError(f"cannot write {path}: {error.strerror or error}")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
-from .table import TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 

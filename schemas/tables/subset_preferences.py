@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .table import Column, Table
+from ..table import Column, Table
 
 Array = npt.NDArray[Any]
 

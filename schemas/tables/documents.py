@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
-from .table import TOKEN_ID, Column, Table
+from ..table import TOKEN_ID, Column, Table
 
 SPLITS = ("train", "heldout")
 

@@ -7,16 +7,16 @@ it in ``shards.feather``, some 80 bytes a shard, and is opened when somebody ask
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .errors import StoreError
-from .object_store import Folder
-from .shards import atomic_file
+from ..errors import StoreError
+from .files import Folder, atomic_file
+from .records import ShardRecord, shard_name
 
 SHARD_LIST = "shards.feather"
 SCHEMA = pa.schema(
@@ -31,36 +31,6 @@ SCHEMA = pa.schema(
     }
 )
 SHARDS_AT_ONCE = 4096  # of a list that is walked through, made into records together
-
-
-def shard_name(index: int, num_shards: int) -> str:
-    """Return the stem that a shard, its record and its rejects share; names sort by index."""
-    width = max(5, len(str(num_shards)))
-    return f"shard-{index:0{width}d}-of-{num_shards:0{width}d}"
-
-
-def shard_index(name: str) -> int:
-    """Return the index that is in a shard's name."""
-    return int(name.split("-")[1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord:
-    """One finished shard. ``num_tokens`` counts input tokens, ``num_positions`` scored ones."""
-
-    name: str
-    split: str
-    num_rows: int
-    num_tokens: int
-    num_positions: int
-    num_bytes: int
-    sha256: str
-    rejects: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        """The name of the Arrow file."""
-        return f"{self.name}.arrow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

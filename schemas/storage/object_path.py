@@ -11,18 +11,16 @@ machine alone: an ``ObjectPath`` holds a URL and nothing else.
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .errors import ConfigError, StoreError, TeacherCacheError
+from ..errors import ConfigError, StoreError, TeacherCacheError
 
 SCHEMES = ("s3", "gs")
 CONNECT_S, READ_S = 10, 30  # a request is given up, and tried again, when nothing moves so long
@@ -30,7 +28,6 @@ ATTEMPTS = 6  # of a request that failed, with growing pauses; AWS_MAX_ATTEMPTS 
 RANGE_BYTES = 32 << 20  # what one GET brings of a large object
 PART_BYTES = 50 << 20  # an object of two parts or more is uploaded part by part
 REQUESTS_AT_ONCE = 32
-_QUEUED = 10_000
 _PACKAGES = {
     "s3": "s3fs: pip install teachercache[s3]",
     "gs": "gcsfs: pip install teachercache[gs]",
@@ -42,10 +39,6 @@ _NO_CREDENTIALS = (
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
     *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
 )
-
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,107 +220,6 @@ class ObjectPath:
                 store.call_s3("abort_multipart_upload", Bucket=bucket, **names)
             return len(uploads)
         return 0
-
-
-class ObjectStream:
-    """An object to be read here and there, a GET for each read; for pyarrow's PythonFile."""
-
-    def __init__(self, path: ObjectPath, num_bytes: int) -> None:
-        """Begin at the first byte."""
-        self.path, self.num_bytes = path, num_bytes
-        self.position = 0
-        self.closed = False
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move, as files do."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.num_bytes}[whence]
-        self.position = start + offset
-        return self.position
-
-    def tell(self) -> int:
-        """Return where the next read begins."""
-        return self.position
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        """Return so many bytes, fewer at the end."""
-        stop = self.num_bytes if num_bytes < 0 else self.position + num_bytes
-        stop = min(stop, self.num_bytes)
-        data = self.path.read_range(self.position, stop) if stop > self.position else b""
-        self.position += len(data)
-        return data
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def close(self) -> None:
-        """Nothing is open between reads."""
-        self.closed = True
-
-
-Folder = Path | ObjectPath
-
-
-def as_folder(place: Folder | str) -> Folder:
-    """Return ``s3://`` and ``gs://`` places as an ObjectPath, ``file://`` and any other as a Path.
-
-    Raises ConfigError for another scheme, or a place without a bucket.
-    """
-    if isinstance(place, Path | ObjectPath):
-        return place
-    scheme, mark, rest = place.partition("://")
-    if not mark:
-        return Path(place)
-    if scheme == "file":
-        return Path(f"/{rest.removeprefix('localhost').lstrip('/')}")
-    if scheme not in SCHEMES:
-        raise ConfigError(
-            f"'{place}' begins with {scheme}://, expected a path, s3://, gs://, file://"
-        )
-    parts = [part for part in rest.split("/") if part]
-    if not parts:
-        raise ConfigError(f"'{place}' names no bucket: expected {scheme}://bucket/prefix")
-    return ObjectPath(f"{scheme}://{'/'.join(parts)}")
-
-
-def read_if_there(path: Folder) -> bytes | None:
-    """Return a small file, None where there is none: on a store, one GET."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def read_many(paths: Sequence[Folder]) -> list[bytes | None]:
-    """Return small files, None for each that is not there; from a store, many at once."""
-    if all(isinstance(path, Path) for path in paths):
-        return [read_if_there(path) for path in paths]
-    return at_once(read_if_there, paths)
-
-
-def at_once(ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
-    """Return each answer in order; some questions wait for the store at the same time."""
-    answers: list[Answer] = []
-    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
-    try:
-        for start in range(0, len(items), _QUEUED):
-            answers.extend(pool.map(ask, items[start : start + _QUEUED]))
-    finally:
-        pool.shutdown(cancel_futures=True)  # the first error ends the rest
-    return answers
-
-
-@contextmanager
-def uploaded(path: ObjectPath) -> Iterator[Path]:
-    """Give a local file to write; it becomes the object when the block ends well."""
-    with tempfile.TemporaryDirectory(prefix="teachercache-") as folder:
-        file = Path(folder) / "object"
-        yield file
-        path.upload(file)
 
 
 def _store(path: ObjectPath) -> Any:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .table import TOKEN_ID, Column, Table
+from ..table import TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 HEAD_FOLDERS = ("teacher_head", "reference_head")  # beside the shards of ``exact``

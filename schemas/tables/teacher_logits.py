@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .table import TOKEN_ID, Column, Table
+from ..table import TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 SampleId = Annotated[str, Column(pa.string(), "joins documents.sample_id")]

@@ -1,0 +1,210 @@
+"""One finished table, opened: where each row lies, and the record batches that were read last."""
+
+import os
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from .errors import SchemaMismatch, StoreError
+from .storage.files import Folder
+from .storage.manifest import Manifest, damaged_shards, read_manifest
+from .storage.object_path import ObjectPath
+from .storage.records import ShardRecord
+from .storage.shard_cache import HeldFile, hold, local_file
+from .storage.shards import ROWS_PER_BATCH
+from .table import Table
+from .tables import TABLES
+
+I64Array = npt.NDArray[np.int64]
+
+
+class ObjectStream:
+    """An object to be read here and there, a GET for each read; for pyarrow's PythonFile."""
+
+    def __init__(self, path: ObjectPath, num_bytes: int) -> None:
+        """Begin at the first byte."""
+        self.path, self.num_bytes = path, num_bytes
+        self.position = 0
+        self.closed = False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, as files do."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.num_bytes}[whence]
+        self.position = start + offset
+        return self.position
+
+    def tell(self) -> int:
+        """Return where the next read begins."""
+        return self.position
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """Return so many bytes, fewer at the end."""
+        stop = self.num_bytes if num_bytes < 0 else self.position + num_bytes
+        stop = min(stop, self.num_bytes)
+        data = self.path.read_range(self.position, stop) if stop > self.position else b""
+        self.position += len(data)
+        return data
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def close(self) -> None:
+        """Nothing is open between reads."""
+        self.closed = True
+
+
+CACHED_BATCHES = 64
+
+
+HELD_SHARDS = 4  # copies of shards in an object store that one reader of a table keeps open
+
+
+FETCHED_AT_ONCE = 4
+
+
+@dataclass
+class OpenTable:
+    """One table's shards; another process that is given it opens the files itself."""
+
+    folder: Folder
+    manifest: Manifest
+    table: Table[Any]
+    shards: list[ShardRecord]
+    first_row: I64Array
+    opened_at_s: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing open."""
+        self._readers: OrderedDict[int, _Reader] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what is open behind."""
+        fields = ("folder", "manifest", "table", "shards", "first_row", "opened_at_s")
+        return {name: getattr(self, name) for name in fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin again with nothing open."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all shards that were asked for."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    def sample_ids(self) -> npt.NDArray[np.bytes_]:
+        """All keys, in row order; reads that one column only, from a store several shards at once.
+
+        So opening tables to join them brings in as many of their shards as there is room for.
+        """
+        if isinstance(self.folder, ObjectPath):
+            with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+                return np.concatenate(list(pool.map(self._keys_of, self.shards)))
+        return np.concatenate([self._keys_of(shard) for shard in self.shards])
+
+    def _keys_of(self, shard: ShardRecord) -> npt.NDArray[np.bytes_]:
+        only_ids = pa.ipc.IpcReadOptions(
+            included_fields=[list(self.table.columns).index("sample_id")]
+        )
+        place, spared = self.folder / shard.file, self.opened_at_s
+        with (
+            local_file(place, shard.sha256, spare_from_s=spared) as file,
+            pa.memory_map(str(file)) as source,
+        ):
+            column = pa.ipc.open_file(source, options=only_ids).read_all().column(0)
+            return np.asarray(column.to_pylist(), dtype="S24")
+
+    def row(self, at: int) -> dict[str, Any]:
+        """Return the columns of one row."""
+        shard = int(np.searchsorted(self.first_row, at, side="right")) - 1
+        batch, offset = divmod(at - int(self.first_row[shard]), ROWS_PER_BATCH)
+        return self._batch(shard, batch)[offset]
+
+    def _batch(self, shard: int, batch: int) -> list[dict[str, Any]]:
+        key = (shard, batch)
+        if key not in self._batches:
+            decoded = self._reader(shard).batches.get_batch(batch)
+            names = list(self.table.columns)
+            columns = [self.table.column_values(decoded, name) for name in names]
+            rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            self._batches[key] = rows
+            if len(self._batches) > CACHED_BATCHES:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(key)
+        return self._batches[key]
+
+    def _reader(self, shard: int) -> "_Reader":
+        if shard not in self._readers:
+            self._readers[shard] = self._open(self.shards[shard])
+            if isinstance(self.folder, ObjectPath) and len(self._readers) > HELD_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
+
+    def _open(self, shard: ShardRecord) -> "_Reader":
+        place = self.folder / shard.file
+        if isinstance(place, Path):
+            return _Reader(pa.ipc.open_file(pa.memory_map(str(place))))
+        held = hold(place, shard.sha256, spare_from_s=self.opened_at_s)
+        if held is None:
+            info = place.info()
+            if info is None or info.sha256 not in ("", shard.sha256):
+                raise StoreError(
+                    f"{place} is missing or has changed since its manifest was written: run "
+                    f"`teachercache verify` and mend that table first"
+                )
+            source = pa.PythonFile(ObjectStream(place, shard.num_bytes), mode="r")
+            return _Reader(pa.ipc.open_file(source))
+        return _Reader(pa.ipc.open_file(pa.memory_map(str(held.path))), held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """An open shard, and the copy that it reads where that is one of an object."""
+
+    batches: pa.ipc.RecordBatchFileReader
+    held: HeldFile | None = None
+
+    def close(self) -> None:
+        """Let the copy go."""
+        if self.held is not None:
+            self.held.close()
+
+
+def open_table(folder: Folder, *, split: str | None, verify: bool) -> OpenTable:
+    """Open a complete table; raises what ``open_dataset`` does of a single one."""
+    manifest = read_manifest(folder)
+    table = known_table(manifest, folder)
+    here = isinstance(folder, Path)
+    if verify and here and (problems := damaged_shards(folder, manifest)):
+        raise StoreError(f"{problems[0]} ({len(problems)} in all): run the recipe again to mend it")
+    shards = [shard for shard in manifest.shards if split in (None, shard.split) and shard.num_rows]
+    if not shards:
+        raise StoreError(f"{folder} has no row in split '{split}'")
+    starts = np.cumsum([0, *(shard.num_rows for shard in shards)])[:-1].astype(np.int64)
+    return OpenTable(folder, manifest, table, shards, starts)
+
+
+def known_table(manifest: Manifest, folder: Folder) -> Table[Any]:
+    """Return the declaration of a manifest's table; raises SchemaMismatch for another version."""
+    table = TABLES.get((manifest.table, manifest.variant))
+    if table is None or table.version != manifest.version:
+        known = "none" if table is None else f"version {table.version}"
+        raise SchemaMismatch(
+            f"{folder} is table {manifest.table} ({manifest.variant or 'plain'}) version "
+            f"{manifest.version}, this code reads {known}: make it again or use the other version"
+        )
+    return table

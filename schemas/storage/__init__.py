@@ -1,0 +1,1 @@
+"""How tables lie on a disk or in an object store, and what makes them complete."""

@@ -1,0 +1,27 @@
+"""One table a file: what its rows hold; ``TABLES`` is the list of all."""
+
+from typing import Any
+
+from ..table import Table
+from .advantages import SUPPORTS
+from .candidate_scores import CANDIDATE_SCORES
+from .documents import DOCUMENTS
+from .episodes import EPISODES
+from .preference_pairs import PREFERENCE_PAIRS
+from .response_logprobs import RESPONSE_LOGPROBS
+from .responses import RESPONSES
+from .subset_preferences import SUBSET_PREFERENCES
+from .teacher_logits import ENCODINGS
+
+_KNOWN: tuple[Table[Any], ...] = (
+    DOCUMENTS,
+    EPISODES,
+    SUBSET_PREFERENCES,
+    CANDIDATE_SCORES,
+    PREFERENCE_PAIRS,
+    RESPONSES,
+    RESPONSE_LOGPROBS,
+    *ENCODINGS.values(),
+    *SUPPORTS.values(),
+)
+TABLES: dict[tuple[str, str], Table[Any]] = {(table.name, table.variant): table for table in _KNOWN}

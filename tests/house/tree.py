@@ -1,0 +1,36 @@
+"""Print the tree: every folder and every file, with the first line each says of itself."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent.parent
+FOLDERS = ("schemas", "stages", "pipeline", "airflow_dags", "benchmarks", "examples", "tests")
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a module's docstring, "" where it has none."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def folders() -> Iterator[Path]:
+    """Yield every folder with Python files in it, each before those below it."""
+    for name in FOLDERS:
+        found = {path.parent for path in (REPOSITORY / name).rglob("*.py")}
+        yield from sorted(found | {REPOSITORY / name})
+
+
+def main() -> None:
+    """Print it."""
+    for folder in folders():
+        init = folder / "__init__.py"
+        said = f"   {first_line(init)}" if init.exists() else ""
+        print(f"{folder.relative_to(REPOSITORY)}/{said}")
+        modules = [path for path in sorted(folder.glob("*.py")) if path != init]
+        width = max((len(path.name) for path in modules), default=0)
+        for path in modules:
+            print(f"  {path.name:<{width}}  {first_line(path)}")
+
+
+if __name__ == "__main__":
+    main()
