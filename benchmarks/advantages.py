@@ -42,14 +42,14 @@ from benchmarks.signal_error import Comparison
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import read_shard, write_shard
 from schemas.tables.responses import Responses
-from stages.advantage_scoring import Asked, score_row
-from stages.advantages import AdvantagesStage
-from stages.engines.engine import open_engine
-from stages.engines.options import EngineOptions
-from stages.language_head import LanguageHead
-from stages.prompted import Prompted
-from stages.scoring import LogitBlocks
-from stages.stage import ModelSpec, Rejected, StageContext
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.engines.engine import open_engine
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.advantages.stage import AdvantagesStage
+from stages.signals.advantages.work import Asked, score_row
+from stages.signals.scoring.logits import LogitBlocks
+from stages.signals.scoring.responses import Prompted
+from stages.stage import Rejected, StageContext
 from stages.student.objectives.adpa import CLIP, ExactSupport, SparseSupport, Support
 
 FULL, QUICK = (40, 96, 3), (6, 48, 1)  # prompts, longest responses, seeds of each threshold
@@ -103,10 +103,11 @@ shard) and the sums.
 
 ## What decides the noise of `threshold`
 
-Tokens are drawn with probabilities that rise with `m |A|` (`stages/advantage_supports.py`), m the
-mean of the three distributions with the student's unknown rest shared out as the square root of the
-teachers' mean. An experiment apart (November 2026) computed the expected error of a position's
-gradient from those probabilities, on 384 such positions, k = 16:
+Tokens are drawn with probabilities that rise with `m |A|`
+(`stages/signals/advantages/supports.py`), m the mean of the three distributions with the student's
+unknown rest shared out as the square root of the teachers' mean. An experiment apart (November
+2026) computed the expected error of a position's gradient from those probabilities, on 384 such
+positions, k = 16:
 
 | drawn by | error |
 | --- | --- |

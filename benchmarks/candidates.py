@@ -24,10 +24,11 @@ import torch
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish, markdown_table
 from schemas.tables.candidate_scores import CandidateScores
 from schemas.tables.episodes import Episode
-from stages.candidate_scoring import Branches, logprobs_of, score_candidates
-from stages.engines.engine import Engine, EngineKind, open_engine
-from stages.engines.options import EngineOptions
-from stages.ingest.episodes import EpisodesStage
+from stages.models.engines.engine import Engine, EngineKind, open_engine
+from stages.models.spec import EngineOptions
+from stages.signals.candidate_scores.work import Branches, score_candidates
+from stages.signals.scoring.logits import logprobs_of
+from stages.sources.episodes.stage import EpisodesStage
 
 FULL, QUICK = (8, 1), (1, 1)  # episodes, repetitions
 MIN_GAIN, MAX_DIFFERENCE = 3.0, 1e-3

@@ -37,7 +37,7 @@ from benchmarks.capture_workers import (
     generating,
 )
 from benchmarks.real_positions import MODEL, load_domain, missing_asset
-from stages.engines.options import EngineOptions
+from stages.models.spec import EngineOptions
 
 WAYS = (PLAIN, HIDDEN, HEAD, OURS, FLAT, FLAT_IDS, DICTS)
 OVER_FLAT, OVER_PLAIN = 1.5, 0.7

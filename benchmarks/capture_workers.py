@@ -27,10 +27,11 @@ import torch
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import write_shard
 from schemas.tables.documents import DOCUMENTS, Document
-from stages.engines.engine import Engine, open_engine
-from stages.engines.options import EngineOptions
-from stages.scoring import LogitBlocks, score_shard
-from stages.teacher_logits import TeacherLogitsStage
+from stages.models.engines.engine import Engine, open_engine
+from stages.models.spec import EngineOptions
+from stages.signals.scoring.logits import LogitBlocks
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.signals.teacher_logits.work import score_shard
 
 Way = Callable[[], None]
 PLAIN, DICTS, FLAT = "plain prefill", "prompt_logprobs=64, dicts", "prompt_logprobs=64, flat"

@@ -37,7 +37,7 @@ LIBRARIES_ONLY = 2_000_000  # bytes of input that hardly count
 INGEST = """
 import sys
 from pathlib import Path
-from stages.ingest.text import IngestStage
+from stages.sources.documents.stage import IngestStage
 stage = IngestStage.model_validate_json(sys.argv[1])
 prepared = stage.prepare(Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
 rows = sum(shard.rows for shard in prepared.shards)

@@ -25,10 +25,10 @@ from benchmarks.bars import Bar, at_most, benchmark_parser, finish, markdown_tab
 from benchmarks.cached_tables import QUICK_LAYERS, QUICK_SIZE, Size, Tables, prepared_tables
 from benchmarks.quality_targets import Columns, TargetCollator, converted
 from schemas.dataset import open_dataset
+from stages.models.causal_lm.model import load_student, student_vocab_size
 from stages.student.distillation_trainer import DistillationTrainer, training_arguments
 from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
 from stages.student.loader import Collator
-from stages.student.student_model import load_student, student_vocab_size
 from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
 
 MAX_RATIO = 1.02

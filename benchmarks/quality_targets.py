@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.peer_layouts import pack_draws, unpack_draws
 from schemas.dataset import CachedDataset
-from stages.encoding import measure, top_k
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.signals.scoring.encoding import measure, top_k
 from stages.student.loader import Collator
 
 Array = npt.NDArray[Any]

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from stages.engines.engine import open_engine
-from stages.engines.options import EngineOptions
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.engines.engine import open_engine
+from stages.models.spec import EngineOptions
 from stages.student.init import init_student
 
 transformers_logging.disable_progress_bar()

@@ -27,7 +27,7 @@ from pipeline.dispatch import Limits
 from pipeline.local_executor import run_local
 from pipeline.ray_executor import run_on_ray
 from schemas.storage.records import ShardRecord
-from stages.engines.options import EngineOptions
+from stages.models.spec import EngineOptions
 from stages.stage import StageContext
 
 FULL, QUICK = (24, 0.5, 3), (14, 0.3, 1)  # shards, seconds of one core a shard, repetitions

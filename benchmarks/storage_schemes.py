@@ -1,10 +1,10 @@
 """The schemes that ``storage.py`` compares: what each takes on disk, and what it gives back.
 
-Ours are real tables: rows go through ``stages.scoring`` and the shard writer, records and a
-manifest are written, and what is compared is what is read back. ``bytes`` is the size of every file
-of the documents table and of the signals, shared out over tokens; files that a table has once
-(schema, footer, record, manifest) are shared out over a shard of 1,024 rows of 512 tokens, which
-is the default size, as a benchmark's own shards are smaller.
+Ours are real tables: rows go through ``stages.signals.teacher_logits.work`` and the shard writer,
+records and a manifest are written, and what is compared is what is read back. ``bytes`` is the size
+of every file of the documents table and of the signals, shared out over tokens; files that a table
+has once (schema, footer, record, manifest) are shared out over a shard of 1,024 rows of 512 tokens,
+which is the default size, as a benchmark's own shards are smaller.
 
 Peers' bytes are their published payloads (``benchmarks.peer_layouts``), without input ids, offsets
 or files, so every comparison leans their way. Where they name a container (Parquet), ``container``
@@ -36,9 +36,9 @@ from schemas.storage.shards import read_shard
 from schemas.table import BoundTable
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.teacher_logits import ExactLogits, ThresholdLogits, TopKLogits
-from stages.language_head import LanguageHead
-from stages.scoring import score_shard
-from stages.teacher_logits import TeacherLogitsStage
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.signals.teacher_logits.work import score_shard
 
 SHARD_TOKENS = 1024 * ROW_TOKENS
 CHUNK = 128

@@ -28,17 +28,17 @@ from transformers import (
 )
 
 from schemas.dataset import CachedDataset, open_dataset
-from stages.language_head import LanguageHead
-from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.evaluation import teacher_head_of
-from stages.student.loader import Collator, SignalRows
-from stages.student.student_model import (
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.causal_lm.model import (
     last_layer_of,
     load_student,
     scored_hidden_states,
     student_head,
     student_vocab_size,
 )
+from stages.student.distillation_trainer import DistillationTrainer, training_arguments
+from stages.student.evaluation import teacher_head_of
+from stages.student.loader import Collator, SignalRows
 from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
 
 CPU = torch.device("cpu")

@@ -354,8 +354,8 @@ def teacher_align(
 ) -> None:
     """Align a teacher with preference pairs by DPO (TRL's trainer); prints held-out numbers."""
     from schemas.errors import ConfigError
-    from stages.alignment import align
-    from stages.teacher_align import AlignConfig
+    from stages.teacher.stage import AlignConfig
+    from stages.teacher.work import align
 
     for name, value in (("beta", beta), ("lr", lr)):
         if not 0 < value < float("inf"):
@@ -382,7 +382,7 @@ def teacher_align(
 
 def _model_folder(place: str) -> Path:
     """Return a model's folder on this machine: of a finished step in an object store, a copy."""
-    from stages.checkpoint import local_copy
+    from stages.models.checkpoints.checkpoint import local_copy
 
     return local_copy(as_folder(place))
 

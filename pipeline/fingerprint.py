@@ -15,8 +15,8 @@ from typing import Any
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.shard_cache import user_cache
-from stages.engines.adapters import ADAPTER_CONFIG, adapter_files
-from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.adapters import ADAPTER_CONFIG, adapter_files
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 
 ADDRESS_DIGITS = 12
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")

@@ -20,17 +20,18 @@ from pipeline.fingerprint import (
 from pipeline.recipe import ModelRef, Recipe, Step
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
-from stages.advantages import AdvantagesStage
-from stages.checkpoint import local_copy
-from stages.stage import ModelSpec, SourceStage, TableStage
+from stages.models.checkpoints.checkpoint import local_copy
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.spec import ModelSpec
+from stages.signals.advantages.stage import AdvantagesStage
+from stages.stage import SourceStage, TableStage
 from stages.student.config import (
     EvaluateStage,
     PreferenceEvaluationStage,
     StudentInitStage,
     TrainStage,
 )
-from stages.teacher_align import TeacherAlignStage
-from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.teacher.stage import TeacherAlignStage
 
 Kind = Literal["source", "table", "checkpoint", "report"]
 

@@ -16,13 +16,16 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder, as_folder
-from stages.advantages import AdvantagesStage
-from stages.candidate_scores import CandidateScoresStage
-from stages.engines.options import EngineOptions
-from stages.ingest.episodes import EpisodesStage
-from stages.ingest.preference_pairs import PreferencePairsStage
-from stages.ingest.text import IngestStage
-from stages.response_logprobs import ResponseLogprobsStage
+from stages.models.spec import EngineOptions
+from stages.signals.advantages.stage import AdvantagesStage
+from stages.signals.candidate_scores.stage import CandidateScoresStage
+from stages.signals.response_logprobs.stage import ResponseLogprobsStage
+from stages.signals.student_responses.stage import StudentResponsesStage
+from stages.signals.subset_preferences.stage import SubsetPreferencesStage
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.documents.stage import IngestStage
+from stages.sources.episodes.stage import EpisodesStage
+from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.stage import StageConfig
 from stages.student.config import (
     EvaluateStage,
@@ -30,10 +33,7 @@ from stages.student.config import (
     StudentInitStage,
     TrainStage,
 )
-from stages.student_responses import StudentResponsesStage
-from stages.subset_preferences import SubsetPreferencesStage
-from stages.teacher_align import TeacherAlignStage
-from stages.teacher_logits import TeacherLogitsStage
+from stages.teacher.stage import TeacherAlignStage
 
 Step = Annotated[
     IngestStage

@@ -22,7 +22,7 @@ from schemas.storage.manifest import Manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import all_notes
 from schemas.storage.shard_list import ShardTotals
-from stages.checkpoint import read_checkpoint
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made

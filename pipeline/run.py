@@ -21,7 +21,7 @@ from schemas.errors import ConfigError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import listed_shards, shard_name
 from schemas.storage.shard_list import SHARD_LIST, ShardList, ShardTotals
-from stages.checkpoint import CheckpointRecord, write_checkpoint
+from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
 from stages.student.config import (
     EvaluateStage,
@@ -29,7 +29,7 @@ from stages.student.config import (
     StudentInitStage,
     TrainStage,
 )
-from stages.teacher_align import TeacherAlignStage
+from stages.teacher.stage import TeacherAlignStage
 
 
 def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
@@ -92,7 +92,7 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
         case TableStage() as stage:
             run_table(step, stage, execution, reporter)
         case TeacherAlignStage() as stage:
-            from stages.alignment import align  # loads torch and TRL
+            from stages.teacher.work import align  # loads torch and TRL
 
             with published(step.place) as folder:
                 align(

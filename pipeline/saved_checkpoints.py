@@ -15,7 +15,7 @@ from typing import Any
 from schemas.errors import StoreError
 from schemas.storage.files import read_if_there, sha256_of
 from schemas.storage.object_path import ObjectPath
-from stages.checkpoint import CHECKPOINTS, RUN, last_checkpoint
+from stages.models.checkpoints.checkpoint import CHECKPOINTS, RUN, last_checkpoint
 
 LATEST = "latest.json"
 

@@ -10,7 +10,7 @@ from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.storage.records import all_notes, count_records, shard_name
-from stages.checkpoint import read_checkpoint
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.stage import TableStage
 
 State = Literal["done", "partial", "pending"]

@@ -11,7 +11,7 @@ from pipeline.training_job import TrainingJob
 from pipeline.working_folder import published, remove_work
 from schemas.storage.files import write_text
 from schemas.tables.episodes import EPISODES
-from stages.checkpoint import CheckpointRecord, write_checkpoint
+from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
 from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
 

@@ -20,8 +20,8 @@ from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
 from schemas.storage.shard_list import ShardList, ShardListBuilder
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.stage import SourceStage, StageContext, TableStage
-from stages.tokenizer_identity import tokenizer_fingerprint
 
 WORK_FOLDER = ".work"
 

@@ -9,7 +9,7 @@ from pipeline.saved_checkpoints import SavedCheckpoints
 from pipeline.working_folder import upload_checkpoint, working_folder
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
-from stages.checkpoint import local_copy
+from stages.models.checkpoints.checkpoint import local_copy
 from stages.student.train_config import TrainConfig, TrainOptions
 
 OnEvent = Callable[[dict[str, Any]], None]

@@ -17,7 +17,7 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord
 from schemas.storage.shards import read_shard
 from schemas.table import Table
-from stages.checkpoint import CHECKPOINT, damaged_files, read_record
+from stages.models.checkpoints.checkpoint import CHECKPOINT, damaged_files, read_record
 
 
 def verify_folders(folders: Sequence[Folder], console: Console) -> list[str]:

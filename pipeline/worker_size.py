@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.stage import StageContext
 
 PROCESS_BYTES = 1 << 30  # torch, transformers and vLLM, loaded
 KV_CACHE_BYTES = 2 << 30  # vLLM's on a CPU where engine.kv_cache_memory_bytes is not given

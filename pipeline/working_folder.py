@@ -15,7 +15,7 @@ from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_cache import user_cache
-from stages.checkpoint import CHECKPOINT, read_checkpoint
+from stages.models.checkpoints.checkpoint import CHECKPOINT, read_checkpoint
 
 
 def working_folder(folder: Folder) -> Path:

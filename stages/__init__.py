@@ -1,1 +1,1 @@
-"""The work: one stage a file, its maths as pure functions, and what the stages share."""
+"""The work: from files to a trained student."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,9 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
-from stages.checkpoint import local_copy
-from stages.engines.adapters import merged_folder
-from stages.engines.options import EngineOptions
+from stages.models.spec import EngineOptions, ModelSpec
 
 
 class StageConfig(BaseModel):
@@ -41,36 +39,6 @@ class Rejected:
 
     sample_id: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """A model as a stage sees it: where it lies, a dtype and an engine.
-
-    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
-    """
-
-    base: Folder
-    dtype: str
-    engine: Literal["vllm", "transformers"]
-    hidden_size: int
-    adapter: Path | None = None
-    merged_name: str = ""
-
-    @property
-    def path(self) -> Path:
-        """An ordinary transformers folder of this machine, made when first asked.
-
-        An adapter is merged into its base, a model in an object store is fetched.
-        """
-        if self.adapter is None:
-            return self.local_base
-        return merged_folder(self.local_base, self.adapter, name=self.merged_name)
-
-    @property
-    def local_base(self) -> Path:
-        """``base`` on this machine, without the adapter."""
-        return local_copy(self.base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.tables.episodes import EPISODES, Episode
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences
 from schemas.tables.teacher_logits import TOP_K, TopKLogits
-from stages.encoding import measure, top_k
-from stages.tokenizer_identity import copy_tokenizer
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
+from stages.signals.scoring.encoding import measure, top_k
 from tests.cached_data import write_table
 from tests.tiny_episodes import PlainModel
 

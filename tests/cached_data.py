@@ -31,9 +31,9 @@ from schemas.tables.teacher_logits import (
     ThresholdLogits,
     TopKLogits,
 )
-from stages.encoding import measure, threshold_sample, top_k
-from stages.language_head import LanguageHead
-from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.signals.scoring.encoding import measure, threshold_sample, top_k
 
 VOCAB_SIZE = 307  # prime: divisible by nothing
 K = 8

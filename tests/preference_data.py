@@ -34,8 +34,8 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from schemas.tables.responses import RESPONSES, Responses
 from schemas.tables.teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
-from stages.encoding import measure, threshold_sample, top_k
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.signals.scoring.encoding import measure, threshold_sample, top_k
 from tests.cached_data import VOCAB_SIZE, K, save_model, write_table
 
 END = 0

@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM
 from pipeline.plan import make_plan
 from pipeline.recipe import load_recipe
 from schemas.errors import ConfigError
-from stages.engines.adapters import merged_folder, served_rank
-from stages.engines.engine import Engine
-from stages.engines.engine_pair import OneEngine, is_one_engine, open_engine_pair
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec
-from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.adapters import merged_folder, served_rank
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.engines.engine import Engine
+from stages.models.engines.engine_pair import OneEngine, is_one_engine, open_engine_pair
+from stages.models.spec import EngineOptions, ModelSpec
 from tests.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import uniforms
-from stages.advantage_supports import (
+from stages.signals.advantages.supports import (
     Scored,
     StudentTop,
     mean_distribution,

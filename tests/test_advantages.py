@@ -23,10 +23,9 @@ from schemas.tables.advantages import (
     UnionAdvantages,
 )
 from schemas.tables.responses import Responses
-from stages.advantage_scoring import Asked, score_row, score_shard
-from stages.advantages import AdvantagesStage
-from stages.engines.engine import Engine, open_engine
-from stages.engines.engine_pair import (
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.engines.engine import Engine, open_engine
+from stages.models.engines.engine_pair import (
     EnginePair,
     OneAfterTheOther,
     SideBySide,
@@ -34,11 +33,12 @@ from stages.engines.engine_pair import (
     fit_together,
     weight_bytes,
 )
-from stages.engines.options import EngineOptions
-from stages.language_head import LanguageHead
-from stages.prompted import prompted_of
-from stages.scoring import LogitBlocks
-from stages.stage import ModelSpec, Rejected, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.advantages.stage import AdvantagesStage
+from stages.signals.advantages.work import Asked, score_row, score_shard
+from stages.signals.scoring.logits import LogitBlocks
+from stages.signals.scoring.responses import prompted_of
+from stages.stage import Rejected, StageContext
 from tests.cached_data import VOCAB_SIZE, save_model
 from tests.conftest import save_tiny_model
 from tests.episode_data import successor_model

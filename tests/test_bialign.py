@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, StoreError
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.episode_loader import BiAlignCollator, subsets_of
 from stages.student.loader import Collator, encoding_of
 from stages.student.objectives.bialign import terms

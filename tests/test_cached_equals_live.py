@@ -31,8 +31,8 @@ from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.tables.episodes import Episode
+from stages.models.causal_lm.model import load_student
 from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.student_model import load_student
 from stages.student.train_config import (
     BiAlignConfig,
     IclDistillationConfig,
@@ -244,7 +244,7 @@ train(TrainConfig.model_validate(job["config"]), student=Path(job["student"]),
       data=[Path(name) for name in job["data"]], lm_data=[Path(name) for name in job["lm_data"]],
       output=Path(job["output"]), options=TrainOptions(num_workers=0))
 engines = [name for name in sys.modules if name.split(".")[0] in ("vllm", "ray", "pipeline")
-           or name in ("stages.scoring", "stages.engines.engine")]
+           or name in ("stages.signals.teacher_logits.work", "stages.models.engines.engine")]
 print(json.dumps({"opened": opened, "engines": engines}))
 """
 

@@ -10,10 +10,10 @@ import pytest
 from schemas.errors import ConfigError
 from schemas.tables.candidate_scores import CandidateScores
 from schemas.tables.episodes import Episode
-from stages.candidate_scores import CandidateScoresStage
-from stages.candidate_scoring import Branches
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, Rejected, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.candidate_scores.stage import CandidateScoresStage
+from stages.signals.candidate_scores.work import Branches
+from stages.stage import Rejected, StageContext
 from tests.tiny_episodes import PlainModel, as_shard, make_episode
 
 STAGE = CandidateScoresStage(stage="candidate_scores", input="episodes", model="teacher")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.language_head import LanguageHead
-from stages.student.chunked_loss import LossSums, Objective, StudentHead, chunked_loss
+from stages.models.causal_lm.chunked_loss import LossSums, PositionLoss, StudentHead, chunked_loss
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.objectives.cross_entropy import CrossEntropy
 from stages.student.objectives.kd import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
 
@@ -135,7 +135,7 @@ def reference_kl(case: Case, teacher: Teacher) -> Tensor:
     return (case.probs_NV * (case.probs_NV.log() - logprobs_NV)).sum(1)
 
 
-def run(case: Case, objective: Objective, chunk_positions: int = 4) -> LossSums:
+def run(case: Case, objective: PositionLoss, chunk_positions: int = 4) -> LossSums:
     chunk_bytes = chunk_positions * V * 8 * 5
     return chunked_loss(
         case.hidden_ND, case.head, objective, dtype=torch.float64, chunk_bytes=chunk_bytes

@@ -20,16 +20,16 @@ PACKAGES = ("schemas", "stages", "pipeline")
 
 # Each heavy library, and the only places that may import it (a folder, or one file).
 IMPORT_SITES = {
-    "vllm": ("stages/engines/vllm_engine.py",),
+    "vllm": ("stages/models/engines/vllm_engine.py",),
     "ray": ("pipeline/ray_cluster.py", "pipeline/ray_executor.py", "pipeline/ray_training.py"),
     "airflow": ("airflow_dags/",),
     "torch": ("stages/", "pipeline/training_launch.py"),
     "transformers": ("stages/", "pipeline/inspect_rows.py"),
-    "datasets": ("stages/ingest/", "stages/alignment.py"),
-    "polars": ("stages/ingest/",),
+    "datasets": ("stages/sources/", "stages/teacher/"),
+    "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
-    "trl": ("stages/alignment.py",),
-    "peft": ("stages/alignment.py", "stages/engines/adapters.py"),
+    "trl": ("stages/teacher/trl_trainer.py",),
+    "peft": ("stages/teacher/trl_trainer.py", "stages/models/checkpoints/adapters.py"),
     "fsspec": ("schemas/storage/object_path.py",),
     "s3fs": (),
     "botocore": (),
@@ -38,24 +38,23 @@ IMPORT_SITES = {
 # Files the planner loads: they must stay free of heavy imports at the top.
 PLANNED = (
     "stages/stage.py",
-    "stages/teacher_logits.py",
-    "stages/subset_preferences.py",
-    "stages/candidate_scores.py",
-    "stages/student_responses.py",
-    "stages/response_logprobs.py",
-    "stages/advantages.py",
-    "stages/teacher_align.py",
-    "stages/engines/adapters.py",
-    "stages/checkpoint.py",
+    "stages/signals/teacher_logits/stage.py",
+    "stages/signals/subset_preferences/stage.py",
+    "stages/signals/candidate_scores/stage.py",
+    "stages/signals/student_responses/stage.py",
+    "stages/signals/response_logprobs/stage.py",
+    "stages/signals/advantages/stage.py",
+    "stages/teacher/stage.py",
+    "stages/models/checkpoints/adapters.py",
+    "stages/models/checkpoints/checkpoint.py",
     "stages/student/config.py",
     "stages/student/train_config.py",
-    "stages/ingest/text.py",
-    "stages/ingest/episodes.py",
-    "stages/ingest/preference_pairs.py",
-    "stages/ingest/pair_sources.py",
-    "stages/ingest/task_sources.py",
-    "stages/ingest/templates.py",
-    "stages/engines/options.py",
+    "stages/sources/documents/stage.py",
+    "stages/sources/episodes/stage.py",
+    "stages/sources/preference_pairs/stage.py",
+    "stages/sources/tasks/sources.py",
+    "stages/sources/episodes/templates.py",
+    "stages/models/spec.py",
 )
 PUBLIC = [
     "CANDIDATE_SCORES",
@@ -147,7 +146,7 @@ def test_the_dags_import_nothing_of_ours() -> None:
 
 
 def test_vllm_is_imported_inside_a_function_only() -> None:
-    tree = ast.parse((REPOSITORY / "stages/engines/vllm_engine.py").read_text())
+    tree = ast.parse((REPOSITORY / "stages/models/engines/vllm_engine.py").read_text())
     top = [name for node in tree.body for name, _ in _direct(node)]
     assert "vllm" not in top
     assert "vllm" in {name for name, _ in imported(tree)}

@@ -18,7 +18,12 @@ from pipeline.training_job import TrainingJob
 from pipeline.training_launch import train_in_processes
 from schemas.errors import EngineError, StoreError
 from schemas.tables.documents import DOCUMENTS
-from stages.checkpoint import CHECKPOINTS, CheckpointRecord, last_checkpoint, read_checkpoint
+from stages.models.checkpoints.checkpoint import (
+    CHECKPOINTS,
+    CheckpointRecord,
+    last_checkpoint,
+    read_checkpoint,
+)
 from stages.student.train_config import IclDistillationConfig, KdConfig, TrainConfig, TrainOptions
 from tests.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.episode_data import EpisodeData, make_episode_data

@@ -22,7 +22,7 @@ from schemas.distribution import (
     unpack_threshold,
     unpack_top_k,
 )
-from stages.encoding import measure, threshold_sample, top_k
+from stages.signals.scoring.encoding import measure, threshold_sample, top_k
 
 VOCABULARIES = (49_152, 131_072, 151_936, 262_144)
 Array = npt.NDArray[Any]

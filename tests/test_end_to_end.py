@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.step_state import progress_of
 from schemas.dataset import open_dataset
 from schemas.distribution import expectation, unpack_threshold
-from stages.checkpoint import read_checkpoint
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from tests.tiny_recipe import make_recipe
 
 TRAINING = {

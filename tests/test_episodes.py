@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from schemas.errors import ConfigError, StoreError
 from schemas.tables.episodes import Episode, split_candidates, subset_input_ids
-from stages.ingest.episode_building import EpisodeBuilder
-from stages.ingest.episode_draws import DrawnEpisode
-from stages.ingest.episodes import EpisodesStage
-from stages.ingest.tasks import Example, Task
-from stages.ingest.templates import TEMPLATES, EpisodeTemplate, template_of
-from stages.ingest.tokens import TextTokenizer
+from stages.sources.episodes.building import EpisodeBuilder
+from stages.sources.episodes.draws import DrawnEpisode
+from stages.sources.episodes.stage import EpisodesStage
+from stages.sources.episodes.templates import TEMPLATES, EpisodeTemplate, template_of
+from stages.sources.reading.tokens import TextTokenizer
+from stages.sources.tasks.task import Example, Task
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -579,6 +579,6 @@ def test_the_order_of_files_and_other_tasks_moves_no_draw(
 
 def test_planning_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'polars', 'tokenizers'}"
-    code = f"import sys, stages.ingest.episodes; print({heavy} & set(sys.modules))"
+    code = f"import sys, stages.sources.episodes.stage; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -7,8 +7,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from examples import fetch_pairs
-from stages.ingest.pair_readers import read_pairs
-from stages.ingest.pair_sources import PairSource
+from stages.sources.preference_pairs.readers import read_pairs
+from stages.sources.preference_pairs.stage import PairSource
 
 PAIR = {
     "conversations": [{"from": "human", "value": "Caf\u00e9\u2028or tea?"}],

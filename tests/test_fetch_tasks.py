@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from examples import fetch_tasks
 from examples.fact_relations import TEMPLATES
 from examples.fetch_assets import FetchError
-from stages.ingest.task_readers import read_tasks
-from stages.ingest.task_sources import TaskSource
-from stages.ingest.tasks import Task
+from stages.sources.tasks.readers import read_tasks
+from stages.sources.tasks.sources import TaskSource
+from stages.sources.tasks.task import Task
 
 
 def wheel(path: Path, files: dict[str, bytes]) -> zipfile.ZipFile:

@@ -23,8 +23,8 @@ from pipeline.fingerprint import (
 )
 from schemas.errors import ConfigError
 from schemas.storage.files import sha256_of
-from stages.ingest.text import IngestStage
-from stages.teacher_logits import TeacherLogitsStage
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.documents.stage import IngestStage
 from tests.tiny_recipe import TinyRecipe, edit_recipe, error_of, make_recipe
 
 STUDENT = {"stage": "student_init", "model": "teacher", "layers": 2}

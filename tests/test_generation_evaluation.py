@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from schemas.errors import ConfigError
 from schemas.tables.episodes import Episode
+from stages.models.causal_lm.model import load_student
 from stages.student.generation_evaluation import SPARE_TOKENS, FreeAnswer, generate_answers
 from stages.student.icl_tasks import generation_numbers
-from stages.student.student_model import load_student
 from tests.answered_episodes import VOCAB_SIZE, Parts, make_episodes, save_student
 
 Free = list[tuple[Episode, Parts]]

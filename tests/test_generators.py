@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from schemas.errors import ConfigError, EngineError
-from stages.engines.decoding import Decoding
-from stages.engines.generator import Generator, open_generator
-from stages.engines.options import EngineOptions
-from stages.engines.transformers_generator import TransformersGenerator, draw_tokens
+from stages.models.engines.decoding import Decoding
+from stages.models.engines.generator import Generator, open_generator
+from stages.models.engines.transformers_generator import TransformersGenerator, draw_tokens
+from stages.models.spec import EngineOptions
 from tests.tiny_generation import (
     GREEDY,
     MAX_TOKENS,

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 from schemas.errors import ConfigError, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import Document
-from stages.ingest.cleaning import clean
-from stages.ingest.prepared import PreparedSource, within
-from stages.ingest.text import IngestStage
-from stages.ingest.tokens import TextTokenizer
+from stages.sources.documents.prepared import PreparedSource
+from stages.sources.documents.stage import IngestStage
+from stages.sources.prepared import within
+from stages.sources.reading.cleaning import clean
+from stages.sources.reading.tokens import TextTokenizer
 
 WORDS = (
     "the cat sat on a mat while some old dogs ran over red hills near blue water".split()  # noqa: SIM905
@@ -243,7 +244,7 @@ POINTS = ("documents/*0", "documents/*5", "sequences/*3", "rows/*5")
 RUN = """
 import sys
 from pathlib import Path
-from stages.ingest.text import IngestStage
+from stages.sources.documents.stage import IngestStage
 stage = IngestStage.model_validate_json(sys.argv[1])
 stage.prepare(Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
 """
@@ -285,7 +286,7 @@ def test_reading_before_preparing_or_after_damage_is_a_store_error(
 
 def test_planning_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'polars', 'tokenizers'}"
-    code = f"import sys, stages.ingest.text; print({heavy} & set(sys.modules))"
+    code = f"import sys, stages.sources.documents.stage; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from schemas.errors import ConfigError
-from stages.ingest.cleaning import CleanText, clean
-from stages.ingest.packing import pack, truncate
-from stages.ingest.reading import read_rows
-from stages.ingest.source import Source
-from stages.ingest.spool import KEY, Spool, key_columns, num_ranges
-from stages.ingest.text import IngestStage
+from stages.sources.documents.packing import pack, truncate
+from stages.sources.documents.spool import KEY, Spool, key_columns, num_ranges
+from stages.sources.documents.stage import IngestStage
+from stages.sources.reading.cleaning import CleanText, clean
+from stages.sources.reading.source import Source
+from stages.sources.reading.values import read_rows
 
 TEXTS = [f"Doc {i}: caf\u00e9, \u65e5\u672c\u8a9e and\ttabs" for i in range(300)]
 

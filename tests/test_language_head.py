@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from schemas.errors import ConfigError, StoreError
-from stages.language_head import LanguageHead, head_features
+from stages.models.causal_lm.language_head import LanguageHead, head_features
 
 VOCAB = 97
 SIZES = {

@@ -21,10 +21,10 @@ from schemas.errors import StoreError
 from schemas.storage.files import as_folder
 from schemas.storage.manifest import read_manifest
 from schemas.storage.object_path import ObjectPath
-from stages.checkpoint import local_copy, read_checkpoint
+from stages.models.checkpoints.checkpoint import local_copy, read_checkpoint
+from stages.models.checkpoints.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
 from stages.student.config import TrainStage
 from stages.student.train_config import TrainOptions
-from stages.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
 from tests.s3_server import (
     CUT_REPLY,
     KEY_ID,

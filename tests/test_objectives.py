@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import quantise_sticks, uniforms, unpack_threshold
-from stages.encoding import measure, threshold_sample
-from stages.student.chunked_loss import StudentHead, chunked_loss
+from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
+from stages.signals.scoring.encoding import measure, threshold_sample
 from stages.student.evaluation import Scores
 from stages.student.objectives import OBJECTIVES
 from stages.student.objectives.kd import Kd, ThresholdTeacher, TopKTeacher

@@ -10,9 +10,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.errors import ConfigError
-from stages.ingest.pair_dialogues import Message, RawPair
-from stages.ingest.pair_readers import read_pairs
-from stages.ingest.pair_sources import PairSource, settings_of
+from stages.sources.dialogues.dialogue import Message
+from stages.sources.preference_pairs.pairs import RawPair
+from stages.sources.preference_pairs.readers import read_pairs
+from stages.sources.preference_pairs.stage import PairSource, settings_of
 
 EARLIER = [("user", "What is 2 + 2?"), ("assistant", "Four."), ("user", "And twice that?")]
 GOOD, BAD = "Eight.", "Nine,\n\nI think."

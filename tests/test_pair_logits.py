@@ -14,8 +14,8 @@ import pytest
 from schemas.errors import ConfigError
 from schemas.sample_id import sample_id_of
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, Rejected, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.stage import Rejected, StageContext
 from tests.cached_data import VOCAB_SIZE, save_model
 from tests.preference_data import make_pairs, signals_of, wide_model
 from tests.tiny_teacher import stage_of, weights_of

@@ -10,11 +10,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from stages.models.causal_lm.implicit_rewards import implicit_rewards, preference
 from stages.student.preference_metrics import (
     bootstrap_interval,
-    implicit_rewards,
     own_preference_numbers,
-    preference,
     relative_preference_numbers,
     response_numbers,
     reward_numbers,

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.loader import Collator, encoding_of
 from stages.student.objectives import OBJECTIVES
 from stages.student.objectives.adpa import Advantage, SparseSupport, support_of

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from schemas.errors import ConfigError, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from stages.ingest.preference_pairs import PreferencePairsStage
+from stages.sources.preference_pairs.stage import PreferencePairsStage
 from tests.test_episodes import make_sentencepiece
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>")
@@ -493,7 +493,7 @@ def test_another_file_setting_or_template_starts_afresh(
 
 def test_planning_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'polars', 'tokenizers'}"
-    code = f"import sys, stages.ingest.preference_pairs; print({heavy} & set(sys.modules))"
+    code = f"import sys, stages.sources.preference_pairs.stage; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

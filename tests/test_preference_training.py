@@ -25,9 +25,9 @@ from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError
+from stages.models.causal_lm.model import load_student
 from stages.student.distillation_trainer import DistillationTrainer, training_arguments
 from stages.student.evaluation import evaluate
-from stages.student.student_model import load_student
 from stages.student.train_config import (
     AdpaConfig,
     DckdConfig,

@@ -10,7 +10,7 @@ import pytest
 from pipeline.ray_training import train_on_ray
 from schemas.errors import ConfigError, EngineError, StoreError
 from schemas.tables.documents import DOCUMENTS
-from stages.checkpoint import read_checkpoint
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from tests.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.episode_data import EpisodeData, make_episode_data
 from tests.ray_cluster import ENVIRONMENT, ray_cluster

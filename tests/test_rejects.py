@@ -15,8 +15,8 @@ from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shards import read_shard
 from schemas.tables.documents import DOCUMENTS
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.stage import Rejected
-from stages.teacher_logits import TeacherLogitsStage
 from tests.conftest import save_tiny_model
 from tests.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 from tests.tiny_teacher import (

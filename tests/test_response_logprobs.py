@@ -12,11 +12,11 @@ from schemas.errors import ConfigError
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import ResponseLogprobs
 from schemas.tables.responses import RESPONSES
-from stages.engines.engine import Engine, open_engine
-from stages.engines.options import EngineOptions
-from stages.prompted import prompted_of
-from stages.response_logprobs import ResponseLogprobsStage
-from stages.response_scoring import score_responses
+from stages.models.engines.engine import Engine, open_engine
+from stages.models.spec import EngineOptions
+from stages.signals.response_logprobs.stage import ResponseLogprobsStage
+from stages.signals.response_logprobs.work import score_responses
+from stages.signals.scoring.responses import prompted_of
 from stages.stage import Rejected
 from tests.cached_data import VOCAB_SIZE, save_model
 from tests.episode_data import successor_model

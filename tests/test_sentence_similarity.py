@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from schemas.errors import ConfigError
-from stages.sentence_similarity import SentenceSimilarity
+from stages.signals.subset_preferences.similarity import SentenceSimilarity
 from tests.tiny_episodes import make_episode
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from stages.student.chunked_loss import StudentHead
-from stages.student.sequence_logprobs import (
+from stages.models.causal_lm.chunked_loss import StudentHead
+from stages.models.causal_lm.sequence_logprobs import (
     Continuations,
     continuation_logprobs,
     gathered_logprobs,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.engines.engine import open_engine
-from stages.engines.options import EngineOptions
-from stages.engines.sequences import TokenIds, prefix_groups
+from stages.models.engines.engine import open_engine
+from stages.models.engines.sequences import TokenIds, prefix_groups
+from stages.models.spec import EngineOptions
 
 # Float32 on a CPU over 2 layers; keys and values that are read back are the same numbers, summed in
 # another order. Measured 4e-6; a state of another position is off by whole units.

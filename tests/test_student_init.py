@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.student.init import chosen_layers, evenly_spaced, init_student
-from stages.tokenizer_identity import tokenizer_fingerprint
 
 LAYERS = 6
 SIZES = {

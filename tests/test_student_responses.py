@@ -20,12 +20,12 @@ from schemas.storage.manifest import Manifest
 from schemas.storage.records import ShardRecord
 from schemas.tables.preference_pairs import PreferencePair
 from schemas.tables.responses import RESPONSES, Responses
-from stages.engines.decoding import Decoding
-from stages.engines.generator import open_generator
-from stages.engines.options import EngineOptions
-from stages.response_generation import generate_responses, request_seed
-from stages.stage import ModelSpec, Rejected, StageContext
-from stages.stop_tokens import stop_tokens_of
+from stages.models.causal_lm.end_tokens import stop_tokens_of
+from stages.models.engines.decoding import Decoding
+from stages.models.engines.generator import open_generator
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.student_responses.work import generate_responses, request_seed
+from stages.stage import Rejected, StageContext
 from tests.episode_data import whole_logprobs
 from tests.tiny_generation import (
     EMPTY,

@@ -11,11 +11,11 @@ import pytest
 from schemas.errors import ConfigError
 from schemas.tables.episodes import Episode, subset_input_ids
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, Rejected, StageContext
-from stages.subset_preferences import SubsetPreferencesStage
-from stages.subset_sampling import draw_subsets
-from stages.subset_scoring import ranks_of
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.subset_preferences.sampling import draw_subsets
+from stages.signals.subset_preferences.stage import SubsetPreferencesStage
+from stages.signals.subset_preferences.work import ranks_of
+from stages.stage import Rejected, StageContext
 from tests.tiny_episodes import PlainModel, as_shard, make_episode
 
 

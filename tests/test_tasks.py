@@ -12,10 +12,10 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.errors import ConfigError
-from stages.ingest.lama import wording_of
-from stages.ingest.task_readers import read_tasks
-from stages.ingest.task_sources import TaskSource
-from stages.ingest.tasks import Task
+from stages.sources.tasks.lama import wording_of
+from stages.sources.tasks.readers import read_tasks
+from stages.sources.tasks.sources import TaskSource
+from stages.sources.tasks.task import Task
 
 COUNTRIES = [("France", "Paris"), ("Italy", "Rome"), ("Peru", "Lima"), ("Chad", "N'Djamena")]
 

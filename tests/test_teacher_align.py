@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
-from stages import alignment
-from stages.alignment import align, as_token_ids, pair_trainer, preference_metrics
-from stages.checkpoint import read_checkpoint
-from stages.teacher_align import AlignConfig
-from stages.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.checkpoint import read_checkpoint
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.teacher import trl_trainer
+from stages.teacher.stage import AlignConfig
+from stages.teacher.trl_trainer import as_token_ids, pair_trainer
+from stages.teacher.work import align, preference_metrics
 from tests.preference_data import (
     PreferenceData,
     gathered,
@@ -194,7 +195,7 @@ def test_several_gpus_do_not_make_it_data_parallel(
         return torch.device("cpu")
 
     monkeypatch.setattr(trl.DPOConfig, "_setup_devices", property(eight))
-    args = alignment._arguments(trl, CONFIG, tmp_path)
+    args = trl_trainer.dpo_arguments(trl, CONFIG, tmp_path)
     assert args.n_gpu == 1
 
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from schemas.distribution import unpack_top_k
 from schemas.tables.documents import Document
 from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
-from stages import scoring
-from stages.engines.engine import Engine, open_engine
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.engines.engine import Engine, open_engine
+from stages.signals.teacher_logits import work as scoring
 from tests.tiny_teacher import (
     CLOSE,
     ENCODINGS,

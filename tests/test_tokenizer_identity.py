@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
-from stages.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from tests.cached_data import save_model
 
 

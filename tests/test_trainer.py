@@ -18,7 +18,7 @@ from schemas.errors import (
     ConfigError,
 )
 from schemas.tables.documents import DOCUMENTS
-from stages.checkpoint import damaged_files, read_checkpoint
+from stages.models.checkpoints.checkpoint import damaged_files, read_checkpoint
 from stages.student.evaluation import evaluate
 from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
 from stages.student.trainer import TrainResult, train
@@ -262,7 +262,7 @@ train(TrainConfig(max_steps=3, per_device_batch_size=4), student=root / "student
       data=[root / "documents", root / sys.argv[3]], output=Path(sys.argv[2]),
       options=TrainOptions(num_workers=0))
 engines = [name for name in sys.modules if name.split(".")[0] in ("vllm", "ray", "pipeline")
-           or name in ("stages.scoring", "stages.engines.engine")]
+           or name in ("stages.signals.teacher_logits.work", "stages.models.engines.engine")]
 print(json.dumps({"opened": opened, "engines": engines}))
 """
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from schemas.errors import ConfigError, EngineError
-from stages.engines.engine import open_engine
-from stages.engines.options import EngineOptions
-from stages.engines.sequences import TokenIds, windows
+from stages.models.engines.engine import open_engine
+from stages.models.engines.sequences import TokenIds, windows
+from stages.models.spec import EngineOptions
 
 # float32 on one CPU: sums run in another order in padded batches. Logits are of order 10.
 TOLERANCE = 1e-4

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from schemas.errors import EngineError
-from stages.engines.engine import Engine, open_engine
-from stages.engines.options import EngineOptions
-from stages.engines.sequences import TokenIds
-from stages.engines.vllm_engine import VllmEngine
+from stages.models.engines.engine import Engine, open_engine
+from stages.models.engines.sequences import TokenIds
+from stages.models.engines.vllm_engine import VllmEngine
+from stages.models.spec import EngineOptions
 
 # Nats, float32 on a CPU: both sum the same products in another order, over 2 layers of width 64.
 # Measured 2e-5; any mix-up of rows or positions gives whole nats.
@@ -188,8 +188,8 @@ import sys
 from pathlib import Path
 sys.modules["vllm"] = None
 from schemas.errors import EngineError
-from stages.engines.engine import open_engine
-from stages.engines.options import EngineOptions
+from stages.models.engines.engine import open_engine
+from stages.models.spec import EngineOptions
 options = EngineOptions(cache_dir=Path({str(tmp_path)!r}), device="cpu")
 try:
     with open_engine("vllm", Path({str(tiny_model)!r}), dtype="float32", options=options):

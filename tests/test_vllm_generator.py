@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 
 from schemas.errors import EngineError
 from schemas.tables.responses import Responses
-from stages.engines.decoding import Decoding, Generated
-from stages.engines.generator import Generator, open_generator
-from stages.engines.options import EngineOptions
-from stages.engines.vllm_generator import VllmGenerator
-from stages.stage import ModelSpec, Rejected, StageContext
+from stages.models.engines.decoding import Decoding, Generated
+from stages.models.engines.generator import Generator, open_generator
+from stages.models.engines.vllm_generator import VllmGenerator
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.stage import Rejected, StageContext
 from tests.tiny_generation import (
     EMPTY,
     GREEDY,

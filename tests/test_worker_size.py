@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 
 from pipeline.worker_size import KV_CACHE_BYTES, PROCESS_BYTES, Machine, WorkerSize
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.stage import StageContext
 
 GIB = 1 << 30
 GPU_NODE: Machine = {"GPU": 8.0, "CPU": 64.0, "memory": 512.0 * GIB}

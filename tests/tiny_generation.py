@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from stages.engines.decoding import Decoding, Generated
-from stages.engines.sequences import TokenIds
-from stages.student_responses import StudentResponsesStage
+from stages.models.engines.decoding import Decoding, Generated
+from stages.models.engines.sequences import TokenIds
+from stages.signals.student_responses.stage import StudentResponsesStage
 from tests.episode_data import successor_model, whole_logprobs
 
 # Nats. Float32 with keys and values kept and prompts padded, beside float64 in one pass: the same

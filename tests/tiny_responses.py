@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from schemas.sample_id import sample_id_of
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.responses import RESPONSES, Responses
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, StageContext
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.stage import StageContext
 
 F64Array = npt.NDArray[np.float64]
 NUM_TOP = 5

@@ -17,11 +17,11 @@ from schemas.distribution import unpack_threshold
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.teacher_logits import ThresholdLogits
-from stages import scoring
-from stages.engines.engine import Engine
-from stages.engines.options import EngineOptions
-from stages.stage import ModelSpec, StageContext
-from stages.teacher_logits import TeacherLogitsStage
+from stages.models.engines.engine import Engine
+from stages.models.spec import EngineOptions, ModelSpec
+from stages.signals.teacher_logits import work as scoring
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.stage import StageContext
 
 F64Array = npt.NDArray[np.float64]
 K = 8

@@ -35,17 +35,17 @@ from transformers import (
 from schemas.dataset import CachedDataset
 from schemas.errors import TeacherCacheError
 from schemas.storage.files import write_text
-from stages.checkpoint import WHOLE
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.causal_lm.model import student_vocab_size
+from stages.models.causal_lm.sequence_logprobs import MICRO_BATCH_TOKENS
+from stages.models.checkpoints.checkpoint import WHOLE
 from stages.student.episode_loader import BiAlignCollator, EpisodesWithText, IclCollator
 from stages.student.evaluation import DTYPES, advantage_heads_of, teacher_head_of
 from stages.student.loader import Collator, SignalRows, encoding_of
 from stages.student.objectives import OBJECTIVES
 from stages.student.pair_loader import AdpaCollator, ChosenCollator, DckdCollator, DpoCollator
-from stages.student.sequence_logprobs import MICRO_BATCH_TOKENS
 from stages.student.step import Step, Term, Unit
 from stages.student.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn
-from stages.student.student_model import student_vocab_size
 from stages.student.train_config import (
     AdpaConfig,
     BiAlignConfig,

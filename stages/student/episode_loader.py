@@ -18,8 +18,8 @@ from schemas.dataset import CachedDataset
 from schemas.errors import StoreError
 from schemas.tables.episodes import subset_input_ids
 from schemas.tables.subset_preferences import split_subsets
+from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.student.loader import Collator, Row, check_ids
-from stages.student.sequence_logprobs import Continuations
 
 
 def answers_of(row: Row) -> Continuations:

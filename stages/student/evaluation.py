@@ -23,12 +23,9 @@ from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
 from schemas.tables.advantages import HEAD_FOLDERS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from stages.language_head import LanguageHead
-from stages.student.chunked_loss import chunked_loss
-from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised
-from stages.student.objectives.kd import Teacher, teacher_of
-from stages.student.pair_loader import ChosenCollator
-from stages.student.student_model import (
+from stages.models.causal_lm.chunked_loss import chunked_loss
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.causal_lm.model import (
     check_student,
     last_layer_of,
     load_student,
@@ -36,6 +33,9 @@ from stages.student.student_model import (
     student_head,
     student_vocab_size,
 )
+from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised
+from stages.student.objectives.kd import Teacher, teacher_of
+from stages.student.pair_loader import ChosenCollator
 from stages.student.train_config import TrainOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,7 +57,7 @@ class Scores:
         return self.teacher.EXTRA_BLOCKS if self.teacher else 0
 
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
         assert not with_grad, "an evaluation has no gradient"
         cross_entropy = -logprobs_CV.gather(1, self.next_token_ids_N[rows, None]).sum()
         if self.teacher is None:

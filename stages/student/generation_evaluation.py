@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from stages.student.greedy_decoding import decode_greedily, end_tokens, load_tokenizer
+from stages.models.causal_lm.end_tokens import end_tokens, load_tokenizer
+from stages.models.causal_lm.greedy_decoding import decode_greedily
 
 SPARE_TOKENS = 8
 

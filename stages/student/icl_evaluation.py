@@ -23,6 +23,7 @@ from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder
 from schemas.tables.episodes import EPISODES
+from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
 from stages.student.episode_scoring import candidate_sums, subset_sums
 from stages.student.evaluation import (
     DTYPES,
@@ -46,7 +47,6 @@ from stages.student.icl_tasks import (
     subset_numbers,
 )
 from stages.student.loader import encoding_of
-from stages.student.student_model import check_student, load_student, student_vocab_size
 from stages.student.train_config import TrainOptions
 
 _COLUMNS = (

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, StoreError
-from stages.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = "config.json"  # moved into place last: without it a folder is no model

@@ -25,8 +25,8 @@ from torch import Tensor
 from schemas.dataset import CachedDataset
 from schemas.errors import StoreError
 from schemas.tables.episodes import split_candidates
+from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.student.loader import Collator, Row, check_ids, joined
-from stages.student.sequence_logprobs import Continuations
 
 Array = npt.NDArray[Any]
 

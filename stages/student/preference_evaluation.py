@@ -25,19 +25,20 @@ from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
-from stages.student.evaluation import device_of
-from stages.student.greedy_decoding import decode_greedily, end_tokens, load_tokenizer
-from stages.student.preference_metrics import implicit_rewards
-from stages.student.preference_results import Answered, PreferenceReport, Rewards, make_report
-from stages.student.preference_rows import HeldOutPairs, read_pairs
-from stages.student.response_measures import (
+from stages.models.causal_lm.end_tokens import end_tokens, load_tokenizer
+from stages.models.causal_lm.greedy_decoding import decode_greedily
+from stages.models.causal_lm.implicit_rewards import implicit_rewards
+from stages.models.causal_lm.model import load_student, student_vocab_size
+from stages.models.causal_lm.response_measures import (
     batches_by_length,
     mean_kl,
     response_logprobs,
     without_repeats,
 )
-from stages.student.sequence_logprobs import Continuations
-from stages.student.student_model import load_student, student_vocab_size
+from stages.models.causal_lm.sequence_logprobs import Continuations
+from stages.student.evaluation import device_of
+from stages.student.preference_results import Answered, PreferenceReport, Rewards, make_report
+from stages.student.preference_rows import HeldOutPairs, read_pairs
 from stages.student.train_config import TrainOptions
 
 Array = npt.NDArray[Any]

@@ -1,9 +1,8 @@
 """Numbers about preferences, as pure functions of scores. No model in here.
 
-A score is a sum of log-probs, or the implicit reward ``beta (log p_teacher - log p_reference)`` of
-DPO (arXiv 2305.18290, equation 5, less what the prompt alone fixes: it is equal for all responses
-to one prompt). As in ``icl_metrics`` a tie never helps: an accuracy counts what is strictly better.
-In a win rate a tie is half a win for each side, so two equal students have 0.5.
+A score is a sum of log-probs, or an implicit reward. As in ``icl_metrics`` a tie never helps: an
+accuracy counts what is strictly better. In a win rate a tie is half a win for each side, so two
+equal students have 0.5.
 
 Dimensions: P = prompts, N = resamples.
 """
@@ -15,18 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.models.causal_lm.implicit_rewards import preference
+
 RESAMPLES, LEVEL = 2_000, 0.95
 
 Array = npt.NDArray[Any]
 F64Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """How often the chosen response has the better score, and by how much in the mean."""
-
-    accuracy: float
-    margin: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +32,6 @@ class WinRate:
     num_wins: int
     num_ties: int
     num_losses: int
-
-
-def implicit_rewards(teacher_logprobs: Array, reference_logprobs: Array, beta: float) -> F64Array:
-    """Return ``beta (log p_teacher - log p_reference)`` of each response, nats."""
-    difference: F64Array = np.subtract(teacher_logprobs, reference_logprobs, dtype=np.float64)
-    return beta * difference
-
-
-def preference(chosen_P: Array, rejected_P: Array) -> Preference:
-    """Compare the scores of the two responses to each prompt."""
-    margins_P = np.subtract(chosen_P, rejected_P, dtype=np.float64)
-    return Preference(float((margins_P > 0).mean()), float(margins_P.mean()))
 
 
 def win_rate(first_P: Array, second_P: Array, *, seed: int) -> WinRate:

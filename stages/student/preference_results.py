@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stages.models.causal_lm.implicit_rewards import preference
 from stages.student.preference_metrics import (
     WinRate,
     own_preference_numbers,
-    preference,
     relative_preference_numbers,
     response_numbers,
     reward_numbers,

@@ -20,9 +20,9 @@ from schemas.storage.files import Folder
 from schemas.storage.manifest import read_manifest
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
-from stages.language_head import read_config
+from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.student.config import judge_tables_problem
-from stages.tokenizer_identity import tokenizer_fingerprint
 
 Array = npt.NDArray[Any]
 

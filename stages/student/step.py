@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.language_head import LanguageHead
-from stages.student.chunked_loss import Objective, chunked_loss
-from stages.student.sequence_logprobs import Continuations, continuation_logprobs
-from stages.student.student_model import last_layer_of, scored_hidden_states, student_head
+from stages.models.causal_lm.chunked_loss import PositionLoss, chunked_loss
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.causal_lm.model import last_layer_of, scored_hidden_states, student_head
+from stages.models.causal_lm.sequence_logprobs import Continuations, continuation_logprobs
 
 Unit = Literal["tokens", "samples"]
 
@@ -52,7 +52,7 @@ class Step:
     progress: float
     advantage_heads: tuple[LanguageHead, LanguageHead] | None = None
 
-    def over_positions(self, batch: dict[str, Any], objective: Objective) -> Term:
+    def over_positions(self, batch: dict[str, Any], objective: PositionLoss) -> Term:
         """Sum an objective over a batch's scored positions: the one forward of ``model``."""
         return self.over(self.hidden_states(batch), objective)
 
@@ -60,7 +60,7 @@ class Step:
         """Return [N, D] of a batch's scored positions: the one forward of ``model``."""
         return scored_hidden_states(self.model, batch, last_layer=last_layer_of(self.bare))
 
-    def over(self, hidden_ND: Tensor, objective: Objective, unit: Unit = "tokens") -> Term:
+    def over(self, hidden_ND: Tensor, objective: PositionLoss, unit: Unit = "tokens") -> Term:
         """Sum an objective over some positions' hidden states."""
         result = chunked_loss(hidden_ND, student_head(self.bare), objective, dtype=self.dtype)
         sums = {name: value for name, value in result.sums.items() if name != "loss"}

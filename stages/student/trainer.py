@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
 from schemas.storage.files import Folder, write_text
-from stages.checkpoint import (
+from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
+from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
     METRICS,
     RUN,
@@ -31,6 +32,7 @@ from stages.checkpoint import (
     weight_checksums,
     write_checkpoint,
 )
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 from stages.student.distillation_trainer import (
     DistillationTrainer,
     OnCheckpoint,
@@ -40,9 +42,7 @@ from stages.student.distillation_trainer import (
 from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
 from stages.student.loader import worker_errors_as_raised
 from stages.student.required_tables import check_tables
-from stages.student.student_model import check_student, load_student, student_vocab_size
 from stages.student.train_config import TrainConfig, TrainOptions
-from stages.tokenizer_identity import copy_tokenizer
 
 __all__ = ["DistillationTrainer", "TrainResult", "train"]
 

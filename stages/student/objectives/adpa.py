@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.objectives.cross_entropy import weigh_gradient_, weighted
 from stages.student.objectives.dckd import nll_of_chosen
 from stages.student.step import Step, Term
@@ -115,7 +115,7 @@ class Advantage:
         return self.support.EXTRA_BLOCKS
 
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
         expected_C = self.support.expected_(logprobs_CV, rows, with_grad=with_grad)
         if with_grad:
             weigh_gradient_(logprobs_CV, self.weights_M, rows)

@@ -30,7 +30,7 @@ class CrossEntropy:
         return 0
 
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
         next_C1 = self.next_token_ids_N[rows, None]
         total = -weighted(logprobs_CV.gather(1, next_C1)[:, 0], self.weights_N, rows).sum()
         if with_grad:

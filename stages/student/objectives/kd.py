@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from stages.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.objectives.cross_entropy import add_one_hot_, weigh_gradient_, weighted
 from stages.student.step import Step, Term
 from stages.student.train_config import KdConfig
@@ -158,7 +158,7 @@ class Kd:
         return self.teacher.EXTRA_BLOCKS
 
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.Objective``."""
+        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
         next_C1 = self.next_token_ids_N[rows, None]
         next_C = logprobs_CV.gather(1, next_C1)[:, 0]
         cross_entropy = -weighted(next_C, self.weights_N, rows).sum()

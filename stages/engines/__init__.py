@@ -1,1 +1,0 @@
-"""Engines run a model and give back its final hidden states."""

@@ -1,0 +1,1 @@
+"""A model: its folder, its numbers in torch, and engines that run it."""

@@ -1,0 +1,69 @@
+"""Greedy decoding of several prompts at once, by transformers' ``generate``.
+
+Prompts are padded on the left, with an attention mask, from which it counts positions; tests hold
+it to one prompt at a time. Nothing a model folder suggests for sampling or against repetition is
+used: it would measure the suggestion.
+
+Dimensions: B = prompts of a batch, T = tokens of the longest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+
+def decode_greedily(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray[Any, Any]],
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt, up to and with the first of ``ends``.
+
+    So one that ran out of tokens, or of the model's window, has no token of ``ends``. Call it in
+    eval and inference mode.
+    """
+    input_ids_BT, mask_BT = _pad_on_the_left(prompts, model.device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None:
+        max_new_tokens = max(1, min(max_new_tokens, room - input_ids_BT.shape[1]))
+    own = model.generation_config
+    assert own is not None, "a causal model has a generation config"
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+    )
+    model.generation_config = GenerationConfig()  # else its own values fill what we leave open
+    try:
+        output_BT: Any = model.generate(
+            inputs=input_ids_BT, attention_mask=mask_BT, generation_config=settings
+        )
+    finally:
+        model.generation_config = own
+    return [_with_end(new, ends) for new in output_BT[:, input_ids_BT.shape[1] :].tolist()]
+
+
+def _pad_on_the_left(
+    prompts: Sequence[np.ndarray[Any, Any]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids_BT = np.zeros((len(prompts), width), np.int64)
+    mask_BT = np.zeros((len(prompts), width), np.int64)
+    for b, prompt in enumerate(prompts):
+        input_ids_BT[b, width - len(prompt) :] = prompt
+        mask_BT[b, width - len(prompt) :] = 1
+    return torch.from_numpy(input_ids_BT).to(device), torch.from_numpy(mask_BT).to(device)
+
+
+def _with_end(new_ids: list[int], ends: Sequence[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
+    return new_ids[: stop + 1]

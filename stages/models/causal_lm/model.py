@@ -1,0 +1,118 @@
+"""The student as the trainer sees it: a transformers model, taken apart at its head.
+
+Dimensions: B = rows, T = tokens, N = scored positions, V = vocabulary, D = hidden width.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from schemas.dataset import CachedDataset
+from schemas.errors import ConfigError, IdentityMismatch
+from stages.models.causal_lm.chunked_loss import StudentHead
+from stages.models.causal_lm.language_head import head_features
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+
+_MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
+
+
+def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
+    """Load a student in float32; raises ConfigError if its head cannot be taken apart."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"cannot load the student {folder}: {first_line}") from error
+    assert isinstance(model, PreTrainedModel)
+    model.to(device)
+    _check_head(model, folder)
+    return model
+
+
+def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None:
+    """Raise IdentityMismatch unless the data's token ids are this student's."""
+    manifest = dataset.manifests[0]
+    found = tokenizer_fingerprint(folder)
+    if found != manifest.tokenizer:
+        raise IdentityMismatch(
+            f"student {folder} has tokenizer {found[:12]}, {dataset.folders[0]} was made with "
+            f"{manifest.tokenizer[:12]}: start from a student with the teacher's tokenizer"
+        )
+    largest = max(manifest.vocab_size for manifest in dataset.manifests)
+    if vocab_size < largest:
+        raise IdentityMismatch(
+            f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {largest}: "
+            f"use a student with at least as many embedding rows"
+        )
+
+
+def student_vocab_size(model: PreTrainedModel) -> int:
+    """Return the number of logits the model gives."""
+    return len(student_head(model).weight_VD)
+
+
+def student_head(model: PreTrainedModel) -> StudentHead:
+    """Return the model's own head parameters and what its config does after the product."""
+    layer = model.get_output_embeddings()
+    assert isinstance(layer, nn.Linear), f"the head is a {type(layer).__name__}"
+    scale, softcap = head_features(model.config)
+    return StudentHead(layer.weight, layer.bias, scale, softcap)
+
+
+def final_hidden_states(model: nn.Module, input_ids_BT: Tensor, *, last_layer: int) -> Tensor:
+    """Return [B, T, D] what the head reads, after the last norm; no [B, T, V] is made.
+
+    ``model`` may be wrapped (DDP has to see the call). Asking for one layer by its index keeps
+    transformers from holding all others; the last one is given after the norm.
+    """
+    output = model(
+        input_ids=input_ids_BT,
+        output_hidden_states=[last_layer],
+        logits_to_keep=1,
+        use_cache=False,
+    )
+    hidden_BTD = output.hidden_states[-1]
+    assert isinstance(hidden_BTD, Tensor)
+    return hidden_BTD
+
+
+def last_layer_of(model: PreTrainedModel) -> int:
+    """Return the index of the last decoder layer."""
+    return int(model.config.get_text_config().num_hidden_layers) - 1
+
+
+def scored_hidden_states(model: nn.Module, batch: dict[str, Tensor], *, last_layer: int) -> Tensor:
+    """Return [N, D] hidden states of a batch's scored positions."""
+    hidden_BTD = final_hidden_states(model, batch["input_ids"], last_layer=last_layer)
+    return hidden_BTD.flatten(0, 1).index_select(0, batch["positions_N"])
+
+
+def _check_head(model: PreTrainedModel, folder: Path) -> None:
+    """Compare the head applied by us with the model's own logits, once, on a few tokens."""
+    forward: Any = model.forward
+    if "logits_to_keep" not in inspect.signature(forward).parameters:
+        raise ConfigError(
+            f"student {folder}: {type(model).__name__} has no logits_to_keep, so its logits cannot "
+            f"be held back; use another architecture"
+        )
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        head = student_head(model)
+        input_ids_BT = torch.arange(16, device=model.device)[None] % len(head.weight_VD)
+        expected_TV = model(input_ids=input_ids_BT, use_cache=False).logits[0].float()
+        hidden_BTD = final_hidden_states(model, input_ids_BT, last_layer=last_layer_of(model))
+        off_TV = (head.logits(hidden_BTD[0]) - expected_TV).abs()
+        error = float(off_TV.max() / (1 + expected_TV.abs().max()))
+    model.train(training)
+    if not error <= _MAX_HEAD_ERROR:
+        raise ConfigError(
+            f"student {folder}: its logits are not head(last hidden state) but off by {error:.2g} "
+            f"of the largest: {type(model).__name__} does something this trainer does not know"
+        )

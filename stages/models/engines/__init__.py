@@ -1,0 +1,1 @@
+"""vLLM and transformers, run for a stage."""

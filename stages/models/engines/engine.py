@@ -1,0 +1,173 @@
+"""The Engine protocol, and the one way to open an engine.
+
+An engine gives final hidden states (after the last norm: what the head reads), not log-probs: the
+head runs here, in blocks of positions, and one encoding of the result serves both engines.
+
+Dimensions: T = tokens of a sequence, D = hidden width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from schemas.errors import ConfigError
+from stages.models.causal_lm.language_head import LanguageHead, head_features, read_config
+from stages.models.engines.head_check import Reference, check_head, probe_sequences, reference_of
+from stages.models.engines.sequences import TokenIds
+from stages.models.engines.transformers_engine import TransformersEngine
+from stages.models.engines.vllm_engine import VllmEngine
+from stages.models.spec import EngineOptions, ModelSpec
+
+EngineKind = Literal["vllm", "transformers"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Place(TypedDict):
+    dtype: torch.dtype
+    device: torch.device
+    options: EngineOptions
+
+
+class HiddenStates(Protocol):
+    """What scoring whole sequences needs of an engine. ``max_length`` is in tokens."""
+
+    max_length: int
+    head: LanguageHead
+
+    def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
+        """Yield [T, D] in the model's dtype for each sequence, in the order given.
+
+        Raises EngineError for a sequence that is empty, too long or outside the vocabulary, and
+        when the engine has died.
+        """
+
+
+class Engine(HiddenStates, Protocol):
+    """A loaded model; ``device`` holds the head and the results."""
+
+    device: torch.device
+
+    @property
+    def kind(self) -> str:
+        """``vllm`` or ``transformers``."""
+
+    def last_hidden_states(
+        self, sequences: Sequence[TokenIds], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Return [n, D] for the last n positions of each sequence, ``counts`` saying how many.
+
+        Text that sequences share at their start is computed once, as far as the engine can:
+        vLLM in whole blocks of its prefix cache, if opened with ``share_prefixes``; transformers
+        for sequences that share one prefix. Raises what ``hidden_states`` raises.
+        """
+
+    def close(self) -> None:
+        """Free the model and its memory; a closed engine cannot be used again."""
+
+
+@contextmanager
+def open_engine(
+    kind: EngineKind,
+    model_path: Path,
+    *,
+    dtype: str,
+    options: EngineOptions,
+    share_prefixes: bool = False,
+) -> Iterator[Engine]:
+    """Load an ordinary transformers folder into an engine, check its head, free it on exit.
+
+    ``share_prefixes`` is for work that reads ``last_hidden_states`` of sequences with much text in
+    common; it takes vLLM's prefix cache into use.
+
+    Raises ConfigError for a folder or setting that cannot work, EngineError if the engine does not
+    start or its log-probs disagree with transformers.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    set_threads(options)
+    device = device_of(options)
+    head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
+    reference = reference_of(
+        model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
+    )
+    place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
+    engine: Engine
+    if kind == "vllm":
+        engine = VllmEngine(model_path, **place, share_prefixes=share_prefixes)
+    else:
+        engine = TransformersEngine(model_path, **place)
+    try:
+        _check(engine, reference, model_path)
+        yield engine
+    finally:
+        engine.close()
+
+
+def open_model(
+    model: ModelSpec, options: EngineOptions, *, share_prefixes: bool
+) -> AbstractContextManager[Engine]:
+    """Open the engine that a stage's model names; see ``open_engine``."""
+    return open_engine(
+        model.engine,
+        model.path,
+        dtype=model.dtype,
+        options=options,
+        share_prefixes=share_prefixes,
+    )
+
+
+@contextmanager
+def open_adapted_engine(
+    model_path: Path, adapter: Path, *, dtype: str, options: EngineOptions
+) -> Iterator[VllmEngine]:
+    """Load a base and a LoRA adapter that ``served_rank`` finds fit into one vLLM engine.
+
+    Prefixes are shared. Both of its answers are checked; raises what ``open_engine`` raises.
+    """
+    set_threads(options)
+    device = device_of(options)
+    head_features(read_config(model_path))
+    references = [
+        reference_of(
+            model_path,
+            dtype=DTYPES[dtype],
+            device=device,
+            cache_dir=options.cache_dir,
+            adapter=added,
+        )
+        for added in (None, adapter)
+    ]
+    place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
+    engine = VllmEngine(model_path, **place, share_prefixes=True, adapter=adapter)
+    try:
+        for adapted, reference in zip((True, False), reversed(references), strict=True):
+            engine.use_adapter = adapted
+            _check(engine, reference, adapter if adapted else model_path)
+        yield engine
+    finally:
+        engine.close()
+
+
+def _check(engine: Engine, reference: Reference, model_path: Path) -> None:
+    probes = probe_sequences(engine.head.vocab_size)
+    fitting = [ids_T[: engine.max_length] for ids_T in probes]
+    check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+
+
+def set_threads(options: EngineOptions) -> None:
+    """Take as many CPU threads as the options say, in all of this process."""
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+
+
+def device_of(options: EngineOptions) -> torch.device:
+    """Return where an engine is to run; raises ConfigError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise ConfigError("engine.device is 'cuda', but torch sees no GPU: use 'auto' or 'cpu'")
+    return torch.device("cuda" if has_gpu and options.device != "cpu" else "cpu")

@@ -1,0 +1,1 @@
+"""Tables of inputs -> tables of what a model says of them."""

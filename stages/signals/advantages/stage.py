@@ -1,0 +1,149 @@
+"""Stage ``advantages``: a student's responses -> how much an aligned teacher prefers each token.
+
+``model`` is the aligned teacher, ``reference`` the teacher that the alignment started from; both
+score every position of the responses (ADPA, arXiv 2502.17927). What each support keeps is in
+``schemas.tables.advantages``.
+
+This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
+``stages.signals.advantages.work`` is the work.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.errors import ConfigError
+from schemas.storage.manifest import Manifest
+from schemas.table import BoundTable, Table
+from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS
+from schemas.tables.responses import RESPONSES
+from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
+
+_HEAD_FILES = ("head.safetensors", "head.json")
+
+
+class ThresholdSupport(StageConfig):
+    """``k`` tokens a position, drawn so that sums over them are unbiased (the default)."""
+
+    kind: Literal["threshold"] = "threshold"
+    k: int = Field(default=16, ge=2)
+
+
+class UnionTopKSupport(StageConfig):
+    """The ``k`` likeliest tokens of each of the three models, and the others as one."""
+
+    kind: Literal["union_top_k"]
+    k: int = Field(default=16, ge=1)
+
+
+class ReleasedSupport(StageConfig):
+    """The aligned teacher's ``k`` likeliest tokens, missing reference values floored: published."""
+
+    kind: Literal["as_released"]
+    k: int = Field(default=50, ge=1)
+
+
+class ExactSupport(StageConfig):
+    """Both models' final hidden states in float32, and their heads once: the full vocabulary."""
+
+    kind: Literal["exact"]
+
+
+Support = Annotated[
+    ThresholdSupport | UnionTopKSupport | ReleasedSupport | ExactSupport,
+    Field(discriminator="kind"),
+]
+
+
+class AdvantagesStage(TableStage):
+    """Score the responses of step ``input`` with ``model`` and ``reference``.
+
+    An advantage is ``beta (log p_model - log p_reference)``, in nats; beta is that of the DPO run
+    that made ``model``. ``as_released`` has none and takes 1. ``seed`` moves the draws of
+    ``threshold``. A reference that is the model itself makes all advantages 0 and is refused unless
+    ``allow_equal_models``.
+    """
+
+    VERSION: ClassVar[int] = 1
+    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (RESPONSES,)
+    NOT_HASHED: ClassVar[tuple[str, ...]] = (
+        *TableStage.NOT_HASHED,
+        "reference",
+        "allow_equal_models",
+    )
+
+    stage: Literal["advantages"]
+    reference: str
+    beta: float = Field(gt=0.0, allow_inf_nan=False)
+    support: Support = ThresholdSupport()
+    seed: int = 0
+    allow_equal_models: bool = False
+
+    @model_validator(mode="after")
+    def _released_code_has_no_beta(self) -> "AdvantagesStage":
+        if isinstance(self.support, ReleasedSupport) and self.beta != 1.0:
+            raise ValueError(
+                f"beta is {self.beta:g}, support 'as_released' is the published code's, which has "
+                f"none: set it to 1"
+            )
+        return self
+
+    @property
+    def table(self) -> Table[Any]:
+        """``advantages`` in the variant that the support names."""
+        return SUPPORTS[self.support.kind]
+
+    @property
+    def partner_models(self) -> tuple[str, ...]:
+        """The reference reads the same ids as the aligned teacher."""
+        return (self.reference,)
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """``exact`` needs both head matrices to be read back; they lie once beside the shards."""
+        if self.support.kind != "exact":
+            return ()
+        return tuple(f"{folder}/{file}" for folder in HEAD_FOLDERS for file in _HEAD_FILES)
+
+    def bind(self, context: StageContext) -> BoundTable[Any]:
+        """Token id width from the vocabulary, K from the support, D and R from the two heads."""
+        if isinstance(self.support, ExactSupport):
+            teacher, reference = (context.models[name] for name in (self.model, self.reference))
+            sizes = {"D": teacher.hidden_size, "R": reference.hidden_size}
+            return self.table.bind(vocab_size=context.vocab_size, sizes=sizes)
+        k = self.support.k
+        if k > context.vocab_size:
+            raise ConfigError(
+                f"support.k is {k}, the vocabulary has {context.vocab_size} tokens: lower k"
+            )
+        return self.table.bind(vocab_size=context.vocab_size, sizes={"K": k})
+
+    def estimate(self, source: Manifest, *, hidden_size: int) -> Estimate:
+        """One position a response token; real responses came within a tenth of the bytes.
+
+        The reference is taken to be as wide as the aligned teacher. Of the union's 3 k tokens a
+        third were distinct.
+        """
+        id_bytes = 0.9 * math.log2(source.vocab_size) / 8
+        match self.support:
+            case ThresholdSupport(k=k):
+                per_position = k * (id_bytes + 2.5) + 4.0
+            case UnionTopKSupport(k=k):
+                per_position = k * (id_bytes + 1.8) + 7.0
+            case ReleasedSupport(k=k):
+                per_position = k * (id_bytes + 1.6) + 4.0
+            case _:
+                per_position = 2 * 4.0 * hidden_size * 0.93
+        positions = source.num_positions
+        return Estimate(positions, math.ceil(positions * per_position))
+
+    @contextmanager
+    def open(self, context: StageContext) -> Iterator[Work]:
+        """Start the engines; the work scores one shard of responses."""
+        from stages.signals.advantages.work import opened_scorer  # loads torch and the engines
+
+        with opened_scorer(self, context) as work:
+            yield work

@@ -1,0 +1,221 @@
+"""The work of ``advantages``: two models' states -> both heads -> advantages -> a support -> rows.
+
+Both models run over the same sequences, each response after its prompt; the heads turn their states
+into logits in the same blocks of positions, so that no [P, V] block larger than a stated budget
+exists, and advantages are differences of float32 log-probs. Entry j of a response belongs to the
+state at ``len(prompt) - 1 + j`` of either model. Responses to one prompt lie end to end in a row.
+
+The two vocabularies have to be equal, padding rows of the weight files aside: a token that one
+model alone has would have no advantage, and its mass no place.
+
+Dimensions: P = response positions of a row, N = responses, V = vocabulary, K = kept entries,
+S = likeliest tokens known of the student, D = hidden width.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from schemas.distribution import round_mantissa, uniforms
+from schemas.errors import ConfigError
+from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
+from schemas.tables.responses import RESPONSES, Responses
+from stages.models.causal_lm.language_head import read_config
+from stages.models.engines.engine import Engine
+from stages.models.engines.engine_pair import EnginePair, ModelPair, head_of, open_engine_pair
+from stages.models.spec import EngineOptions
+from stages.signals.advantages.stage import (
+    AdvantagesStage,
+    ExactSupport,
+    ReleasedSupport,
+    ThresholdSupport,
+    UnionTopKSupport,
+)
+from stages.signals.advantages.supports import (
+    ReleasedKept,
+    Scored,
+    StudentTop,
+    ThresholdKept,
+    UnionKept,
+    released_support,
+    threshold_support,
+    union_support,
+)
+from stages.signals.scoring.encoding import cache_slices
+from stages.signals.scoring.logits import LogitBlocks
+from stages.signals.scoring.responses import (
+    Prompted,
+    ResponseStates,
+    prompted_of,
+    response_states,
+    sums_of,
+)
+from stages.stage import Rejected, StageContext, Work
+
+AnyArray = npt.NDArray[Any]
+BlockPair = tuple[LogitBlocks, LogitBlocks]
+Kept = ThresholdKept | UnionKept | ReleasedKept
+
+_HIDDEN = ("teacher_hidden_PD", "reference_hidden_PR")
+
+
+@contextmanager
+def opened_scorer(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
+    """Open both models; the work scores one shard of responses."""
+    models = context.models[stage.model], context.models[stage.reference]
+    _refuse_unlike_vocabularies(stage, models)
+    if isinstance(stage.support, ExactSupport):
+        for model, folder in zip(models, HEAD_FOLDERS, strict=True):
+            head_of(model, device="cpu").save(context.folder / folder)
+    with open_engine_pair(models, options=context.engine) as pair:
+
+        def work(shard: pa.Table) -> Iterable[AnyAdvantages | Rejected]:
+            return score_shard(stage, pair, shard, context.engine)
+
+        yield work
+
+
+def _refuse_unlike_vocabularies(stage: AdvantagesStage, models: ModelPair) -> None:
+    sizes = [int(read_config(model.local_base).get_text_config().vocab_size) for model in models]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"model '{stage.model}' has {sizes[0]} logits and reference '{stage.reference}' "
+            f"{sizes[1]}: an advantage needs both, use the checkpoint that '{stage.model}' was "
+            f"aligned from"
+        )
+
+
+def score_shard(
+    stage: AdvantagesStage, pair: EnginePair, shard: pa.Table, options: EngineOptions
+) -> Iterator[AnyAdvantages | Rejected]:
+    """Yield one row, or one rejection, for each row of ``shard``, in order."""
+    rows = [row for batch in shard.to_batches() for row in RESPONSES.rows(batch)]
+    prompted = prompted_of(shard)
+
+    def run(engine: Engine) -> ResponseStates:
+        return response_states(engine, prompted, options)
+
+    teacher, reference = pair.each(run)
+    heads = pair.heads()
+    blocks = LogitBlocks(heads[0]), LogitBlocks(heads[1])
+    for index, row in enumerate(rows):
+        hidden = teacher.hidden_AD[index], reference.hidden_AD[index]
+        if hidden[0] is None or hidden[1] is None:
+            yield Rejected(row.sample_id, teacher.reasons[index] or reference.reasons[index])
+            continue
+        yield score_row(stage, blocks, Asked(row, prompted[index], (hidden[0], hidden[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One row of responses, and the states [P, D] of aligned teacher and reference."""
+
+    row: Responses
+    prompted: Prompted
+    hidden_PD: tuple[Tensor, Tensor]
+
+
+def score_row(stage: AdvantagesStage, blocks: BlockPair, asked: Asked) -> AnyAdvantages | Rejected:
+    """Keep what the support asks for, block by block."""
+    device = blocks[0].head.weight_VD.device
+    token_ids_P = torch.from_numpy(asked.row.response_ids_A.astype(np.int64)).to(device)
+    keeper = _Keeper(stage, asked, device)
+    teacher, reference = (
+        block.of(hidden_PD) for block, hidden_PD in zip(blocks, asked.hidden_PD, strict=True)
+    )
+    for (start, teacher_PV), (_, reference_PV) in zip(teacher, reference, strict=True):
+        for part in cache_slices(teacher_PV):
+            at = slice(start + part.start, start + part.stop)
+            scored = Scored(
+                teacher_PV[part].log_softmax(dim=1),
+                reference_PV[part].log_softmax(dim=1),
+                token_ids_P[at],
+                stage.beta,
+            )
+            if not scored.is_finite:
+                return Rejected(asked.row.sample_id, "non-finite logits")
+            keeper.add(scored, at)
+    return keeper.row()
+
+
+class _Keeper:
+    """Collects the blocks of one row and makes it."""
+
+    def __init__(self, stage: AdvantagesStage, asked: Asked, device: torch.device) -> None:
+        row = asked.row
+        self.stage, self.asked = stage, asked
+        self.columns: dict[str, list[AnyArray]] = {}
+        self.student = StudentTop(
+            torch.from_numpy(row.top_ids_AK.astype(np.int64)).to(device),
+            torch.from_numpy(row.top_logprobs_AK.astype(np.float32)).to(device),
+        )
+        seed = f"{stage.seed}:{row.sample_id}".encode()
+        key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
+        draws_P = uniforms(key, len(row.response_ids_A), 1)[:, 0]
+        self.offsets_P = torch.from_numpy(draws_P.copy()).to(device)
+
+    def add(self, scored: Scored, at: slice) -> None:
+        """Keep what is asked for of the block of positions ``at``."""
+        self._keep("teacher_logprobs_P", scored.of_generated(scored.aligned_PV))
+        self._keep("reference_logprobs_P", scored.of_generated(scored.reference_PV))
+        support = self._support(scored, at)
+        if support is not None:
+            for column in fields(support):
+                self._keep(column.name, getattr(support, column.name))
+
+    def _support(self, scored: Scored, at: slice) -> Kept | None:
+        student = StudentTop(self.student.token_ids_PS[at], self.student.logprobs_PS[at])
+        match self.stage.support:
+            case ThresholdSupport(k=k):
+                return threshold_support(scored, student, self.offsets_P[at], k=k)
+            case UnionTopKSupport(k=k):
+                return union_support(scored, student, k=k)
+            case ReleasedSupport(k=k):
+                return released_support(scored, k=k)
+            case ExactSupport():
+                return None
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.columns.setdefault(name, []).append(values.cpu().numpy())
+
+    def row(self) -> AnyAdvantages | Rejected:
+        """All blocks as one row of the support's table."""
+        sample_id = self.asked.row.sample_id
+        columns = {name: np.concatenate(blocks) for name, blocks in self.columns.items()}
+        teacher_P, reference_P = (
+            columns.pop(f"{name}_logprobs_P") for name in ("teacher", "reference")
+        )
+        columns["token_advantages_P"] = (teacher_P - reference_P) * np.float32(self.stage.beta)
+        sums = [
+            sums_of(self.asked.prompted, p.astype(np.float64)) for p in (teacher_P, reference_P)
+        ]
+        if not all(_fits_float16(values) for values in columns.values()):
+            return Rejected(sample_id, "an advantage that float16 cannot hold")
+        if isinstance(self.stage.support, ThresholdSupport):
+            columns["advantages_PK"] = round_mantissa(columns["advantages_PK"])
+        if isinstance(self.stage.support, ExactSupport):
+            for name, hidden_PD in zip(_HIDDEN, self.asked.hidden_PD, strict=True):
+                columns[name] = hidden_PD.float().numpy()
+        row: AnyAdvantages = self.stage.table.row(
+            sample_id=sample_id,
+            teacher_logprobs_N=sums[0].astype(np.float32),
+            reference_logprobs_N=sums[1].astype(np.float32),
+            **columns,
+        )
+        return row
+
+
+def _fits_float16(values: AnyArray) -> bool:
+    """Whether all are finite once they are narrowed; token ids and counts are not."""
+    if values.dtype.kind != "f":
+        return True
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float16)).all())

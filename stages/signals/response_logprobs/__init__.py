@@ -1,0 +1,1 @@
+"""Stage ``response_logprobs``: a model's log-prob of each response to a prompt."""

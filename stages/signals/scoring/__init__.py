@@ -1,0 +1,1 @@
+"""What signals share: logits in blocks, responses after their prompts, encodings."""

@@ -1,0 +1,1 @@
+"""Stage ``student_responses``: what a student answers to prompts -> ``responses``."""

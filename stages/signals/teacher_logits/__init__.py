@@ -1,0 +1,1 @@
+"""Stage ``teacher_logits``: what the teacher predicts at each position."""

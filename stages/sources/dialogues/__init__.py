@@ -1,0 +1,1 @@
+"""Who said what, and the chat template that words it."""

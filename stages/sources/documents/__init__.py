@@ -1,0 +1,1 @@
+"""Stage ``ingest``: running text -> ``documents``."""

@@ -1,0 +1,1 @@
+"""Stage ``episodes``: few-shot tasks -> ``episodes``."""

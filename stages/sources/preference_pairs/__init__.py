@@ -1,0 +1,1 @@
+"""Stage ``preference_pairs``: prompts with two responses -> ``preference_pairs``."""

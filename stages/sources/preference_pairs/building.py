@@ -1,0 +1,137 @@
+"""Pairs of dialogues -> rows of the ``preference_pairs`` table.
+
+A prompt of more than ``max_prompt_length`` tokens loses whole turns from the front (counted as
+``turns_dropped``, in messages): a system message stays, and what is left begins with the user. A
+response of more than ``max_response_length`` tokens costs its row, or is cut and then has no token
+that closes it (counted as ``responses_truncated``).
+
+Rejected and counted, beside what ``pair_dialogues.py`` finds: ``prompt_too_long`` (its last turn
+alone), ``response_too_long``, ``same_response`` (as token ids), ``duplicate_pair`` (a row with
+these very tokens is there), ``token_outside_vocabulary``, and ``refused_by_template`` and
+``changed_by_template`` (roles or texts that the chat template will not have).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from schemas.errors import ConfigError
+from schemas.sample_id import sample_id_of
+from schemas.tables.documents import SPLITS
+from schemas.tables.preference_pairs import PreferencePair
+from stages.sources.dialogues.dialogue import Message, UnusablePair, parts_of
+from stages.sources.dialogues.wording import ChatWording, PlainWording, Wording, special_pattern
+from stages.sources.preference_pairs.pairs import Branch, RawPair, require_usable
+from stages.sources.preference_pairs.stage import PreferencePairsStage
+from stages.sources.reading.cleaning import digest_of, normalise
+from stages.sources.reading.tokens import IdArray, TextTokenizer
+
+TRAIN, HELDOUT = SPLITS
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPair:
+    """A row, and what it lost on the way."""
+
+    row: PreferencePair
+    turns_dropped: int
+    responses_truncated: int
+
+
+class PairBuilder:
+    """Makes rows with one tokenizer, wording and maximum lengths."""
+
+    def __init__(
+        self, stage: PreferencePairsStage, tokenizer: TextTokenizer, counts: Counter[str]
+    ) -> None:
+        """Raise ConfigError where tokenizer, chat template and lengths do not go together."""
+        tokenizer.require(
+            length=stage.max_prompt_length + stage.max_response_length,
+            eos=False,
+            setting="max_prompt_length + max_response_length",
+        )
+        self.stage = stage
+        self.tokenizer = tokenizer
+        self.counts = counts
+        self.wording: Wording = (
+            ChatWording(tokenizer)
+            if stage.template == "chat"
+            else PlainWording(tokenizer, is_transcript=stage.source.format == "hh_rlhf")
+        )
+        self._special = special_pattern(tokenizer)
+
+    def build_all(self, pairs: Iterable[RawPair]) -> list[PreferencePair]:
+        """Return distinct rows; raises ConfigError, with its place, for what no wording takes."""
+        rows: dict[str, PreferencePair] = {}
+        for pair in pairs:
+            try:
+                built = self.build(pair)
+            except UnusablePair as error:
+                self.counts[error.reason] += 1
+                continue
+            except ConfigError as error:
+                raise ConfigError(f"{pair.place}: {error}") from error
+            if built.row.sample_id in rows:
+                self.counts["duplicate_pair"] += 1
+                continue
+            rows[built.row.sample_id] = built.row
+            self.counts["turns_dropped"] += built.turns_dropped
+            self.counts["responses_truncated"] += built.responses_truncated
+        return list(rows.values())
+
+    def build(self, pair: RawPair) -> BuiltPair:
+        """Return the row; raises UnusablePair with the reason why there is none."""
+        require_usable(pair, self._special)
+        prompt, text, prompt_ids_T = self._fitting(pair.chosen.prompt)
+        chosen_ids_C, chosen_finished = self._response(prompt, pair.chosen)
+        rejected_ids_R, rejected_finished = self._response(prompt, pair.rejected)
+        if np.array_equal(chosen_ids_C, rejected_ids_R):
+            raise UnusablePair("same_response")
+        parts = (prompt_ids_T, chosen_ids_C, rejected_ids_R)
+        ids = np.concatenate(parts)
+        if int(ids.max()) >= self.tokenizer.vocab_size:
+            raise UnusablePair("token_outside_vocabulary")
+        row = PreferencePair(
+            sample_id=sample_id_of(ids, pairwise(accumulate(map(len, parts), initial=0))),
+            split=self._split(text),
+            prompt_ids_T=prompt_ids_T,
+            chosen_ids_C=chosen_ids_C,
+            rejected_ids_R=rejected_ids_R,
+            chosen_finished=chosen_finished,
+            rejected_finished=rejected_finished,
+        )
+        dropped = len(pair.chosen.prompt) - len(prompt)
+        return BuiltPair(row, dropped, 2 - chosen_finished - rejected_finished)
+
+    def _fitting(self, prompt: tuple[Message, ...]) -> tuple[tuple[Message, ...], str, IdArray]:
+        """Return what is kept of a prompt, as messages, text and ids."""
+        system, turns = parts_of(prompt)
+        for start in range(0, len(turns), 2):  # a user's turn is followed by an assistant's
+            kept = (*system, *turns[start:])
+            text = self.wording.prompt_text(kept)
+            ids_T = self.wording.prompt_ids(text)
+            if len(ids_T) <= self.stage.max_prompt_length:
+                return kept, text, ids_T
+        raise UnusablePair("prompt_too_long")
+
+    def _response(self, prompt: tuple[Message, ...], branch: Branch) -> tuple[IdArray, bool]:
+        """Return the ids of a response, and whether they end it."""
+        ids_A = self.wording.response_ids(prompt, branch.response.text)
+        limit = self.stage.max_response_length
+        if len(ids_A) <= limit:
+            return ids_A, True
+        if self.stage.long_responses == "reject":
+            raise UnusablePair("response_too_long")
+        return ids_A[:limit].copy(), False
+
+    def _split(self, text: str) -> str:
+        """Return the side of a prompt: that of its text but for case and whitespace.
+
+        The text is the one that is left of an over-long prompt, so rows with equal prompt ids are
+        always on one side.
+        """
+        key = int(digest_of(normalise(text).casefold())[16:], 16)
+        return HELDOUT if key < int(self.stage.heldout_fraction * 2**64) else TRAIN

@@ -1,0 +1,153 @@
+"""Texts -> token ids with a model's own fast tokenizer, and what that model allows.
+
+No special token is added. Text that spells a special token (``<|im_end|>``) becomes that token,
+as everywhere in transformers; ids at or above the model's vocabulary are reported, never kept.
+Chat templates that print today's date are given one fixed date, or every day would make other ids.
+
+Cost: 1.5 MB of English a CPU second (SmolLM2's tokenizer, 2026-11); all cores are used.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from schemas.errors import ConfigError
+
+IdArray = npt.NDArray[np.uint32]
+_BREAK = "\n"
+_TODAY = date(2024, 7, 26)  # as Llama 3.2's template says where it knows no date
+_NO_LIMIT = 10**12  # transformers writes 1e30 where a tokenizer states no maximum
+
+
+class TemplateRefusal(Exception):
+    """A chat template that will not write these messages; the message is its own first line."""
+
+
+class TextTokenizer:
+    """A tokenizer folder, opened; raises ConfigError when it cannot serve."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the tokenizer of a model folder, never going to the network."""
+        if not folder.is_dir():
+            raise ConfigError(f"tokenizer: {folder} is not a folder; give a model folder's path")
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"tokenizer: {folder} cannot be opened: {reason}") from error
+        if not tokenizer.is_fast:
+            raise ConfigError(f"tokenizer: {folder} has no fast tokenizer (tokenizer.json)")
+        self.folder = folder
+        self.vocab_size, self.max_length = model_limits(folder, len(tokenizer))
+        self.max_length = min(self.max_length, int(tokenizer.model_max_length))
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        alone, inside = self.encode(["a", f"{_BREAK}a"])
+        self._prepends = alone.tolist() != inside[-len(alone) :].tolist()
+
+    def require(self, *, length: int, eos: bool, setting: str = "length") -> None:
+        """Raise ConfigError when rows of ``length`` tokens (parted by an EOS) cannot be made."""
+        if length > self.max_length:
+            raise ConfigError(
+                f"{setting}: got {length}, but the model in {self.folder} takes at most "
+                f"{self.max_length} tokens"
+            )
+        if eos and self.eos_id is None:
+            raise ConfigError(
+                f"mode: pack parts documents with the end-of-sequence token, and the tokenizer in "
+                f"{self.folder} has none; set its eos_token, or use mode: truncate"
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[IdArray]:
+        """Return the ids of each text, without special tokens."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """How all special tokens are spelled, the longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = {token.content for token in added if token.special}
+        texts.update(self._tokenizer.all_special_tokens)
+        return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``render_chat`` can be called."""
+        template = self._tokenizer.chat_template
+        return "default" in template if isinstance(template, dict) else template is not None
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, header: bool) -> str:
+        """Return the text that the model's chat template makes of ``role`` and ``content``.
+
+        ``header`` adds what opens the assistant's turn. Raises TemplateRefusal.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=header,
+                strftime_now=_TODAY.strftime,
+            )
+        except TemplateError as error:
+            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else "") from error
+        return text
+
+    @property
+    def prefix_ids(self) -> IdArray:
+        """The special tokens that the tokenizer itself puts before a text: a BOS, or none."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        is_text = [not special for special in encoding.special_tokens_mask]
+        return np.array(encoding.ids[: is_text.index(True)], np.uint32)
+
+    def encode_part(self, text: str) -> IdArray:
+        """Return the ids of a text that stands somewhere inside a longer one.
+
+        Sentencepiece tokenizers put a space before every text: such a one is given a line break
+        and then the text, and the line break's tokens are dropped.
+        """
+        if not self._prepends:
+            return self.encode([text])[0]
+        return self._ids_within(_BREAK + text, len(_BREAK), len(_BREAK) + len(text))
+
+    def encode_separator(self, separator: str) -> IdArray:
+        """Return the ids of ``separator`` as it stands between two texts.
+
+        Raises ConfigError when the tokenizer joins it with either of them.
+        """
+        return self._ids_within(f"a{separator}a", 1, 1 + len(separator))
+
+    def _ids_within(self, text: str, start: int, stop: int) -> IdArray:
+        """Return the tokens of characters ``start`` to ``stop``, cut off cleanly on both sides."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spans = list(zip(encoding.ids, encoding.offsets, strict=True))
+        inside = [(i, a, b) for i, (a, b) in spans if a >= start and b <= stop and a < b]
+        outside = sum(b <= start or a >= stop for _, (a, b) in spans)
+        covered = inside and inside[0][1] == start and inside[-1][2] == stop
+        if not covered or outside + len(inside) != len(spans):
+            raise ConfigError(
+                f"the tokenizer in {self.folder} joins {text[start:stop]!r} with what stands "
+                f"beside it; use one that ends in a newline"
+            )
+        return np.array([i for i, _, _ in inside], np.uint32)
+
+
+def model_limits(folder: Path, tokenizer_size: int) -> tuple[int, int]:
+    """Return vocabulary size and maximum length by ``config.json``, as far as it is there."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text_config = config.get("text_config") or config
+    vocab_size = text_config.get("vocab_size") or tokenizer_size
+    names = ("max_position_embeddings", "n_positions")
+    limits = [int(text_config[name]) for name in names if text_config.get(name)]
+    return int(vocab_size), min(limits, default=_NO_LIMIT)

@@ -1,0 +1,1 @@
+"""Stage ``teacher_align``: preference pairs -> an aligned teacher."""
