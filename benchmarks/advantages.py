@@ -50,7 +50,7 @@ from stages.signals.advantages.work import Asked, score_row
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted
 from stages.stage import Rejected, StageContext
-from stages.student.objectives.adpa import CLIP, ExactSupport, SparseSupport, Support
+from stages.student.losses.advantage import CLIP, ExactSupport, SparseSupport, Support
 
 FULL, QUICK = (40, 96, 3), (6, 48, 1)  # prompts, longest responses, seeds of each threshold
 TOP = 16  # likeliest tokens that the student's responses carry

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from stages.student.init import init_student
+from stages.student.init.work import init_student
 
 transformers_logging.disable_progress_bar()
 

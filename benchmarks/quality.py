@@ -26,10 +26,15 @@ from benchmarks.cached_tables import QUICK_LAYERS, QUICK_SIZE, Size, Tables, pre
 from benchmarks.quality_targets import Columns, TargetCollator, converted
 from schemas.dataset import open_dataset
 from stages.models.causal_lm.model import load_student, student_vocab_size
-from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
-from stages.student.loader import Collator
-from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
+from stages.student.batches.signals import Collator
+from stages.student.batches.training_data import teacher_head_of
+from stages.student.evaluate.positions import HeldOut, measure_student
+from stages.student.objectives.cross_entropy import CrossEntropyConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
+from stages.student.train.distillation_trainer import DistillationTrainer
+from stages.student.train.stage import TrainConfig
 
 MAX_RATIO = 1.02
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from benchmarks.peer_layouts import pack_draws, unpack_draws
 from schemas.dataset import CachedDataset
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.signals.scoring.encoding import measure, top_k
-from stages.student.loader import Collator
+from stages.student.batches.signals import Collator
 
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import open_engine
 from stages.models.spec import EngineOptions
-from stages.student.init import init_student
+from stages.student.init.work import init_student
 
 transformers_logging.disable_progress_bar()
 

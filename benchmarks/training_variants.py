@@ -36,10 +36,14 @@ from stages.models.causal_lm.model import (
     student_head,
     student_vocab_size,
 )
-from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.evaluation import teacher_head_of
-from stages.student.loader import Collator, SignalRows
-from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
+from stages.student.batches.signals import Collator, SignalRows
+from stages.student.batches.training_data import teacher_head_of
+from stages.student.objectives.cross_entropy import CrossEntropyConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
+from stages.student.train.distillation_trainer import DistillationTrainer
+from stages.student.train.stage import TrainConfig
 
 CPU = torch.device("cpu")
 Batch = Mapping[str, Tensor]

@@ -278,7 +278,7 @@ def evaluate(
             f"table {table}"
         )
     if table == "preference_pairs":
-        from stages.student.preference_evaluation import (
+        from stages.student.evaluate_preferences.work import (
             Judge,
             PreferenceOptions,
             evaluate_preferences,
@@ -302,14 +302,14 @@ def evaluate(
             console, student, measured.as_dict(), as_json=as_json
         )
     elif table == "episodes":
-        from stages.student.icl_evaluation import evaluate_episodes
+        from stages.student.evaluate.icl import evaluate_episodes
 
         found = evaluate_episodes(
             _model_folder(student), folders, split=split, scoring=score, batch_size=batch_size
         )
         icl_report.print_icl_report(console, student, found, as_json=as_json)
     else:
-        from stages.student.evaluation import evaluate as measure
+        from stages.student.evaluate.positions import evaluate as measure
 
         metrics = measure(_model_folder(student), folders, split=split, batch_size=batch_size)
         report.print_metrics(console, student, metrics, as_json=as_json)
@@ -323,7 +323,7 @@ def student_init(
 ) -> None:
     """Make a student from a teacher: its tokenizer, embeddings, head and some of its layers."""
     from schemas.errors import ConfigError
-    from stages.student.init import init_student
+    from stages.student.init.work import init_student
 
     parts = layers.split(",")
     if not all(part.strip().isdigit() for part in parts):

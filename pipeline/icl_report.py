@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from stages.student.icl_evaluation import IclReport
+    from stages.student.evaluate.icl import IclReport
 
 # Header and name of a number; a column that no task has is left out.
 Columns = Sequence[tuple[str, str]]

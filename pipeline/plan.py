@@ -25,12 +25,10 @@ from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
 from stages.signals.advantages.stage import AdvantagesStage
 from stages.stage import SourceStage, TableStage
-from stages.student.config import (
-    EvaluateStage,
-    PreferenceEvaluationStage,
-    StudentInitStage,
-    TrainStage,
-)
+from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.init.stage import StudentInitStage
+from stages.student.train.stage import TrainStage
 from stages.teacher.stage import TeacherAlignStage
 
 Kind = Literal["source", "table", "checkpoint", "report"]

@@ -27,12 +27,10 @@ from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.stage import StageConfig
-from stages.student.config import (
-    EvaluateStage,
-    PreferenceEvaluationStage,
-    StudentInitStage,
-    TrainStage,
-)
+from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.init.stage import StudentInitStage
+from stages.student.train.stage import TrainStage
 from stages.teacher.stage import TeacherAlignStage
 
 Step = Annotated[

@@ -23,7 +23,9 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import all_notes
 from schemas.storage.shard_list import ShardTotals
 from stages.models.checkpoints.checkpoint import read_checkpoint
-from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
+from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.train.stage import TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made
 

@@ -23,12 +23,10 @@ from schemas.storage.records import listed_shards, shard_name
 from schemas.storage.shard_list import SHARD_LIST, ShardList, ShardTotals
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
-from stages.student.config import (
-    EvaluateStage,
-    PreferenceEvaluationStage,
-    StudentInitStage,
-    TrainStage,
-)
+from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.init.stage import StudentInitStage
+from stages.student.train.stage import TrainStage
 from stages.teacher.stage import TeacherAlignStage
 
 
@@ -105,7 +103,7 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
                     on_event=reporter.trained,
                 )
         case StudentInitStage() as stage:
-            from stages.student.init import init_student  # loads torch
+            from stages.student.init.work import init_student  # loads torch
 
             with published(step.place) as folder:
                 init_student(step.models[stage.model].folder, folder, stage.layers)

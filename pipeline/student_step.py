@@ -13,7 +13,9 @@ from schemas.storage.files import write_text
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.stage import SourceStage, TableStage
-from stages.student.config import EvaluateStage, PreferenceEvaluationStage, TrainStage
+from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.train.stage import TrainStage
 
 EVALUATION = "evaluation.json"
 
@@ -47,8 +49,8 @@ def run_training(
 
 def run_evaluation(step: PlannedStep, stage: EvaluateStage, reporter: Reporter) -> None:
     """Measure each student; ``evaluation.json`` has every number of every task."""
-    from stages.student.evaluation import evaluate
-    from stages.student.icl_evaluation import evaluate_episodes  # both load torch
+    from stages.student.evaluate.icl import evaluate_episodes  # both load torch
+    from stages.student.evaluate.positions import evaluate
 
     data = [source.place for source in step.inputs]
     first = step.inputs[0].stage
@@ -69,7 +71,7 @@ def run_preference_evaluation(
     step: PlannedStep, stage: PreferenceEvaluationStage, reporter: Reporter
 ) -> None:
     """Measure the students side by side; ``evaluation.json`` has win rates and examples too."""
-    from stages.student.preference_evaluation import (  # loads torch
+    from stages.student.evaluate_preferences.work import (  # loads torch
         Judge,
         PreferenceOptions,
         evaluate_preferences,

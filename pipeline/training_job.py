@@ -10,14 +10,15 @@ from pipeline.working_folder import upload_checkpoint, working_folder
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import local_copy
-from stages.student.train_config import TrainConfig, TrainOptions
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 
 OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
-    """What to train, from where, to where; see ``stages.student.trainer.train``."""
+    """What to train, from where, to where; see ``stages.student.train.work.train``."""
 
     config: TrainConfig
     student: Folder
@@ -29,7 +30,7 @@ class TrainingJob:
 
     def carry_out(self, on_event: OnEvent) -> None:
         """Train, alone or as one process of a group that the environment describes."""
-        from stages.student.trainer import train  # loads torch and transformers
+        from stages.student.train.work import train  # loads torch and transformers
 
         output, on_checkpoint = working_folder(self.output), None
         if isinstance(self.output, ObjectPath):

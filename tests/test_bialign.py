@@ -16,13 +16,14 @@ from transformers import LlamaForCausalLM
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, StoreError
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.episode_loader import BiAlignCollator, subsets_of
-from stages.student.loader import Collator, encoding_of
-from stages.student.objectives.bialign import terms
-from stages.student.ranking import ranking_loss
-from stages.student.step import Step, Term
-from stages.student.train_config import BiAlignConfig, TrainConfig, TrainOptions
-from stages.student.trainer import TrainResult, train
+from stages.student.batches.episodes import BiAlignCollator, subsets_of
+from stages.student.batches.signals import Collator, encoding_of
+from stages.student.losses.ranking import ranking_loss
+from stages.student.losses.step import Step, Term
+from stages.student.objectives.bialign import BiAlignConfig
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import TrainResult, train
 from tests.cached_data import VOCAB_SIZE
 from tests.episode_data import (
     EpisodeData,
@@ -86,7 +87,7 @@ def test_one_batch_matches_the_dense_loss(
         head = LanguageHead.load(data.root / "exact", device="cpu")
     config = BiAlignConfig(rank_weight=0.7, kl_reduction=reduction)
     found = {"tokens": len(batch["positions_N"]), "samples": 3}
-    kl, rank = terms(config, batch, step_of(student, head))
+    kl, rank = config.terms(batch, step_of(student, head))
     loss = sum(term.weight * term.total / found[term.unit] for term in (kl, rank))
 
     episodes = {episode.sample_id: episode for episode in make_episodes()}
@@ -126,7 +127,7 @@ def test_micro_batches_do_not_matter(data: EpisodeData, student: Any) -> None:
 
     def rank_term(micro_batch_tokens: int) -> Term:
         step = step_of(student, micro_batch_tokens=micro_batch_tokens)
-        return terms(BiAlignConfig(), batch, step)[1]
+        return BiAlignConfig().terms(batch, step)[1]
 
     whole, single = rank_term(100_000).total, rank_term(1).total
     assert_same_gradients(student, single, whole)

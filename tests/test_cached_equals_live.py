@@ -32,15 +32,14 @@ from transformers import LlamaForCausalLM
 from schemas.dataset import open_dataset
 from schemas.tables.episodes import Episode
 from stages.models.causal_lm.model import load_student
-from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.train_config import (
-    BiAlignConfig,
-    IclDistillationConfig,
-    ObjectiveConfig,
-    TrainConfig,
-    TrainOptions,
-)
-from stages.student.trainer import train
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.bialign import BiAlignConfig
+from stages.student.objectives.icl_distillation import IclDistillationConfig
+from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
+from stages.student.train.distillation_trainer import DistillationTrainer
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import train
 from tests.cached_data import CachedData
 from tests.episode_data import (
     EpisodeData,
@@ -236,8 +235,8 @@ import json, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from pathlib import Path
-from stages.student.train_config import TrainConfig, TrainOptions
-from stages.student.trainer import train
+from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.train.work import train
 
 job = json.loads(sys.argv[1])
 train(TrainConfig.model_validate(job["config"]), student=Path(job["student"]),

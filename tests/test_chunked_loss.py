@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stages.models.causal_lm.chunked_loss import LossSums, PositionLoss, StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.objectives.cross_entropy import CrossEntropy
-from stages.student.objectives.kd import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
+from stages.student.losses.cross_entropy import CrossEntropy
+from stages.student.losses.kl import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
 
 N, V, D, K = 13, 101, 7, 5
 HEADS: dict[str, dict[str, Any]] = {

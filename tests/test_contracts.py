@@ -36,26 +36,14 @@ IMPORT_SITES = {
     "boto3": (),
 }
 # Files the planner loads: they must stay free of heavy imports at the top.
-PLANNED = (
-    "stages/stage.py",
-    "stages/signals/teacher_logits/stage.py",
-    "stages/signals/subset_preferences/stage.py",
-    "stages/signals/candidate_scores/stage.py",
-    "stages/signals/student_responses/stage.py",
-    "stages/signals/response_logprobs/stage.py",
-    "stages/signals/advantages/stage.py",
-    "stages/teacher/stage.py",
-    "stages/models/checkpoints/adapters.py",
-    "stages/models/checkpoints/checkpoint.py",
-    "stages/student/config.py",
-    "stages/student/train_config.py",
-    "stages/sources/documents/stage.py",
-    "stages/sources/episodes/stage.py",
-    "stages/sources/preference_pairs/stage.py",
-    "stages/sources/tasks/sources.py",
-    "stages/sources/episodes/templates.py",
-    "stages/models/spec.py",
-)
+PLANNED = [
+    path.relative_to(REPOSITORY).as_posix()
+    for pattern in (
+        *("**/stage.py", "models/spec.py", "models/checkpoints/*.py", "sources/tasks/sources.py"),
+        *("sources/episodes/templates.py", "student/options.py", "student/objectives/*.py"),
+    )
+    for path in sorted((REPOSITORY / "stages").glob(pattern))
+]
 PUBLIC = [
     "CANDIDATE_SCORES",
     "DOCUMENTS",

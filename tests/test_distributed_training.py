@@ -24,7 +24,10 @@ from stages.models.checkpoints.checkpoint import (
     last_checkpoint,
     read_checkpoint,
 )
-from stages.student.train_config import IclDistillationConfig, KdConfig, TrainConfig, TrainOptions
+from stages.student.objectives.icl_distillation import IclDistillationConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 from tests.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.episode_data import EpisodeData, make_episode_data
 from tests.test_cli import STUDENTS

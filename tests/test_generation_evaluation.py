@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from schemas.errors import ConfigError
 from schemas.tables.episodes import Episode
 from stages.models.causal_lm.model import load_student
-from stages.student.generation_evaluation import SPARE_TOKENS, FreeAnswer, generate_answers
-from stages.student.icl_tasks import generation_numbers
+from stages.student.evaluate.free_answers import SPARE_TOKENS, FreeAnswer, generate_answers
+from stages.student.evaluate.icl_tasks import generation_numbers
 from tests.answered_episodes import VOCAB_SIZE, Parts, make_episodes, save_student
 
 Free = list[tuple[Episode, Parts]]

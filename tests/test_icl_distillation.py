@@ -14,12 +14,11 @@ from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
-from stages.student.distillation_trainer import counts_of
-from stages.student.episode_loader import EpisodesWithText, IclCollator
-from stages.student.loader import Collator
-from stages.student.objectives.icl_distillation import terms
-from stages.student.step import Step, Term
-from stages.student.train_config import IclDistillationConfig
+from stages.student.batches.episodes import EpisodesWithText, IclCollator
+from stages.student.batches.signals import Collator
+from stages.student.batches.step_rows import counts_of
+from stages.student.losses.step import Step, Term
+from stages.student.objectives.icl_distillation import IclDistillationConfig
 from tests.cached_data import VOCAB_SIZE
 from tests.episode_data import (
     EpisodeData,
@@ -109,7 +108,7 @@ def test_one_batch_matches_the_dense_loss(
     config = IclDistillationConfig(
         lm_weight=0.3, alpha_start=0.9, alpha_end=0.2, candidate_score=kind
     )
-    found = terms(config, batch, step_of(student, progress))
+    found = config.terms(batch, step_of(student, progress))
     rows = open_dataset(data.icl, split="train")
     episodes = {episode.sample_id: episode for episode in make_episodes()}
     icl = [
@@ -142,7 +141,7 @@ def test_micro_batches_do_not_matter(data: EpisodeData, student: Any) -> None:
     batch = batch_of(data)
     student.train()
     whole, single = (
-        loss_of(terms(PLAIN, batch, step_of(student, 0.5, micro_batch_tokens=tokens)), batch)
+        loss_of(PLAIN.terms(batch, step_of(student, 0.5, micro_batch_tokens=tokens)), batch)
         for tokens in (100_000, 1)
     )
     assert_same_gradients(student, single, whole)
@@ -155,7 +154,7 @@ def test_generation_is_the_mean_over_the_answers_tokens(data: EpisodeData, stude
     rows = [dataset[index] for index in range(len(dataset))]
     chosen = [*[index for index, row in enumerate(rows) if row["gold"] < 0][:2], 0]
     batch = IclCollator(VOCAB_SIZE, None)([pairs[index] for index in chosen])
-    found = terms(TUNING, batch, step_of(student, 0.7))
+    found = TUNING.terms(batch, step_of(student, 0.7))
     episodes = {episode.sample_id: episode for episode in make_episodes()}
     first, second, last = (episodes[rows[index]["sample_id"]] for index in chosen)
     wanted = [
@@ -196,8 +195,8 @@ def test_a_free_answer_beside_a_teacher_has_a_hard_part_alone() -> None:
     batch = IclCollator(64, None)([(row, None), (chosen, None)])
     model = successor_model()
     config = PLAIN.model_copy(update={"alpha_start": 0.5, "alpha_end": 0.5})
-    both = terms(config, batch, step_of(model, 0.0))[0].sums
-    alone = terms(config, IclCollator(64, None)([(chosen, None)]), step_of(model, 0.0))[0].sums
+    both = config.terms(batch, step_of(model, 0.0))[0].sums
+    alone = config.terms(IclCollator(64, None)([(chosen, None)]), step_of(model, 0.0))[0].sums
     assert torch.equal(both["soft_icl"], alone["soft_icl"])
     assert float(both["hard_icl"] - alone["hard_icl"]) < 1e-2  # 8 and 9 do follow 7
 
@@ -211,11 +210,11 @@ def test_candidates_start_right_after_the_prompt() -> None:
         icl_row([12], [[13, 14, 16], [13, 14, 15], [13, 15, 14]], 1),
     ]
     batch = collate([(row, None) for row in rows])
-    sums = terms(PLAIN, batch, step_of(successor_model(), 0.0))[0].sums
+    sums = PLAIN.terms(batch, step_of(successor_model(), 0.0))[0].sums
     assert float(sums["hard_icl"]) < 1e-3
     for gold in (0, 2):
         batch["gold"] = [gold] * 3
-        sums = terms(PLAIN, batch, step_of(successor_model(), 0.0))[0].sums
+        sums = PLAIN.terms(batch, step_of(successor_model(), 0.0))[0].sums
         assert float(sums["hard_icl"]) > 3 * 5
 
 

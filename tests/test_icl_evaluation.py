@@ -22,8 +22,8 @@ from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES, Episode
 from stages.models.causal_lm.model import load_student
 from stages.models.causal_lm.shared_prompt import shared_prompt_logprobs
-from stages.student.episode_scoring import candidate_sums, subset_sums
-from stages.student.icl_evaluation import IclOptions, TaskReport, measure_episodes
+from stages.student.evaluate.icl import IclOptions, TaskReport, measure_episodes
+from stages.student.evaluate.icl_scoring import candidate_sums, subset_sums
 from tests.answered_episodes import SUBSETS, VOCAB_SIZE, Made, make_all
 from tests.cached_data import write_table
 from tests.tiny_recipe import teachercache

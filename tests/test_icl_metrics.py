@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from stages.student.icl_metrics import (
+from stages.student.evaluate.icl_metrics import (
     accuracy,
     best_and_worst_agree,
     candidate_logprobs,

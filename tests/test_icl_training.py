@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from schemas.errors import ConfigError
-from stages.student.config import TrainStage
-from stages.student.train_config import IclDistillationConfig, TrainConfig, TrainOptions
-from stages.student.trainer import TrainResult, train
+from stages.student.objectives.icl_distillation import IclDistillationConfig
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig, TrainStage
+from stages.student.train.work import TrainResult, train
 from tests.episode_data import EpisodeData, make_episode_data
 
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3, micro_batch_tokens=400)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from schemas.dataset import open_dataset
 from schemas.distribution import unpack_threshold
 from schemas.errors import StoreError
-from stages.student.loader import (
+from stages.student.batches.signals import (
     IGNORED,
     Collator,
     SignalRows,

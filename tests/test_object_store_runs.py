@@ -23,8 +23,8 @@ from schemas.storage.manifest import read_manifest
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import local_copy, read_checkpoint
 from stages.models.checkpoints.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
-from stages.student.config import TrainStage
-from stages.student.train_config import TrainOptions
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainStage
 from tests.s3_server import (
     CUT_REPLY,
     KEY_ID,

@@ -4,6 +4,7 @@ Dimensions: N = positions, V = vocabulary, K = kept entries.
 """
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -12,21 +13,23 @@ from torch import Tensor
 from schemas.distribution import quantise_sticks, uniforms, unpack_threshold
 from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
 from stages.signals.scoring.encoding import measure, threshold_sample
-from stages.student.evaluation import Scores
-from stages.student.objectives import OBJECTIVES
-from stages.student.objectives.kd import Kd, ThresholdTeacher, TopKTeacher
-from stages.student.train_config import (
-    AdpaConfig,
-    BiAlignConfig,
-    CrossEntropyConfig,
-    DckdConfig,
-    DpoConfig,
-    IclDistillationConfig,
-    KdConfig,
-    SftConfig,
-)
+from stages.student.evaluate.positions import Scores
+from stages.student.losses.kl import Kd, ThresholdTeacher, TopKTeacher
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.bialign import BiAlignConfig
+from stages.student.objectives.cross_entropy import CrossEntropyConfig
+from stages.student.objectives.dckd import DckdConfig
+from stages.student.objectives.dpo import DpoConfig
+from stages.student.objectives.icl_distillation import IclDistillationConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.sft import SftConfig
 
 N, V, K = 24, 211, 8
+NEEDED = (
+    *("teacher_logits", "episodes", "subset_preferences", "candidate_scores"),
+    *("preference_pairs", "response_logprobs", "responses", "advantages"),
+)
 
 
 def distributions() -> tuple[Tensor, Tensor]:
@@ -121,8 +124,9 @@ def test_agreement_counts_positions_where_the_teacher_is_known() -> None:
     assert sums_S[2:].tolist() == [float((same_N & known_N).sum()), float(known_N.sum())]
 
 
-def test_every_objective_of_a_recipe_has_a_loss() -> None:
+def test_every_objective_of_a_recipe_has_tables_batches_and_a_loss() -> None:
     preference = (SftConfig(), DpoConfig(), DckdConfig(), AdpaConfig())
     in_context = (BiAlignConfig(), IclDistillationConfig())
     configs = (CrossEntropyConfig(), KdConfig(), *in_context, *preference)
-    assert {config.loss for config in configs} == set(OBJECTIVES)
+    assert {type(config) for config in configs} == set(get_args(get_args(ObjectiveConfig)[0]))
+    assert {table for config in configs for table in config.reads.data} == set(NEEDED)

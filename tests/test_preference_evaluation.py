@@ -30,9 +30,9 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from stages.models.causal_lm.response_measures import without_repeats
 from stages.models.checkpoints.checkpoint import read_checkpoint
-from stages.student.config import PreferenceEvaluationStage
-from stages.student.preference_evaluation import Judge, PreferenceOptions, evaluate_preferences
-from stages.student.preference_results import PreferenceReport
+from stages.student.evaluate_preferences.results import PreferenceReport
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.evaluate_preferences.work import Judge, PreferenceOptions, evaluate_preferences
 from tests.cached_data import VOCAB_SIZE, save_model, write_table
 from tests.episode_data import slow_logprob, whole_logprobs
 from tests.tiny_recipe import Events, teachercache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stages.models.causal_lm.implicit_rewards import implicit_rewards, preference
-from stages.student.preference_metrics import (
+from stages.student.evaluate_preferences.metrics import (
     bootstrap_interval,
     own_preference_numbers,
     relative_preference_numbers,

@@ -19,18 +19,15 @@ from transformers import LlamaForCausalLM
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.loader import Collator, encoding_of
-from stages.student.objectives import OBJECTIVES
-from stages.student.objectives.adpa import Advantage, SparseSupport, support_of
-from stages.student.pair_loader import AdpaCollator, ChosenCollator, DckdCollator, DpoCollator
-from stages.student.step import Step
-from stages.student.train_config import (
-    AdpaConfig,
-    DckdConfig,
-    DpoConfig,
-    ObjectiveConfig,
-    SftConfig,
-)
+from stages.student.batches.pairs import AdpaCollator, ChosenCollator, DckdCollator, DpoCollator
+from stages.student.batches.signals import Collator, encoding_of
+from stages.student.losses.advantage import Advantage, SparseSupport, support_of
+from stages.student.losses.step import Step
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.dckd import DckdConfig
+from stages.student.objectives.dpo import DpoConfig
+from stages.student.objectives.sft import SftConfig
 from tests.cached_data import VOCAB_SIZE
 from tests.preference_data import (
     BETA,
@@ -80,7 +77,7 @@ def rows_of(tables: list[Path]) -> tuple[Any, list[Any]]:
 
 
 def loss_of(config: ObjectiveConfig, batch: dict[str, Any], step: Step) -> Any:
-    terms = OBJECTIVES[config.loss](config, batch, step)
+    terms = config.terms(batch, step)
     counts = {"tokens": len(batch.get("positions_N", ())), "samples": len(CHOSEN_ROWS)}
     return sum(term.weight * term.total / counts[term.unit] for term in terms)
 
@@ -252,7 +249,7 @@ def sparse_loss(logprobs_PV: Tensor, values_PK: Tensor, config: AdpaConfig) -> T
         "values_MK": values_PK,
         "rest_M": torch.zeros(num_positions),
     }
-    support = support_of(config, advantages, step_of(None))
+    support = support_of(advantages, None, clipped=config.mode == "as_released")
     objective = Advantage(support, torch.full((num_positions,), 1.0 / num_positions))
     return objective.reduce_(logprobs_PV, slice(0, num_positions), with_grad=True)
 

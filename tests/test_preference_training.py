@@ -26,18 +26,17 @@ from transformers import LlamaForCausalLM
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError
 from stages.models.causal_lm.model import load_student
-from stages.student.distillation_trainer import DistillationTrainer, training_arguments
-from stages.student.evaluation import evaluate
-from stages.student.train_config import (
-    AdpaConfig,
-    DckdConfig,
-    DpoConfig,
-    ObjectiveConfig,
-    SftConfig,
-    TrainConfig,
-    TrainOptions,
-)
-from stages.student.trainer import TrainResult, train
+from stages.student.evaluate.positions import evaluate
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.dckd import DckdConfig
+from stages.student.objectives.dpo import DpoConfig
+from stages.student.objectives.sft import SftConfig
+from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
+from stages.student.train.distillation_trainer import DistillationTrainer
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import TrainResult, train
 from tests.preference_data import (
     BETA,
     PreferenceData,

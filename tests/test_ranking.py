@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.student.ranking import MIN_RANGE, ranking_loss
+from stages.student.losses.ranking import MIN_RANGE, ranking_loss
 
 F64 = torch.float64
 TEACHER = [-1.0, -5.0, -2.0, -9.0]

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from schemas.errors import ConfigError
-from stages.student.step import Term
-from stages.student.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn
-from stages.student.train_config import TrainConfig
+from stages.student.batches.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn
+from stages.student.losses.step import Term
+from stages.student.train.stage import TrainConfig
 
 SEED = 5
 

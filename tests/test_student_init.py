@@ -22,7 +22,7 @@ from transformers import (
 
 from schemas.errors import ConfigError
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.student.init import chosen_layers, evenly_spaced, init_student
+from stages.student.init.work import chosen_layers, evenly_spaced, init_student
 
 LAYERS = 6
 SIZES = {

@@ -20,7 +20,7 @@ from schemas.tables.documents import Document
 from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import Engine, open_engine
-from stages.signals.teacher_logits import work as scoring
+from stages.signals.scoring import logits
 from tests.tiny_teacher import (
     CLOSE,
     ENCODINGS,
@@ -243,7 +243,7 @@ def test_blocks_of_positions_change_no_draw(
 ) -> None:
     """A block of 7 positions instead of all: the same draws, and values to the last few bits."""
     whole = teacher.draw(engine, kind)
-    monkeypatch.setattr(scoring, "MAX_BLOCK_BYTES", 7 * 4 * teacher.vocab_size)
+    monkeypatch.setattr(logits, "MAX_BLOCK_BYTES", 7 * 4 * teacher.vocab_size)
     for row, other in zip(whole, teacher.draw(engine, kind), strict=True):
         np.testing.assert_allclose(row.next_token_logprobs_P, other.next_token_logprobs_P, **COARSE)
         if not isinstance(row, ExactLogits):

@@ -19,9 +19,12 @@ from schemas.errors import (
 )
 from schemas.tables.documents import DOCUMENTS
 from stages.models.checkpoints.checkpoint import damaged_files, read_checkpoint
-from stages.student.evaluation import evaluate
-from stages.student.train_config import CrossEntropyConfig, KdConfig, TrainConfig, TrainOptions
-from stages.student.trainer import TrainResult, train
+from stages.student.evaluate.positions import evaluate
+from stages.student.objectives.cross_entropy import CrossEntropyConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import TrainResult, train
 from tests.cached_data import VOCAB_SIZE, CachedData, make_cached_data, make_documents, write_table
 
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3)
@@ -219,8 +222,8 @@ def test_max_steps_or_epochs_but_not_both() -> None:
 KILL_ITSELF = """
 import json, os, sys
 from pathlib import Path
-from stages.student.train_config import KdConfig, TrainConfig, TrainOptions
-from stages.student.trainer import train
+from stages.student.train.stage import KdConfig, TrainConfig, TrainOptions
+from stages.student.train.work import train
 
 def on_event(event):
     if event["event"] == "step" and event["step"] == int(sys.argv[3]):
@@ -254,8 +257,8 @@ import json, os, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from pathlib import Path
-from stages.student.train_config import TrainConfig, TrainOptions
-from stages.student.trainer import train
+from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.train.work import train
 
 root = Path(sys.argv[1])
 train(TrainConfig(max_steps=3, per_device_batch_size=4), student=root / "student",

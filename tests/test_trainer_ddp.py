@@ -16,8 +16,8 @@ from tests.preference_data import PreferenceData, make_preference_data
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from stages.student.train_config import TrainConfig, TrainOptions
-from stages.student.trainer import train
+from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.train.work import train
 
 job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
 batch, accumulate, steps = map(int, sys.argv[3:6])

@@ -17,9 +17,10 @@ from schemas.errors import (
     TeacherCacheError,
 )
 from schemas.storage.manifest import read_manifest, write_manifest
-from stages.student.evaluation import evaluate
-from stages.student.train_config import TrainConfig, TrainOptions
-from stages.student.trainer import train
+from stages.student.evaluate.positions import evaluate
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import train
 from tests.cached_data import VOCAB_SIZE, CachedData, make_cached_data
 
 CONFIG = TrainConfig(max_steps=2, per_device_batch_size=4)

@@ -1,24 +1,26 @@
-"""The losses a student can be trained with: one a file, chosen by ``objective.loss``."""
+"""What a student is trained for: an objective a file; ``ObjectiveConfig`` is the list of all."""
 
-from stages.student.objectives import (
-    adpa,
-    bialign,
-    cross_entropy,
-    dckd,
-    dpo,
-    icl_distillation,
-    kd,
-    sft,
-)
-from stages.student.step import MakeTerms
+from typing import Annotated
 
-OBJECTIVES: dict[str, MakeTerms] = {
-    "cross_entropy": cross_entropy.terms,
-    "kd": kd.terms,
-    "bialign": bialign.terms,
-    "icl_distillation": icl_distillation.terms,
-    "sft": sft.terms,
-    "dpo": dpo.terms,
-    "dckd": dckd.terms,
-    "adpa": adpa.terms,
-}
+from pydantic import Field
+
+from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.bialign import BiAlignConfig
+from stages.student.objectives.cross_entropy import CrossEntropyConfig
+from stages.student.objectives.dckd import DckdConfig
+from stages.student.objectives.dpo import DpoConfig
+from stages.student.objectives.icl_distillation import IclDistillationConfig
+from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.sft import SftConfig
+
+ObjectiveConfig = Annotated[
+    CrossEntropyConfig
+    | KdConfig
+    | BiAlignConfig
+    | IclDistillationConfig
+    | SftConfig
+    | DpoConfig
+    | DckdConfig
+    | AdpaConfig,
+    Field(discriminator="loss"),
+]

@@ -4,143 +4,71 @@ ADPA (arXiv 2502.17927, equation 11), with A the cached advantage and y' the stu
 
     sft_weight NLL(chosen) - gamma E_{y'} [1/|y'| sum_t sum_a pi(a | s_t) A(s_t, a)]
 
-The inner sum is over the vocabulary, has its gradient through pi alone, and equals ``beta [KL(pi ||
-reference) - KL(pi || aligned teacher)]``. With s its value at a position, the gradient of the inner
-sum with respect to the logits is ``pi_a (A_a - s)``.
-
-What the cache keeps of A decides the sum: ``exact`` is the sum itself; ``threshold`` an unbiased
-estimate, each kept A divided by the probability with which it was kept; ``union_top_k`` gives all
-tokens that are not kept one advantage. ``mode: as_released`` is the published code's: the aligned
-teacher's likeliest tokens alone, advantages clipped to [1e-8, 1 - 1e-8], which erases every
-negative one, and no beta. Means over tokens are taken response by response, as in the paper. The
-stop token of a finished response is a position like any other.
-
-Dimensions: N = scored positions, chosen responses first, M = those of the student's responses,
-C = positions of one chunk, V = vocabulary of the student, K = kept tokens. All values in nats.
+Means over tokens are taken response by response, as in the paper. The stop token of a finished
+response is a position like any other. What the cache keeps of A decides the inner sum: see
+``losses.advantage``. ``mode: as_released`` is the published code's: the aligned teacher's likeliest
+tokens alone, advantages clipped to [1e-8, 1 - 1e-8], which erases every negative one, and no beta.
+All values in nats.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from pydantic import Field
 
-from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.objectives.cross_entropy import weigh_gradient_, weighted
-from stages.student.objectives.dckd import nll_of_chosen
-from stages.student.step import Step, Term
-from stages.student.train_config import AdpaConfig
+from schemas.dataset import CachedDataset
+from schemas.errors import ConfigError
+from stages.student.objectives.objective import Objective, Reads
 
-CLIP = 1e-8, 1.0 - 1e-8  # of the published code, which shares a loader with its distributions
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-class Support(Protocol):
-    """The cached advantages of all response positions of a batch."""
+class AdpaConfig(Objective):
+    """Cross-entropy on chosen responses less ``gamma`` times the expected advantage.
 
-    EXTRA_BLOCKS: ClassVar[int]  # [C, V] blocks made beside the student's log-probs
+    ``as_released`` clips advantages to [1e-8, 1 - 1e-8] as the published code does, and reads
+    that code's support alone; ``paper`` takes them as they are, from any other.
+    """
 
-    def expected_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return ``sum_a pi(a) A(a)`` [C]; ``logprobs_CV`` is overwritten.
-
-        With ``with_grad`` it then holds the gradient of minus that sum with respect to the logits.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class SparseSupport:
-    """K tokens a position, each with a value; what no token carries is ``rest``."""
-
-    EXTRA_BLOCKS: ClassVar[int] = 0
-
-    token_ids_MK: Tensor
-    values_MK: Tensor
-    rest_M: Tensor
-
-    def expected_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Sum over the kept tokens; one that is there twice counts twice."""
-        ids_CK = self.token_ids_MK[rows]
-        values_CK = self.values_MK[rows].to(logprobs_CV.dtype)
-        shares_CK = logprobs_CV.gather(1, ids_CK).exp() * values_CK
-        kept_C = shares_CK.sum(dim=1)
-        if with_grad:
-            logprobs_CV.exp_().mul_(kept_C[:, None]).scatter_add_(1, ids_CK, -shares_CK)
-        return kept_C + self.rest_M[rows].to(kept_C.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class ExactSupport:
-    """Both teachers' hidden states and heads: A over the vocabulary, a chunk at a time."""
-
-    EXTRA_BLOCKS: ClassVar[int] = 3
-
-    teacher_hidden_MD: Tensor
-    reference_hidden_MR: Tensor
-    heads: tuple[LanguageHead, LanguageHead]
-    beta: float
-
-    def expected_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Sum over the vocabulary; a student's tokens beyond the teachers' have advantage 0."""
-        advantages_CV = self._advantages(rows).to(logprobs_CV.dtype)
-        extra = logprobs_CV.shape[1] - advantages_CV.shape[1]
-        if extra:
-            advantages_CV = functional.pad(advantages_CV, (0, extra))
-        logprobs_CV.exp_()
-        expected_C: Tensor = torch.linalg.vecdot(logprobs_CV, advantages_CV)
-        if with_grad:
-            logprobs_CV.mul_(advantages_CV.neg_().add_(expected_C[:, None]))
-        return expected_C
-
-    def _advantages(self, rows: slice) -> Tensor:
-        hidden = self.teacher_hidden_MD[rows], self.reference_hidden_MR[rows]
-        teacher_CV, reference_CV = (
-            head.logits(states).log_softmax(dim=-1)
-            for head, states in zip(self.heads, hidden, strict=True)
-        )
-        return teacher_CV.sub_(reference_CV).mul_(self.beta)
-
-
-@dataclass(frozen=True, slots=True)
-class Advantage:
-    """Minus the expected advantage over the response positions of a batch."""
-
-    SUMS: ClassVar[tuple[str, ...]] = ("loss", "advantage")
-
-    support: Support
-    weights_M: Tensor
+    loss: Literal["adpa"] = "adpa"
+    mode: Literal["paper", "as_released"] = "paper"
+    sft_weight: float = Field(default=1.0, ge=0.0)
+    gamma: float = Field(default=1.6, gt=0.0)
 
     @property
-    def extra_blocks(self) -> int:
-        """What the support makes."""
-        return self.support.EXTRA_BLOCKS
+    def reads(self) -> Reads:
+        """The pairs, the student's responses to their prompts, and the advantages on those."""
+        return Reads(data=("preference_pairs", "responses", "advantages"))
 
-    def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
-        expected_C = self.support.expected_(logprobs_CV, rows, with_grad=with_grad)
-        if with_grad:
-            weigh_gradient_(logprobs_CV, self.weights_M, rows)
-        total = weighted(expected_C, self.weights_M, rows).sum()
-        return torch.stack([-total, total])
+    def require(self, dataset: CachedDataset, lm_dataset: CachedDataset | None) -> None:
+        """Refuse the published code's advantages too: they are another quantity."""
+        super().require(dataset, lm_dataset)
+        support = next(m.variant for m in dataset.manifests if m.table == "advantages")
+        if (support == "as_released") != (self.mode == "as_released"):
+            raise ConfigError(
+                f"objective 'adpa' in mode '{self.mode}' cannot read advantages of support "
+                f"'{support}': mode as_released reads support as_released, mode paper any other"
+            )
 
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return chosen responses, then the student's own with their advantages."""
+        from stages.student.batches.pairs import AdpaCollator  # loads torch
 
-def support_of(config: AdpaConfig, advantages: dict[str, Any], step: Step) -> Support:
-    """Build the support that a batch of ``AdpaCollator`` holds."""
-    if "teacher_hidden_MD" in advantages:
-        assert step.advantage_heads is not None, "the exact support needs both cached heads"
-        hidden = advantages["teacher_hidden_MD"], advantages["reference_hidden_MR"]
-        return ExactSupport(*hidden, step.advantage_heads, advantages["beta"])
-    values_MK = advantages["values_MK"]
-    if config.mode == "as_released":
-        values_MK = values_MK.clamp(*CLIP)
-    return SparseSupport(advantages["token_ids_MK"], values_MK, advantages["rest_M"])
+        return data.rows(AdpaCollator.of(data.dataset, data.vocab_size))
 
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the NLL of the chosen responses and minus the expected advantage."""
+        from stages.student.losses.advantage import Advantage, support_of  # both load torch
+        from stages.student.losses.pairs import nll_of_chosen
 
-def terms(config: AdpaConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the losses of a batch of ``AdpaCollator``."""
-    hidden_ND = step.hidden_states(batch)
-    own = slice(batch["num_chosen"], len(hidden_ND))
-    advantage = Advantage(support_of(config, batch["advantages"], step), batch["weights_N"][own])
-    return [
-        nll_of_chosen(batch, hidden_ND, step, config.sft_weight),
-        replace(step.over(hidden_ND[own], advantage, "samples"), weight=config.gamma),
-    ]
+        hidden_ND = step.hidden_states(batch)
+        own = slice(batch["num_chosen"], len(hidden_ND))
+        clipped = self.mode == "as_released"
+        support = support_of(batch["advantages"], step.advantage_heads, clipped=clipped)
+        advantage = Advantage(support, batch["weights_N"][own])
+        return [
+            nll_of_chosen(batch, hidden_ND, step, self.sft_weight),
+            replace(step.over(hidden_ND[own], advantage, "samples"), weight=self.gamma),
+        ]

@@ -1,9 +1,9 @@
 """BiAlign: align the student's predictions and its preferences among demonstration subsets.
 
 BiAlign (arXiv 2312.17055), ``L = L_KL + rank_weight * L_rank``: the forward KL at every position of
-the whole few-shot sequence (demonstrations, query and answer; see ``kd`` for the encodings), and
-the ranking loss of ``ranking`` over the student's log Q of the cached subsets, made again with
-gradient at every step: N more forwards a sample.
+the whole few-shot sequence (demonstrations, query and answer; see ``losses.kl`` for the encodings),
+and the ranking loss of ``losses.ranking`` over the student's log Q of the cached subsets, made
+again with gradient at every step: N more forwards a sample.
 
 The paper writes both as sums over samples; here both are means over the step, and the KL over its
 positions too, so that ``rank_weight`` 1 means the same at every length. ``kl_reduction: sum`` is
@@ -13,27 +13,50 @@ Dimensions: N = subsets of a sample. All values in nats.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from pydantic import Field
 
-from stages.student.objectives.kd import Kd, teacher_of
-from stages.student.ranking import ranking_loss
-from stages.student.step import Step, Term
-from stages.student.train_config import BiAlignConfig
+from stages.student.objectives.objective import Objective, Reads
+
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-def terms(config: BiAlignConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the KL and the ranking loss of a batch of ``BiAlignCollator``."""
-    teacher = teacher_of(batch, step.teacher_head)
-    kl = step.over_positions(batch, Kd(batch["next_token_ids_N"], teacher, 1.0))
-    if config.kl_reduction == "sum":
-        kl = replace(kl, unit="samples")
-    ranks = batch["ranks"]
-    student: Any = torch.cat(step.answer_logprobs(batch["subsets"]))
-    losses = [
-        ranking_loss(student_N, ranks_N, detach_range=config.detach_range)
-        for student_N, ranks_N in zip(student.split([len(r) for r in ranks]), ranks, strict=True)
-    ]
-    total = torch.stack(losses).sum()
-    return [kl, Term(total, {"rank": total.detach()}, "samples", config.rank_weight)]
+class BiAlignConfig(Objective):
+    """Forward KL on whole few-shot sequences plus ``rank_weight`` times the ranking loss.
+
+    ``detach_range`` keeps the ranking loss's denominator out of the gradient. ``kl_reduction`` is
+    the mean over tokens, or the sum over each sample's, averaged over samples.
+    """
+
+    loss: Literal["bialign"] = "bialign"
+    rank_weight: float = Field(default=1.0, gt=0.0)
+    detach_range: bool = True
+    kl_reduction: Literal["mean", "sum"] = "mean"
+
+    @property
+    def reads(self) -> Reads:
+        """Episodes, the teacher's distributions on them and its order of the subsets."""
+        return Reads(data=("episodes", "teacher_logits", "subset_preferences"))
+
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return whole episodes with their subsets and ranks."""
+        from stages.student.batches.episodes import BiAlignCollator  # loads torch
+
+        return data.rows(BiAlignCollator(data.signals()))
+
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the KL and the ranking loss."""
+        from stages.student.losses.kl import Kd, teacher_of  # both load torch
+        from stages.student.losses.ranking import ranking_term
+
+        teacher = teacher_of(batch, step.teacher_head)
+        kl = step.over_positions(batch, Kd(batch["next_token_ids_N"], teacher, 1.0))
+        if self.kl_reduction == "sum":
+            kl = replace(kl, unit="samples")
+        ranking = ranking_term(
+            step.answer_logprobs(batch["subsets"]), batch["ranks"], detach_range=self.detach_range
+        )
+        return [kl, replace(ranking, weight=self.rank_weight)]

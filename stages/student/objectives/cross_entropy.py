@@ -1,61 +1,30 @@
-"""Next-token cross-entropy: ``-log s(next token)``, in nats; gradient ``s - one_hot(next)``.
+"""Next-token cross-entropy on the scored positions: the baseline without a teacher."""
 
-With ``weights_N`` a position's loss and gradient are multiplied by its own weight.
+from typing import TYPE_CHECKING, Any, Literal
 
-Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
-"""
+from stages.student.objectives.objective import Objective, Reads
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
-
-from stages.student.step import Step, Term
-from stages.student.train_config import CrossEntropyConfig
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-@dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """The objective over all scored positions of a batch."""
+class CrossEntropyConfig(Objective):
+    """Next-token cross-entropy on the scored positions: the baseline without a teacher."""
 
-    SUMS: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
-
-    next_token_ids_N: Tensor
-    weights_N: Tensor | None = None
+    loss: Literal["cross_entropy"] = "cross_entropy"
 
     @property
-    def extra_blocks(self) -> int:
-        """None: all is done in place."""
-        return 0
+    def reads(self) -> Reads:
+        """No table in particular."""
+        return Reads()
 
-    def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
-        next_C1 = self.next_token_ids_N[rows, None]
-        total = -weighted(logprobs_CV.gather(1, next_C1)[:, 0], self.weights_N, rows).sum()
-        if with_grad:
-            add_one_hot_(logprobs_CV.exp_(), next_C1, -1.0)
-            weigh_gradient_(logprobs_CV, self.weights_N, rows)
-        return torch.stack([total, total])
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return rows of any tables; a teacher's columns, if any, are left out."""
+        return data.rows(data.tokens())
 
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the loss of one batch."""
+        from stages.student.losses.cross_entropy import CrossEntropy  # loads torch
 
-def weighted(values_C: Tensor, weights_N: Tensor | None, rows: slice) -> Tensor:
-    """Return a chunk's values times the weights of its positions, if there are any."""
-    return values_C if weights_N is None else values_C * weights_N[rows]
-
-
-def weigh_gradient_(grad_CV: Tensor, weights_N: Tensor | None, rows: slice) -> None:
-    """Multiply each position's gradient by its weight, if there are any."""
-    if weights_N is not None:
-        grad_CV.mul_(weights_N[rows, None])
-
-
-def add_one_hot_(values_CV: Tensor, token_ids_C1: Tensor, amount: float) -> None:
-    """Add ``amount`` at one token of each position."""
-    amounts_C1 = values_CV.new_full(token_ids_C1.shape, amount)
-    values_CV.scatter_add_(1, token_ids_C1, amounts_C1)
-
-
-def terms(config: CrossEntropyConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the loss of one batch; the teacher's columns, if any, are not looked at."""
-    return [step.over_positions(batch, CrossEntropy(batch["next_token_ids_N"]))]
+        return [step.over_positions(batch, CrossEntropy(batch["next_token_ids_N"]))]

@@ -8,60 +8,61 @@ DCKD (arXiv 2502.17927, first stage of ADPA), with p the teacher and s the stude
 Each part is a mean over a response's tokens, then over the step's pairs: the published code's mean
 over a micro-batch of one pair. The end-of-turn token of a finished response is a position like any
 other (the code leaves it out). We differ from the code in its KL over the teacher's 50 likeliest
-tokens and one bucket, in half precision: here the encoding of the cache decides (see ``kd``;
+tokens and one bucket, in half precision: here the encoding of the cache decides (see ``losses.kl``;
 ``top_k`` with k = 50 is that bucket, without the code's clamp to [1e-8, 1 - 1e-8]).
 
-Dimensions: N = scored positions, those of chosen responses first. All values in nats.
+All values in nats.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from stages.student.objectives.cross_entropy import CrossEntropy
-from stages.student.objectives.kd import Kd, teacher_of
-from stages.student.step import Step, Term
-from stages.student.train_config import DckdConfig
+from stages.student.objectives.objective import Objective, Reads
 
-
-def terms(config: DckdConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the losses of a batch of ``DckdCollator``."""
-    hidden_ND = step.hidden_states(batch)
-    num_chosen = batch["num_chosen"]
-    chosen, rejected = slice(0, num_chosen), slice(num_chosen, len(hidden_ND))
-    kl_weights = config.alpha * config.chosen_weight, config.alpha * config.rejected_weight
-    return [
-        _term(step, batch, chosen, hidden_ND, "chosen", config.sft_weight, kl_weights[0]),
-        _term(step, batch, rejected, hidden_ND, "rejected", 0.0, kl_weights[1]),
-    ]
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-def _term(
-    step: Step,
-    batch: dict[str, Any],
-    rows: slice,
-    hidden_ND: Tensor,
-    side: str,
-    nll_weight: float,
-    kl_weight: float,
-) -> Term:
-    """Return ``nll_weight NLL + kl_weight KL`` of one side, with both in the log."""
-    part = {name: value[rows] for name, value in batch.items() if name.endswith(_PER_POSITION)}
-    teacher = teacher_of(part, step.teacher_head)
-    total = nll_weight + kl_weight
-    share = kl_weight / total if total else 1.0
-    objective = Kd(part["next_token_ids_N"], teacher, share, part["weights_N"])
-    term = step.over(hidden_ND[rows], objective, "samples")
-    sums = {f"{name}_{side}": value for name, value in term.sums.items()}
-    return Term(term.total, sums, "samples", total)
+class DckdConfig(Objective):
+    """Cross-entropy on chosen responses, forward KL to the teacher on chosen and rejected ones.
 
+    The defaults are the published code's; the paper's alpha stands before two KLs of weight 1.
+    """
 
-_PER_POSITION = ("_N", "_NK", "_ND")
+    loss: Literal["dckd"] = "dckd"
+    sft_weight: float = Field(default=1.0, ge=0.0)
+    alpha: float = Field(default=1.0, gt=0.0)
+    chosen_weight: float = Field(default=0.1, ge=0.0)
+    rejected_weight: float = Field(default=0.1, ge=0.0)
 
+    @model_validator(mode="after")
+    def _teacher_is_used(self) -> "DckdConfig":
+        if not self.chosen_weight + self.rejected_weight:
+            raise ValueError("chosen_weight and rejected_weight are both 0: use loss sft")
+        return self
 
-def nll_of_chosen(batch: dict[str, Any], hidden_ND: Tensor, step: Step, weight: float) -> Term:
-    """Return ``weight`` times the mean over pairs of a chosen response's cross-entropy a token."""
-    rows = slice(0, batch["num_chosen"])
-    objective = CrossEntropy(batch["next_token_ids_N"][rows], batch["weights_N"][rows])
-    term = step.over(hidden_ND[rows], objective, "samples")
-    return Term(term.total, {"cross_entropy_chosen": term.sums["cross_entropy"]}, "samples", weight)
+    @property
+    def reads(self) -> Reads:
+        """The pairs, and the aligned teacher's distributions on both responses."""
+        return Reads(data=("preference_pairs", "teacher_logits"))
+
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return chosen and rejected responses with the teacher's distributions on them."""
+        from stages.student.batches.pairs import DckdCollator  # loads torch
+
+        return data.rows(DckdCollator(data.signals()))
+
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the losses of the chosen and of the rejected responses."""
+        from stages.student.losses.pairs import side_term  # loads torch
+
+        hidden_ND = step.hidden_states(batch)
+        num_chosen = batch["num_chosen"]
+        chosen, rejected = slice(0, num_chosen), slice(num_chosen, len(hidden_ND))
+        kl_weights = self.alpha * self.chosen_weight, self.alpha * self.rejected_weight
+        return [
+            side_term(step, batch, chosen, hidden_ND, "chosen", self.sft_weight, kl_weights[0]),
+            side_term(step, batch, rejected, hidden_ND, "rejected", 0.0, kl_weights[1]),
+        ]

@@ -15,83 +15,93 @@ teacher's cached distribution over the vocabulary: the KL of ``kd`` plus the tea
 ICL terms are means over the step's episodes, LM terms over its scored tokens of text (the paper's
 are sums). Teacher and demonstrations are fixed by the cache: the paper redraws every epoch.
 
-Dimensions: N = candidates of an episode. All values in nats.
+All values in nats.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from stages.student.objectives.cross_entropy import CrossEntropy
-from stages.student.objectives.kd import Kd, teacher_of
-from stages.student.step import Step, Term
-from stages.student.train_config import CandidateScore, IclDistillationConfig
+from stages.student.objectives.objective import Objective, Reads
 
-
-def terms(config: IclDistillationConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the ICL and the LM part of a batch of ``IclCollator``."""
-    alpha = config.alpha_start + (config.alpha_end - config.alpha_start) * step.progress
-    found = [_icl_term(config, batch, step, alpha)]
-    if config.lm_weight:
-        found.append(_lm_term(config, batch["lm"], step, alpha))
-    return found
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-class _Losses(NamedTuple):
-    """One episode's losses; ``entropy`` is the teacher's, over the candidates."""
+class IclDistillationConfig(Objective):
+    """Gold answers with weight alpha, the teacher's choice among candidates with the rest.
 
-    hard: Tensor
-    soft: Tensor
-    entropy: Tensor
+    Alpha goes in a line from ``alpha_start`` at the first step to ``alpha_end`` at the last; both 1
+    is in-context tuning, which needs no teacher. ``lm_weight`` adds the same on running text.
+    """
 
+    loss: Literal["icl_distillation"] = "icl_distillation"
+    lm_weight: float = Field(default=0.2, ge=0.0)
+    alpha_start: float = Field(default=1.0, ge=0.0, le=1.0)
+    alpha_end: float = Field(default=0.0, ge=0.0, le=1.0)
+    candidate_score: Literal["mean", "sum"] = "mean"
 
-def _icl_term(
-    config: IclDistillationConfig, batch: dict[str, Any], step: Step, alpha: float
-) -> Term:
-    """Average over episodes; the one forward of DDP's wrapper where there is no text."""
-    scores = step.answer_logprobs(batch["answers"], wrapped=not config.lm_weight)
-    teachers = batch.get("teacher_logprobs", [None] * len(scores))
-    columns = zip(scores, batch["num_tokens"], batch["gold"], teachers, strict=True)
-    losses = [_losses(*column, config.candidate_score) for column in columns]
-    hard, soft, entropy = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
-    sums = {"hard_icl": hard.detach(), "alpha": hard.new_tensor(alpha * len(losses))}
-    if config.needs_teacher:
-        sums |= {"soft_icl": soft.detach(), "kl_icl": soft.detach() - entropy}
-    return Term(alpha * hard + (1.0 - alpha) * soft, sums, "samples")
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some step looks at the teacher."""
+        return min(self.alpha_start, self.alpha_end) < 1.0
 
+    @property
+    def reads(self) -> Reads:
+        """Episodes and running text, each with what the teacher says of it if it is looked at."""
+        scores = ("candidate_scores",) if self.needs_teacher else ()
+        signals = ("teacher_logits",) if self.needs_teacher else ()
+        text = ("documents", *signals) if self.lm_weight else ()
+        return Reads(data=("episodes", *scores), lm_data=text)
 
-def _losses(
-    scores_N: Tensor,
-    num_tokens_N: Tensor,
-    gold: int,
-    teacher_N: Tensor | None,
-    kind: CandidateScore,
-) -> _Losses:
-    nothing = scores_N.new_zeros(())
-    if gold < 0:
-        return _Losses(-(scores_N / num_tokens_N).sum(), nothing, nothing)
-    logprobs_N = candidate_logprobs(scores_N, num_tokens_N, kind)
-    if teacher_N is None:
-        return _Losses(-logprobs_N[gold], nothing, nothing)
-    target_N = candidate_logprobs(teacher_N, num_tokens_N, kind)
-    soft, entropy = (-(target_N.exp() * values_N).sum() for values_N in (logprobs_N, target_N))
-    return _Losses(-logprobs_N[gold], soft, entropy)
+    def lm_data_problem(self, num_tables: int) -> str:
+        """Running text is needed where it has a weight."""
+        if self.reads.lm_data and not num_tables:
+            return (
+                "objective 'icl_distillation' with lm_weight > 0 needs 'lm_data' (a documents "
+                "table and its signals), got none: name it, or set lm_weight to 0"
+            )
+        return super().lm_data_problem(num_tables)
 
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return episodes, each with a row of running text if there is any."""
+        from stages.student.batches.episodes import EpisodesWithText, IclCollator  # both load torch
+        from stages.student.batches.training_data import Batches
 
-def candidate_logprobs(scores_N: Tensor, num_tokens_N: Tensor, kind: CandidateScore) -> Tensor:
-    """Return log P(c) over the candidates from the sums of their log-probs."""
-    return torch.log_softmax(scores_N / num_tokens_N if kind == "mean" else scores_N, dim=0)
+        text = data.text(teacher=self.needs_teacher)
+        rows = EpisodesWithText(data.dataset, data.lm_dataset, seed=data.seed)
+        return Batches(rows, IclCollator(data.vocab_size, text))
 
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the ICL part, and the LM part where there is text."""
+        from stages.student.losses.candidates import candidates_term  # loads torch
 
-def _lm_term(config: IclDistillationConfig, lm: dict[str, Any], step: Step, alpha: float) -> Term:
-    """Average over tokens; without a teacher there is the hard loss alone."""
-    if not config.needs_teacher:
-        term = step.over_positions(lm, CrossEntropy(lm["next_token_ids_N"]))
-        return Term(term.total, {"hard_lm": term.sums["cross_entropy"]}, "tokens", config.lm_weight)
-    teacher = teacher_of(lm, step.lm_teacher_head)
-    term = step.over_positions(lm, Kd(lm["next_token_ids_N"], teacher, 1.0 - alpha))
-    entropy = lm["entropies_N"].sum()
-    kl = term.sums["kl"]
-    sums = {"hard_lm": term.sums["cross_entropy"], "soft_lm": kl + entropy, "kl_lm": kl}
-    return Term(term.total + (1.0 - alpha) * entropy, sums, "tokens", config.lm_weight)
+        alpha = self.alpha_start + (self.alpha_end - self.alpha_start) * step.progress
+        # The one forward of DDP's wrapper is that of the text, where there is any.
+        scores = step.answer_logprobs(batch["answers"], wrapped=not self.lm_weight)
+        found = [
+            candidates_term(
+                batch, scores, alpha, self.candidate_score, with_teacher=self.needs_teacher
+            )
+        ]
+        if self.lm_weight:
+            found.append(self._text_term(batch["lm"], step, alpha))
+        return found
+
+    def _text_term(self, lm: dict[str, Any], step: "Step", alpha: float) -> "Term":
+        """Average over tokens; without a teacher there is the hard loss alone."""
+        from stages.student.losses.cross_entropy import CrossEntropy  # all load torch
+        from stages.student.losses.kl import Kd, teacher_of
+        from stages.student.losses.step import Term
+
+        if not self.needs_teacher:
+            term = step.over_positions(lm, CrossEntropy(lm["next_token_ids_N"]))
+            hard = {"hard_lm": term.sums["cross_entropy"]}
+            return Term(term.total, hard, "tokens", self.lm_weight)
+        teacher = teacher_of(lm, step.lm_teacher_head)
+        term = step.over_positions(lm, Kd(lm["next_token_ids_N"], teacher, 1.0 - alpha))
+        entropy = lm["entropies_N"].sum()
+        kl = term.sums["kl"]
+        sums = {"hard_lm": term.sums["cross_entropy"], "soft_lm": kl + entropy, "kl_lm": kl}
+        return Term(term.total + (1.0 - alpha) * entropy, sums, "tokens", self.lm_weight)

@@ -5,13 +5,33 @@ like any other, so a student learns to stop; a response that was cut has none, a
 of the kind. All values in nats.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.student.objectives.cross_entropy import CrossEntropy
-from stages.student.step import Step, Term
-from stages.student.train_config import SftConfig
+from stages.student.objectives.objective import Objective, Reads
+
+if TYPE_CHECKING:
+    from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.step import Step, Term
 
 
-def terms(config: SftConfig, batch: dict[str, Any], step: Step) -> list[Term]:
-    """Return the loss of a batch of ``ChosenCollator``."""
-    return [step.over_positions(batch, CrossEntropy(batch["next_token_ids_N"]))]
+class SftConfig(Objective):
+    """Cross-entropy on the chosen responses of preference pairs, over all their tokens."""
+
+    loss: Literal["sft"] = "sft"
+
+    @property
+    def reads(self) -> Reads:
+        """The pairs."""
+        return Reads(data=("preference_pairs",))
+
+    def batches(self, data: "TrainingData") -> "Batches":
+        """Return the chosen responses, each after its prompt."""
+        from stages.student.batches.pairs import ChosenCollator  # loads torch
+
+        return data.rows(ChosenCollator(data.tokens()))
+
+    def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
+        """Return the loss of one batch."""
+        from stages.student.losses.cross_entropy import CrossEntropy  # loads torch
+
+        return [step.over_positions(batch, CrossEntropy(batch["next_token_ids_N"]))]

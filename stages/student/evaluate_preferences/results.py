@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.models.causal_lm.implicit_rewards import preference
-from stages.student.preference_metrics import (
+from stages.student.evaluate_preferences.metrics import (
     WinRate,
     own_preference_numbers,
     relative_preference_numbers,
@@ -40,7 +40,7 @@ from stages.student.preference_metrics import (
     reward_numbers,
     win_rate,
 )
-from stages.student.preference_rows import HeldOutPairs
+from stages.student.evaluate_preferences.rows import HeldOutPairs
 
 NUM_EXAMPLES = 5
 DATA_ROWS = ("chosen", "rejected")

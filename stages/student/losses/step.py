@@ -4,13 +4,15 @@ An objective is a list of terms. Each is a sum with a gradient that is divided b
 count of its unit: scored tokens, or samples (rows), over all accumulated batches of all processes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+)
 
 from stages.models.causal_lm.chunked_loss import PositionLoss, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
@@ -18,6 +20,7 @@ from stages.models.causal_lm.model import last_layer_of, scored_hidden_states, s
 from stages.models.causal_lm.sequence_logprobs import Continuations, continuation_logprobs
 
 Unit = Literal["tokens", "samples"]
+UNITS: tuple[Unit, ...] = ("tokens", "samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,3 @@ class Step:
             micro_batch_tokens=self.micro_batch_tokens,
         )
         return tuple(logprobs.split([len(item.lengths_N) for item in asked]))
-
-
-MakeTerms = Callable[[Any, dict[str, Any], Step], list[Term]]

@@ -26,7 +26,7 @@ from schemas.dataset import CachedDataset
 from schemas.errors import StoreError
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.sequence_logprobs import Continuations
-from stages.student.loader import Collator, Row, check_ids, joined
+from stages.student.batches.signals import Collator, Row, check_ids, joined
 
 Array = npt.NDArray[Any]
 

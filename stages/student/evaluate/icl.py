@@ -24,18 +24,12 @@ from schemas.errors import ConfigError
 from schemas.storage.files import Folder
 from schemas.tables.episodes import EPISODES
 from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
-from stages.student.episode_scoring import candidate_sums, subset_sums
-from stages.student.evaluation import (
-    DTYPES,
-    DtypeName,
-    HeldOut,
-    device_of,
-    measure_student,
-    teacher_head_of,
-)
-from stages.student.generation_evaluation import FreeAnswer, generate_answers
-from stages.student.icl_metrics import CandidateScoring, candidate_scores, mean_and_spread
-from stages.student.icl_tasks import (
+from stages.student.batches.signals import encoding_of
+from stages.student.batches.training_data import teacher_head_of
+from stages.student.evaluate.free_answers import FreeAnswer, generate_answers
+from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores, mean_and_spread
+from stages.student.evaluate.icl_scoring import candidate_sums, subset_sums
+from stages.student.evaluate.icl_tasks import (
     STUDENT,
     TEACHER,
     Choice,
@@ -46,8 +40,8 @@ from stages.student.icl_tasks import (
     make_choice,
     subset_numbers,
 )
-from stages.student.loader import encoding_of
-from stages.student.train_config import TrainOptions
+from stages.student.evaluate.positions import DTYPES, DtypeName, HeldOut, device_of, measure_student
+from stages.student.options import TrainOptions
 
 _COLUMNS = (
     *("sample_id", "task", "kind", "query_id", "draw", "input_ids_T", "demonstrations_M3"),

@@ -34,8 +34,8 @@ import numpy.typing as npt
 
 from schemas.errors import StoreError
 from schemas.tables.episodes import split_candidates
-from stages.student.generation_evaluation import FreeAnswer
-from stages.student.icl_metrics import (
+from stages.student.evaluate.free_answers import FreeAnswer
+from stages.student.evaluate.icl_metrics import (
     accuracy,
     best_and_worst_agree,
     candidate_logprobs,

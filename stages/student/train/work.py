@@ -33,16 +33,13 @@ from stages.models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
-from stages.student.distillation_trainer import (
-    DistillationTrainer,
-    OnCheckpoint,
-    OnEvent,
-    training_arguments,
-)
-from stages.student.evaluation import HeldOut, measure_student, teacher_head_of
-from stages.student.loader import worker_errors_as_raised
-from stages.student.required_tables import check_tables
-from stages.student.train_config import TrainConfig, TrainOptions
+from stages.student.batches.signals import worker_errors_as_raised
+from stages.student.batches.training_data import teacher_head_of
+from stages.student.evaluate.positions import HeldOut, measure_student
+from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
+from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
+from stages.student.train.stage import TrainConfig
 
 __all__ = ["DistillationTrainer", "TrainResult", "train"]
 
@@ -88,7 +85,7 @@ def train(
     lm_dataset = None
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
-    check_tables(config.objective, dataset, lm_dataset)
+    config.objective.require(dataset, lm_dataset)
     identity = _identity(config, dataset, lm_dataset, student)
     fingerprint = fingerprint or run_fingerprint(identity)
     run = _Run(config, options, output, fingerprint, identity, on_event, on_checkpoint)

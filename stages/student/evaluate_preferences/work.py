@@ -36,10 +36,15 @@ from stages.models.causal_lm.response_measures import (
     without_repeats,
 )
 from stages.models.causal_lm.sequence_logprobs import Continuations
-from stages.student.evaluation import device_of
-from stages.student.preference_results import Answered, PreferenceReport, Rewards, make_report
-from stages.student.preference_rows import HeldOutPairs, read_pairs
-from stages.student.train_config import TrainOptions
+from stages.student.evaluate.positions import device_of
+from stages.student.evaluate_preferences.results import (
+    Answered,
+    PreferenceReport,
+    Rewards,
+    make_report,
+)
+from stages.student.evaluate_preferences.rows import HeldOutPairs, read_pairs
+from stages.student.options import TrainOptions
 
 Array = npt.NDArray[Any]
 F64Array = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.sequence_logprobs import Continuations, continuation_logprobs
 from stages.models.causal_lm.shared_prompt import shared_prompt_logprobs
-from stages.student.episode_loader import answers_of, subsets_of
+from stages.student.batches.episodes import answers_of, subsets_of
 
 EPISODES_AT_A_TIME = 64
 

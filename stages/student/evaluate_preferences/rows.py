@@ -22,7 +22,7 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from stages.models.causal_lm.language_head import read_config
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.student.config import judge_tables_problem
+from stages.student.evaluate_preferences.stage import judge_tables_problem
 
 Array = npt.NDArray[Any]
 

@@ -16,8 +16,13 @@ no gradient unless ``detach_range`` is off (with it, N = 2 would never learn); a
 Dimensions: B = samples, N = subsets.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from stages.student.losses.step import Term
 
 MIN_RANGE = 1e-3  # nats; sums of float32 log-probs are no surer than about 1e-5
 
@@ -33,3 +38,19 @@ def ranking_loss(student_logprobs_BN: Tensor, ranks_BN: Tensor, *, detach_range:
     margins_share_BNN = margins_BNN.to(ahead_BNN.dtype) / (ranks_BN.shape[-1] - 1)
     terms_BNN = ahead_BNN / range_B1[..., None] + margins_share_BNN
     return torch.where(margins_BNN > 0, terms_BNN.clamp(min=0), 0.0).sum(dim=(-2, -1))
+
+
+def ranking_term(
+    logprobs: Sequence[Tensor], ranks: Sequence[Tensor], *, detach_range: bool
+) -> Term:
+    """Return the sum of the losses of a batch's samples.
+
+    ``ranks`` has one tensor [N] a sample; ``logprobs`` are the subsets' of all samples, end to end.
+    """
+    student: Any = torch.cat(list(logprobs))
+    losses = [
+        ranking_loss(student_N, ranks_N, detach_range=detach_range)
+        for student_N, ranks_N in zip(student.split([len(r) for r in ranks]), ranks, strict=True)
+    ]
+    total = torch.stack(losses).sum()
+    return Term(total, {"rank": total.detach()}, "samples")

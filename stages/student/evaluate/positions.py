@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
-from schemas.tables.advantages import HEAD_FOLDERS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.models.causal_lm.chunked_loss import chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
@@ -33,10 +32,16 @@ from stages.models.causal_lm.model import (
     student_head,
     student_vocab_size,
 )
-from stages.student.loader import Collator, SignalRows, encoding_of, worker_errors_as_raised
-from stages.student.objectives.kd import Teacher, teacher_of
-from stages.student.pair_loader import ChosenCollator
-from stages.student.train_config import TrainOptions
+from stages.student.batches.pairs import ChosenCollator
+from stages.student.batches.signals import (
+    Collator,
+    SignalRows,
+    encoding_of,
+    worker_errors_as_raised,
+)
+from stages.student.batches.training_data import teacher_head_of
+from stages.student.losses.kl import Teacher, teacher_of
+from stages.student.options import TrainOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DtypeName = Literal["float32", "bfloat16"]
@@ -103,30 +108,6 @@ def device_of(options: TrainOptions) -> torch.device:
     """Return where to run: the GPU where there is one, unless told otherwise."""
     use_gpu = options.device == "auto" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def teacher_head_of(dataset: CachedDataset, device: torch.device) -> LanguageHead | None:
-    """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
-    folder = _exact_table(dataset, "teacher_logits")
-    return None if folder is None else LanguageHead.load(folder, device=device)
-
-
-def advantage_heads_of(
-    dataset: CachedDataset, device: torch.device
-) -> tuple[LanguageHead, LanguageHead] | None:
-    """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
-    folder = _exact_table(dataset, "advantages")
-    if folder is None:
-        return None
-    teacher, reference = (LanguageHead.load(folder / name, device=device) for name in HEAD_FOLDERS)
-    return teacher, reference
-
-
-def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
-    for index, manifest in enumerate(dataset.manifests):
-        if (manifest.table, manifest.variant) == (table, "exact"):
-            return dataset.local_folder(index)
-    return None
 
 
 def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, float]:

@@ -81,3 +81,17 @@ class WithStandIn:
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Return one batch."""
         return self.collate(rows) if rows else self.collate([self.row]) | {STAND_IN: True}
+
+
+def counts_of(batch: dict[str, Any]) -> tuple[int, int]:
+    """Return a batch's scored tokens and samples (``UNITS``), for losses to be divided by.
+
+    The answers of ``IclCollator`` and ``DpoCollator`` count as samples, so only running text has
+    tokens there; both sequences of a preference pair are one sample.
+    """
+    if STAND_IN in batch:
+        return 0, 0
+    if "answers" in batch:
+        text = batch.get("lm")
+        return len(text["positions_N"]) if text else 0, len(batch["answers"])
+    return len(batch["positions_N"]), batch.get("num_samples", len(batch["input_ids"]))

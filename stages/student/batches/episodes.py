@@ -19,7 +19,7 @@ from schemas.errors import StoreError
 from schemas.tables.episodes import subset_input_ids
 from schemas.tables.subset_preferences import split_subsets
 from stages.models.causal_lm.sequence_logprobs import Continuations
-from stages.student.loader import Collator, Row, check_ids
+from stages.student.batches.signals import Collator, Row, check_ids
 
 
 def answers_of(row: Row) -> Continuations:

@@ -1,0 +1,79 @@
+"""What a training run has to make batches of, and the heads beside its ``exact`` tables."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from schemas.dataset import CachedDataset
+from schemas.tables.advantages import HEAD_FOLDERS
+from stages.models.causal_lm.language_head import LanguageHead
+from stages.student.batches.signals import (
+    Collator,
+    SignalRows,
+    encoding_of,
+)
+
+
+class Batches(NamedTuple):
+    """The rows of a run, for torch's loaders, and what makes a batch of some of them."""
+
+    rows: Any
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The opened tables of a run; an objective says what it makes of them.
+
+    ``vocab_size`` is the student's, ``seed`` the run's.
+    """
+
+    dataset: CachedDataset
+    lm_dataset: CachedDataset | None
+    vocab_size: int
+    seed: int
+
+    def rows(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> Batches:
+        """Return the joined rows of ``dataset``, to be collated so."""
+        return Batches(SignalRows(self.dataset), collate)
+
+    def tokens(self) -> Collator:
+        """Return what decodes token ids alone."""
+        return Collator("", self.vocab_size)
+
+    def signals(self) -> Collator:
+        """Return what decodes token ids and the teacher's distributions, if there are any."""
+        return Collator(encoding_of(self.dataset), self.vocab_size)
+
+    def text(self, *, teacher: bool) -> Collator | None:
+        """Return what decodes ``lm_dataset``, its distributions too with ``teacher``."""
+        if self.lm_dataset is None:
+            return None
+        return Collator(encoding_of(self.lm_dataset) if teacher else "", self.vocab_size)
+
+
+def teacher_head_of(dataset: CachedDataset, device: torch.device) -> LanguageHead | None:
+    """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
+    folder = _exact_table(dataset, "teacher_logits")
+    return None if folder is None else LanguageHead.load(folder, device=device)
+
+
+def advantage_heads_of(
+    dataset: CachedDataset, device: torch.device
+) -> tuple[LanguageHead, LanguageHead] | None:
+    """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
+    folder = _exact_table(dataset, "advantages")
+    if folder is None:
+        return None
+    teacher, reference = (LanguageHead.load(folder / name, device=device) for name in HEAD_FOLDERS)
+    return teacher, reference
+
+
+def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
+    for index, manifest in enumerate(dataset.manifests):
+        if (manifest.table, manifest.variant) == (table, "exact"):
+            return dataset.local_folder(index)
+    return None

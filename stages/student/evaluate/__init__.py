@@ -1,0 +1,1 @@
+"""Stage ``evaluate``: students on held-out documents, episodes and pairs -> a report."""

@@ -1,0 +1,1 @@
+"""Stage ``student_init``: a teacher's own layers -> an untrained student."""

@@ -1,0 +1,1 @@
+"""The maths of the objectives, in torch, with the papers' equations."""

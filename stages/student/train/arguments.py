@@ -1,0 +1,55 @@
+"""A run's settings as ``transformers.Trainer`` spells them."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    TrainingArguments,
+)
+
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
+
+
+def training_arguments(
+    config: TrainConfig, options: TrainOptions, folder: Path
+) -> TrainingArguments:
+    """Translate a run for the Trainer; starts the process group when a launcher asked for one.
+
+    Raises ConfigError when a step's rows cannot be divided over the group.
+    """
+    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.epochs or 1.0,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        use_cpu=not on_gpu,
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not a number
+        save_steps=options.checkpoint_every,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=options.num_workers,
+        dataloader_persistent_workers=options.num_workers > 0,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs go through a launcher and DDP, never through DataParallel
+    share = config.share(args.world_size)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = share
+    return args

@@ -1,0 +1,86 @@
+"""What a run logs: means of the losses' parts over all processes, and events for the caller."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from stages.student.losses.step import UNITS, Term, Unit
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class RunningSums:
+    """Running sums of the terms' parts, left on the device until somebody asks."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.sums: dict[str, Tensor] = {}
+        self.units: dict[str, Unit] = {}
+        self.counts = [0] * len(UNITS)
+
+    def add(self, terms: Sequence[Term], counts: Sequence[int]) -> None:
+        """Take in one batch: its terms and its counts of ``UNITS``."""
+        for term in terms:
+            for name, value in term.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.units[name] = term.unit
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+
+    def take(self, device: torch.device, reduce: Callable[..., Any]) -> dict[str, float]:
+        """Return the means over all processes and the counts; start again at zero."""
+        values = [value.float().reshape(()) for value in self.sums.values()]
+        local_S = torch.stack([*values, *torch.tensor(self.counts, device=device).float()])
+        totals = reduce(local_S, reduction="sum").tolist()
+        found = {f"num_{unit}": totals[i - len(UNITS)] for i, unit in enumerate(UNITS)}
+        means = {
+            name: total / max(found[f"num_{self.units[name]}"], 1.0)
+            for name, total in zip(self.sums, totals, strict=False)  # the counts come last
+        }
+        self.sums, self.counts = {}, [0] * len(UNITS)
+        return means | found
+
+
+class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Turns the Trainer's logs into events: ``start`` once, then ``step`` with its numbers."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        """``on_event`` is given each event."""
+        self.on_event = on_event
+        self.clock = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the number of steps."""
+        self.clock = time.monotonic()
+        self._tell("start", state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell a step's numbers and how fast it was."""
+        if not logs or "loss" not in logs:
+            return
+        now = time.monotonic()
+        seconds = max(now - self.clock, 1e-9)
+        self.clock = now
+        speed = {f"{unit}_per_s": logs.get(f"num_{unit}", 0.0) / seconds for unit in UNITS}
+        self._tell("step", state, **logs, **speed)
+
+    def _tell(self, event: str, state: TrainerState, **values: float) -> None:
+        place = {"event": event, "step": state.global_step, "max_steps": state.max_steps}
+        self.on_event(place | values)

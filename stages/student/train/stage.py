@@ -1,0 +1,91 @@
+"""Stage ``train``: what a training run is.
+
+Every field of ``TrainConfig`` moves the weights and is hashed; where a run happens
+(``TrainOptions``) changes no more than the last bits and is not.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.errors import ConfigError
+from stages.stage import StageConfig
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.kd import KdConfig
+
+
+class TrainConfig(StageConfig):
+    """A run over cached data: give ``max_steps`` or ``epochs``, not both.
+
+    A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows, on one process or
+    divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
+    preference losses: over the rows), however they fall into batches and processes.
+    ``dtype`` is that of the matrix products; weights and optimizer state are float32.
+    ``warmup`` is a share of all steps.
+    """
+
+    objective: ObjectiveConfig = KdConfig()
+    lr: float = Field(default=3e-4, gt=0.0)
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0.0)
+    per_device_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give either 'max_steps' or 'epochs'")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of one step, over all processes."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    def share(self, num_processes: int) -> tuple[int, int]:
+        """Return the rows of a batch and the batches of a step on each of several processes.
+
+        Accumulated batches are dealt out first, then batches are made smaller. Raises ConfigError
+        where the rows of a step cannot be divided.
+        """
+        batch_size, accumulation = self.per_device_batch_size, self.gradient_accumulation_steps
+        dealt = math.gcd(accumulation, num_processes)
+        smaller, left = divmod(batch_size, num_processes // dealt)
+        if left:
+            raise ConfigError(
+                f"a step of {batch_size} x {accumulation} = {self.rows_per_step} rows "
+                f"(per_device_batch_size x gradient_accumulation_steps) cannot be divided over "
+                f"{num_processes} processes: take a number of processes that divides it"
+            )
+        return smaller, accumulation // dealt
+
+
+class TrainStage(TrainConfig):
+    """Train ``student`` (a checkpoint step or a model) on the joined rows of the ``data`` tables.
+
+    ``data`` names the documents or episodes step first, then the signal steps; ``lm_data`` the
+    running text and its signals, for the LM part of ``icl_distillation`` and for nothing else.
+    Held-out shards are never trained on: they measure the student before and after.
+    """
+
+    VERSION: ClassVar[int] = 1
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data")
+
+    stage: Literal["train"]
+    student: str
+    data: tuple[str, ...] = Field(min_length=1)
+    lm_data: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _text_where_used(self) -> "TrainStage":
+        if problem := self.objective.lm_data_problem(len(self.lm_data)):
+            raise ValueError(problem)
+        return self
