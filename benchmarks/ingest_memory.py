@@ -39,7 +39,7 @@ import sys
 from pathlib import Path
 from stages.sources.documents.stage import IngestStage
 stage = IngestStage.model_validate_json(sys.argv[1])
-prepared = stage.prepare(Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
+prepared = stage.work.prepare(stage, Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
 rows = sum(shard.rows for shard in prepared.shards)
 print(prepared.documents_read, rows, prepared.rejects)
 """

@@ -17,21 +17,14 @@ from pipeline.fingerprint import (
     model_identity,
     vocab_size_of,
 )
-from pipeline.recipe import ModelRef, Recipe, Step
+from pipeline.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
 from stages.models.checkpoints.checkpoint import local_copy
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
-from stages.signals.advantages.stage import AdvantagesStage
-from stages.stage import SourceStage, TableStage
-from stages.student.evaluate.stage import EvaluateStage
-from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
-from stages.student.init.stage import StudentInitStage
-from stages.student.train.stage import TrainStage
-from stages.teacher.stage import TeacherAlignStage
-
-Kind = Literal["source", "table", "checkpoint", "report"]
+from stages.registry import Step
+from stages.stage import Kind, SourceStage, Stage, TableRef, TableStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +79,12 @@ class PlannedStep:
     @property
     def kind(self) -> Kind:
         """What the step does: make a table from files or from a table, a checkpoint or a report."""
-        match self.stage:
-            case SourceStage():
-                return "source"
-            case TableStage():
-                return "table"
-            case EvaluateStage() | PreferenceEvaluationStage():
-                return "report"
-        return "checkpoint"
+        return self.stage.KIND
 
     @property
     def makes_model(self) -> bool:
         """Whether a later step may use this one as its model."""
-        return isinstance(self.stage, TeacherAlignStage | StudentInitStage | TrainStage)
+        return self.kind == "checkpoint"
 
     @property
     def tokenizer(self) -> str:
@@ -120,59 +106,60 @@ def _plan_step(
     name: str, stage: Step, recipe: Recipe, planned: Mapping[str, PlannedStep]
 ) -> PlannedStep:
     place = f"steps.{name}"
-    config = stage.model_dump(mode="json", exclude={"stage", *stage.NOT_HASHED})
-    identity: dict[str, Any] = {"stage": stage.stage, "version": stage.VERSION}
-    inputs: tuple[PlannedStep, ...] = ()
-    models: dict[str, Model] = {}
-    match stage:
-        case SourceStage():
-            tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
-            stage = stage.model_copy(update={"tokenizer": str(tokenizer)})
-            config |= stage.source_identity() | {"tokenizer": tokenizer_fingerprint(tokenizer)}
-            identity["vocab_size"] = vocab_size_of(tokenizer)
-        case TableStage():
-            inputs = (_input_step(stage, planned, f"{place}.input"),)
-            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
-            for ref in stage.partner_models:
-                models[ref] = _model(ref, recipe, planned, f"{place}.reference")
-            if isinstance(stage, AdvantagesStage):
-                _refuse_equal_models(stage, models, place)
-        case TeacherAlignStage():
-            inputs = (_table_step(stage.data, planned, f"{place}.data"),)
-            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
-        case StudentInitStage():
-            models = {stage.model: _model(stage.model, recipe, planned, f"{place}.model")}
-        case TrainStage():
-            names = (*stage.data, *stage.lm_data)
-            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in names)
-            models = {stage.student: _model(stage.student, recipe, planned, f"{place}.student")}
-            if stage.lm_data:
-                identity["lm_inputs"] = len(stage.lm_data)
-        case EvaluateStage():
-            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
-            models = {
-                ref: _model(ref, recipe, planned, f"{place}.students") for ref in stage.students
-            }
-        case PreferenceEvaluationStage():
-            inputs = tuple(_table_step(ref, planned, f"{place}.data") for ref in stage.data)
-            models = {ref: _model(ref, recipe, planned, place) for ref in stage.all_models}
-            check_judge(stage, inputs, models, place)
-            config["roles"] = stage.roles
+    tokenizer = None
+    if isinstance(stage, SourceStage):
+        tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
+        stage = stage.model_copy(update={"tokenizer": str(tokenizer)})
+    identity = stage.hashed()
+    if tokenizer is not None:
+        identity["config"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        identity["vocab_size"] = vocab_size_of(tokenizer)
+    inputs = tuple(
+        _table_step(ref, planned, f"{place}.{setting}") for setting, ref in stage.named(stage.READS)
+    )
+    models = _models(stage, stage.RUNS, recipe, planned, place)
+    _check(stage, inputs, models, place)
     _refuse_other_tokenizer(models, inputs, place)
-    measures = isinstance(stage, EvaluateStage | PreferenceEvaluationStage)
-    group = "evaluations" if measures else "checkpoints"
-    if isinstance(stage, SourceStage | TableStage):
-        identity["table"] = [stage.table.name, stage.table.version, stage.table.variant]
-        group = stage.table.name
-    if isinstance(stage, TableStage):
-        for other in stage.other_models:
-            models[other] = _model(other, recipe, planned, place)
-    identity["config"] = config
+    models |= _models(stage, stage.ALSO_RUNS, recipe, planned, place)
     identity["inputs"] = [step.fingerprint for step in inputs]
     identity["models"] = [dict(model.identity) for model in models.values()]
     fingerprint = fingerprint_of(identity)
-    folder = recipe.execution.root / group / fingerprint[:ADDRESS_DIGITS]
+    folder = recipe.execution.root / _group(stage) / fingerprint[:ADDRESS_DIGITS]
     return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models)
+
+
+def _models(
+    stage: Stage,
+    settings: Sequence[str],
+    recipe: Recipe,
+    planned: Mapping[str, PlannedStep],
+    place: str,
+) -> dict[str, Model]:
+    return {
+        ref: _model(ref, recipe, planned, f"{place}.{setting}")
+        for setting, ref in stage.named(settings)
+    }
+
+
+def _check(
+    stage: Stage, inputs: Sequence[PlannedStep], models: Mapping[str, Model], place: str
+) -> None:
+    tables = []
+    for step in inputs:
+        assert isinstance(step.stage, SourceStage | TableStage)
+        made_by = next((model.identity for model in step.models.values()), None)
+        tables.append(TableRef(step.name, step.stage.table, made_by))
+    try:
+        stage.check(tables, {name: model.identity for name, model in models.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{place}.{error}") from error
+
+
+def _group(stage: Stage) -> str:
+    """Return the folder of the root that a stage's outputs lie in."""
+    if isinstance(stage, SourceStage | TableStage):
+        return stage.table.name
+    return {"checkpoint": "checkpoints", "report": "evaluations"}[stage.KIND]
 
 
 def _tokenizer_folder(reference: str, recipe: Recipe, place: str) -> Path:
@@ -199,43 +186,6 @@ def _refuse_other_tokenizer(
                 )
 
 
-def _refuse_equal_models(stage: AdvantagesStage, models: Mapping[str, Model], place: str) -> None:
-    same = models[stage.model].identity == models[stage.reference].identity
-    if same and not stage.allow_equal_models:
-        raise ConfigError(
-            f"{place}: reference '{stage.reference}' is the aligned teacher '{stage.model}' "
-            f"itself, so all advantages would be 0: name the model that it was aligned from, "
-            f"or set allow_equal_models"
-        )
-
-
-def check_judge(
-    stage: PreferenceEvaluationStage,
-    inputs: Sequence[PlannedStep],
-    models: Mapping[str, Model],
-    place: str,
-) -> None:
-    """Raise ConfigError where the judge is one model twice, or its tables are not its own.
-
-    The two tables are told apart by their order, and held to the models that make them.
-    """
-    if stage.judge is None:
-        return
-    judges = (stage.judge.teacher, stage.judge.reference)
-    if models[judges[0]].identity == models[judges[1]].identity:
-        raise ConfigError(
-            f"{place}.judge: teacher '{judges[0]}' and reference '{judges[1]}' are one model, so "
-            f"every reward would be 0: name the model that was aligned and the one before"
-        )
-    for source, name in zip(inputs[1:], judges, strict=False):
-        makers = list(source.models.values())
-        if not makers or makers[0].identity != models[name].identity:
-            raise ConfigError(
-                f"{place}.data: '{source.name}' was not scored by '{name}': after the pairs come "
-                f"the scores of '{judges[0]}', then those of '{judges[1]}'"
-            )
-
-
 def _table_step(reference: str, planned: Mapping[str, PlannedStep], place: str) -> PlannedStep:
     step = planned.get(reference)
     if step is None or not step.writes_table:
@@ -243,19 +193,6 @@ def _table_step(reference: str, planned: Mapping[str, PlannedStep], place: str) 
         raise ConfigError(
             f"{place}: '{reference}' is not an earlier step that writes a table; "
             f"there are: {', '.join(tables) or 'none'}"
-        )
-    return step
-
-
-def _input_step(stage: TableStage, planned: Mapping[str, PlannedStep], place: str) -> PlannedStep:
-    """Return the step a table stage reads; raises ConfigError where it writes another table."""
-    step = _table_step(stage.input, planned, place)
-    accepted = [table.name for table in stage.CONSUMES]
-    assert isinstance(step.stage, SourceStage | TableStage)
-    if step.stage.table.name not in accepted:
-        raise ConfigError(
-            f"{place}: step '{stage.input}' writes {step.stage.table.name}, this stage reads "
-            f"{' or '.join(accepted)}"
         )
     return step
 

@@ -17,39 +17,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder, as_folder
 from stages.models.spec import EngineOptions
-from stages.signals.advantages.stage import AdvantagesStage
-from stages.signals.candidate_scores.stage import CandidateScoresStage
-from stages.signals.response_logprobs.stage import ResponseLogprobsStage
-from stages.signals.student_responses.stage import StudentResponsesStage
-from stages.signals.subset_preferences.stage import SubsetPreferencesStage
-from stages.signals.teacher_logits.stage import TeacherLogitsStage
-from stages.sources.documents.stage import IngestStage
-from stages.sources.episodes.stage import EpisodesStage
-from stages.sources.preference_pairs.stage import PreferencePairsStage
+from stages.registry import Step
 from stages.stage import StageConfig
-from stages.student.evaluate.stage import EvaluateStage
-from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
-from stages.student.init.stage import StudentInitStage
-from stages.student.train.stage import TrainStage
-from stages.teacher.stage import TeacherAlignStage
-
-Step = Annotated[
-    IngestStage
-    | EpisodesStage
-    | PreferencePairsStage
-    | TeacherLogitsStage
-    | SubsetPreferencesStage
-    | CandidateScoresStage
-    | StudentResponsesStage
-    | ResponseLogprobsStage
-    | AdvantagesStage
-    | TeacherAlignStage
-    | StudentInitStage
-    | TrainStage
-    | EvaluateStage
-    | PreferenceEvaluationStage,
-    Field(discriminator="stage"),
-]
 
 
 class ModelRef(StageConfig):

@@ -16,13 +16,12 @@ from pipeline.plan import PlannedStep, needs
 from pipeline.preference_report import preference_tables
 from pipeline.recipe import Recipe
 from pipeline.step_state import Progress, finished_manifest, progress_of
-from pipeline.student_step import EVALUATION
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import all_notes
 from schemas.storage.shard_list import ShardTotals
-from stages.models.checkpoints.checkpoint import read_checkpoint
+from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.train.stage import TrainStage

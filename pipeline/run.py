@@ -9,25 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.folder_step import run_folder
 from pipeline.plan import PlannedStep, needs
 from pipeline.recipe import Execution
 from pipeline.reporter import Reporter
 from pipeline.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.step_state import Progress, finished_manifest, is_done, progress_of
-from pipeline.student_step import run_evaluation, run_preference_evaluation, run_training
+from pipeline.student_step import run_training
 from pipeline.table_step import make_shards, remove_source_work, run_source, run_table, source_of
-from pipeline.working_folder import published
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import listed_shards, shard_name
 from schemas.storage.shard_list import SHARD_LIST, ShardList, ShardTotals
-from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
-from stages.stage import SourceStage, TableStage
-from stages.student.evaluate.stage import EvaluateStage
-from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
-from stages.student.init.stage import StudentInitStage
+from stages.stage import FolderStage, SourceStage, TableStage
 from stages.student.train.stage import TrainStage
-from stages.teacher.stage import TeacherAlignStage
 
 
 def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
@@ -89,32 +84,10 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             run_source(step, stage, reporter)
         case TableStage() as stage:
             run_table(step, stage, execution, reporter)
-        case TeacherAlignStage() as stage:
-            from stages.teacher.work import align  # loads torch and TRL
-
-            with published(step.place) as folder:
-                align(
-                    stage,
-                    model=step.models[stage.model].folder,
-                    pairs=step.inputs[0].place,
-                    output=folder,
-                    fingerprint=step.fingerprint,
-                    identity=step.identity,
-                    on_event=reporter.trained,
-                )
-        case StudentInitStage() as stage:
-            from stages.student.init.work import init_student  # loads torch
-
-            with published(step.place) as folder:
-                init_student(step.models[stage.model].folder, folder, stage.layers)
-                record = CheckpointRecord(fingerprint=step.fingerprint, identity=step.identity)
-                write_checkpoint(folder, record)
         case TrainStage() as stage:
             run_training(step, stage, execution, reporter)
-        case EvaluateStage() as stage:
-            run_evaluation(step, stage, reporter)
-        case PreferenceEvaluationStage() as stage:
-            run_preference_evaluation(step, stage, reporter)
+        case FolderStage() as stage:
+            run_folder(step, stage, reporter)
 
 
 def step_named(plan: Sequence[PlannedStep], name: str) -> PlannedStep:

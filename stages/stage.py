@@ -1,26 +1,28 @@
 """What a stage is. A stage *is* its frozen configuration: every field of it changes bytes.
 
-A source stage makes the shards of a table from files. A table stage maps input shard i to output
-shard i: ``open`` loads whatever the work needs (a model, say) once per worker and yields the work,
-a function from one input shard to its output rows, in order, with a ``Rejected`` in place of a row
-that cannot be made. A stage that makes a checkpoint instead derives from ``StageConfig`` alone.
+There are four kinds. A source makes the shards of a table from files. A table stage maps input
+shard i to output shard i: ``open`` loads whatever the work needs (a model, say) once per worker and
+yields the work, a function from one input shard to its output rows, in order, with a ``Rejected``
+in place of a row that cannot be made. The others leave a folder: a checkpoint, which later steps
+may run, or a report.
 
-To add a stage: a class of one of these kinds, its table in ``schemas`` (and in ``TABLES`` there),
-and its name in the ``Step`` of ``pipeline.recipe``.
-
-Where and how wide a stage runs is the ``StageContext``'s business and is never hashed.
+A stage is a folder: ``stage.py`` says what it is, and planning loads it, so it has no torch;
+``work.py`` beside it does it, and is loaded when the work begins. CONTRIBUTING.md adds one step by
+step. Where and how wide a stage runs is the ``StageContext``'s business and is never hashed.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.errors import ConfigError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
@@ -56,8 +58,74 @@ class StageContext:
     input_table: str = ""
 
 
+Kind = Literal["source", "table", "checkpoint", "report"]
 Work = Callable[[pa.Table], Iterable[Any]]
 OnProgress = Callable[[str], None]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TableRef:
+    """A table that a step reads: the step that writes it, and the model that made it, if any."""
+
+    step: str
+    table: Table[Any]
+    made_by: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepJob:
+    """What a step that leaves a folder is given beside its configuration.
+
+    ``output`` is a folder of this machine that becomes the step's when all went well. ``tables``
+    are in the order of ``READS``, ``models`` by the name that the recipe gives them.
+    """
+
+    output: Path
+    fingerprint: str
+    identity: Mapping[str, Any]
+    tables: tuple[Folder, ...]
+    models: Mapping[str, ModelSpec]
+    said: OnProgress
+    trained: OnEvent
+
+
+class Stage(StageConfig, ABC):
+    """What all stages have: what they are called, read and run, and where their work is."""
+
+    KIND: ClassVar[Kind]
+    VERSION: ClassVar[int]  # raise it when the same configuration gives other bytes
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ()
+    READS: ClassVar[tuple[str, ...]] = ()  # settings that name steps whose tables are read
+    RUNS: ClassVar[tuple[str, ...]] = ()  # settings that name models of those tables' tokenizer
+    ALSO_RUNS: ClassVar[tuple[str, ...]] = ()  # models with a tokenizer of their own
+
+    stage: str
+
+    @property
+    def work(self) -> Any:
+        """The module ``work`` beside the one that declares the stage; it loads torch and more."""
+        return import_module(f"{type(self).__module__.rpartition('.')[0]}.work")
+
+    def named(self, settings: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield each of some settings with each name that it holds; a dot leads into a part."""
+        for setting in settings:
+            value: Any = self
+            for part in setting.split("."):
+                value = getattr(value, part, None)
+            for name in (value,) if isinstance(value, str) else value or ():
+                yield setting, name
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content, without its tables and models."""
+        config = self.model_dump(mode="json", exclude={"stage", *self.NOT_HASHED})
+        return {"stage": self.stage, "version": self.VERSION, "config": config}
+
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise ConfigError for what only this stage can judge; the line begins with a setting.
+
+        ``tables`` are in the order of ``READS``, ``models`` the identities of those of ``RUNS``.
+        """
 
 
 class Prepared(Protocol):
@@ -72,11 +140,10 @@ class Prepared(Protocol):
         """What was read and not kept, by reason."""
 
 
-class SourceStage(StageConfig, ABC):
+class SourceStage(Stage):
     """Files -> the shards of a table. ``tokenizer`` is a model's name or folder."""
 
-    VERSION: ClassVar[int]  # raise it when the same configuration gives other bytes
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ()
+    KIND: ClassVar[Kind] = "source"
 
     tokenizer: str
 
@@ -89,23 +156,37 @@ class SourceStage(StageConfig, ABC):
     def source_identity(self) -> dict[str, Any]:
         """Configuration fields as they are hashed: names of files replaced by their content."""
 
-    @abstractmethod
-    def prepare(self, work_dir: Path, *, on_progress: OnProgress | None = None) -> Prepared:
-        """Do all the work, in ``work_dir``; return at once where it is done already."""
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content, that of its files with it."""
+        body = super().hashed()
+        body["config"] |= self.source_identity()
+        return body | {"table": [self.table.name, self.table.version, self.table.variant]}
 
-    @abstractmethod
+    def prepare(self, work_dir: Path, *, on_progress: OnProgress | None = None) -> Prepared:
+        """Do all the work, in ``work_dir``; return at once where it is done already.
+
+        ``on_progress`` is given a line of text each time a piece of the work is on disk. Starts
+        afresh when the configuration, a file or the tokenizer is another one. Not for two processes
+        at once.
+        """
+        prepared: Prepared = self.work.prepare(self, work_dir, on_progress or (lambda line: None))
+        return prepared
+
     def read(self, work_dir: Path, index: int) -> Iterator[Any]:
         """Yield the rows of shard ``index`` of a prepared ``work_dir``."""
+        yield from self.work.read(work_dir, index)
 
     def bind(self, context: StageContext) -> BoundTable[Any]:
         """Token id width from the model's vocabulary."""
         return self.table.bind(vocab_size=context.vocab_size)
 
 
-class TableStage(StageConfig, ABC):
+class TableStage(Stage):
     """A map from the shards of the table of step ``input`` to the shards of another."""
 
-    VERSION: ClassVar[int]  # raise it when the same configuration gives other bytes
+    KIND: ClassVar[Kind] = "table"
+    READS: ClassVar[tuple[str, ...]] = ("input",)
+    RUNS: ClassVar[tuple[str, ...]] = ("model",)
     CONSUMES: ClassVar[tuple[Table[Any], ...]]  # any one of these
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "model", "max_rejected_fraction")
 
@@ -123,15 +204,21 @@ class TableStage(StageConfig, ABC):
         """Names of files that ``open`` writes beside the shards; they go into the manifest."""
         return ()
 
-    @property
-    def partner_models(self) -> tuple[str, ...]:
-        """Models beside ``model`` that read the same token ids: their tokenizers have to agree."""
-        return ()
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content, the version of its table with it."""
+        return super().hashed() | {
+            "table": [self.table.name, self.table.version, self.table.variant]
+        }
 
-    @property
-    def other_models(self) -> tuple[str, ...]:
-        """Models beside ``model`` that change bytes; they need not share its tokenizer."""
-        return ()
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a table that the stage does not read."""
+        accepted = [table.name for table in self.CONSUMES]
+        for ref in tables:
+            if ref.table.name not in accepted:
+                raise ConfigError(
+                    f"input: step '{ref.step}' writes {ref.table.name}, this stage reads "
+                    f"{' or '.join(accepted)}"
+                )
 
     @abstractmethod
     def bind(self, context: StageContext) -> BoundTable[Any]:
@@ -141,9 +228,11 @@ class TableStage(StageConfig, ABC):
     def estimate(self, source: Manifest, *, hidden_size: int) -> "Estimate":
         """Foretell the size of the output for a finished input."""
 
-    @abstractmethod
-    def open(self, context: StageContext) -> AbstractContextManager[Work]:
-        """Load the model once; free it on exit."""
+    @contextmanager
+    def open(self, context: StageContext) -> Iterator[Work]:
+        """Load the model once, yield what scores one shard; free the model on exit."""
+        with self.work.open_work(self, context) as work:
+            yield work
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +241,11 @@ class Estimate:
 
     num_positions: int
     num_bytes: int
+
+
+class FolderStage(Stage):
+    """A step that leaves a folder: a checkpoint or a report."""
+
+    def make(self, job: StepJob) -> None:
+        """Fill the folder, its ``checkpoint.json`` last."""
+        self.work.make(self, job)

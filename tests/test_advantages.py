@@ -370,7 +370,7 @@ def test_what_the_configuration_refuses(folders: dict[str, Path], tmp_path: Path
 
 def test_what_the_plan_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
     stage = stage_of("exact")
-    assert stage.partner_models == ("sft",)
+    assert list(stage.named(stage.RUNS)) == [("model", "dpo"), ("reference", "sft")]
     names = {"input", "model", "reference", "max_rejected_fraction", "allow_equal_models"}
     assert names == set(stage.NOT_HASHED)
     context = context_of(tmp_path, VOCAB_SIZE, folders)

@@ -107,7 +107,7 @@ def reference_streams(texts: Sequence[str], tokenizer: Path) -> dict[str, list[i
 def test_packed_rows_are_the_pieces_of_the_stream(tokenizer: Path, tmp_path: Path) -> None:
     texts = sentences(60)
     stage = stage_for(write_jsonl(tmp_path / "a.jsonl", texts), tokenizer)
-    prepared = stage.prepare(tmp_path / "work")
+    prepared = stage.work.prepare(stage, tmp_path / "work")
     rows = all_rows(stage, tmp_path / "work", prepared)
     for split, stream in reference_streams(texts, tokenizer).items():
         whole = len(stream) // LENGTH
@@ -123,7 +123,7 @@ def test_packed_rows_are_the_pieces_of_the_stream(tokenizer: Path, tmp_path: Pat
 
 def test_rows_are_keyed_and_ordered_by_sample_id(tokenizer: Path, tmp_path: Path) -> None:
     stage = stage_for(write_jsonl(tmp_path / "a.jsonl", sentences(60)), tokenizer)
-    rows = all_rows(stage, tmp_path / "work", stage.prepare(tmp_path / "work"))
+    rows = all_rows(stage, tmp_path / "work", stage.work.prepare(stage, tmp_path / "work"))
     assert all(row.sample_id == sample_id_of(row.input_ids_T) for row in rows)
     train = [row.sample_id for row in rows if row.split == "train"]
     assert train == sorted(train)
@@ -141,7 +141,7 @@ def test_truncated_rows_and_every_document_accounted_for(
     with path.open("ab") as stream:
         stream.write(b'\n{"other": "no text here"}\n{"text": "bad \xff byte"}\n{"text": "a"}')
     stage = stage_for(path, tokenizer, mode="truncate", min_chars=1, max_chars=1000)
-    prepared = stage.prepare(tmp_path / "work", segment_bytes=segment_bytes)
+    prepared = stage.work.prepare(stage, tmp_path / "work", segment_bytes=segment_bytes)
     rows = all_rows(stage, tmp_path / "work", prepared)
     assert prepared.rejects == {
         "duplicate": len(again),
@@ -163,7 +163,10 @@ def test_truncated_rows_and_every_document_accounted_for(
 def test_min_chars_counts_normalised_text(tokenizer: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["ab" + " " * 50, *sentences(20)])
     stage = stage_for(path, tokenizer, min_chars=10, heldout_fraction=0.0)
-    assert stage.prepare(tmp_path / "work").rejects == {"packing_remainder": 1, "too_short": 1}
+    assert stage.work.prepare(stage, tmp_path / "work").rejects == {
+        "packing_remainder": 1,
+        "too_short": 1,
+    }
 
 
 @pytest.mark.parametrize("mode", ["pack", "truncate"])
@@ -178,7 +181,7 @@ def test_bytes_do_not_depend_on_segments_or_on_how_files_are_cut(
     found = []
     for number, (stage, segment_bytes) in enumerate(((one, 1 << 20), (one, TINY), (parts, 2000))):
         work = tmp_path / f"work-{number}"
-        prepared = stage.prepare(work, segment_bytes=segment_bytes)
+        prepared = stage.work.prepare(stage, work, segment_bytes=segment_bytes)
         found.append(as_bytes(all_rows(stage, work, prepared)))
     assert found[0] == found[1] == found[2]
 
@@ -194,7 +197,9 @@ def test_duplicates_never_straddle_the_split_and_more_text_moves_nothing(
     )
     splits = []
     for stage, name in ((few, "w1"), (more, "w2")):
-        rows = all_rows(stage, tmp_path / name, stage.prepare(tmp_path / name, segment_bytes=TINY))
+        rows = all_rows(
+            stage, tmp_path / name, stage.work.prepare(stage, tmp_path / name, segment_bytes=TINY)
+        )
         splits.append({row.sample_id: row.split for row in rows})
         assert len(splits[-1]) == len(rows)
     assert set(splits[0].values()) == {"train", "heldout"}
@@ -207,16 +212,16 @@ def test_done_work_is_not_done_again_and_another_config_never_meets_it(
     path = write_jsonl(tmp_path / "a.jsonl", sentences(60))
     work = tmp_path / "work"
     stage = stage_for(path, tokenizer)
-    prepared = stage.prepare(work, segment_bytes=TINY)
+    prepared = stage.work.prepare(stage, work, segment_bytes=TINY)
     stamps = {file: file.stat().st_mtime_ns for file in work.rglob("*.*")}
-    assert stage.prepare(work, segment_bytes=TINY) == prepared
+    assert stage.work.prepare(stage, work, segment_bytes=TINY) == prepared
     assert {file: file.stat().st_mtime_ns for file in work.rglob("*.*")} == stamps
     assert sorted(file.name for file in work.iterdir()) == ["prepared.json", "rows", "work.json"]
     other = stage_for(path, tokenizer, length=8)
-    rows = all_rows(other, work, other.prepare(work, segment_bytes=TINY))
+    rows = all_rows(other, work, other.work.prepare(other, work, segment_bytes=TINY))
     assert {len(row.input_ids_T) for row in rows} == {8}
     write_jsonl(path, sentences(30))
-    assert other.prepare(work, segment_bytes=TINY).documents_read == 30
+    assert other.work.prepare(other, work, segment_bytes=TINY).documents_read == 30
 
 
 def test_interrupted_reading_goes_on_where_it_stopped(tokenizer: Path, tmp_path: Path) -> None:
@@ -226,14 +231,14 @@ def test_interrupted_reading_goes_on_where_it_stopped(tokenizer: Path, tmp_path:
     path.write_bytes(good[:-2] + b"]\n")  # same size; the last line breaks the run
     stamp = path.stat().st_mtime_ns
     with pytest.raises(ConfigError, match="line 600: not valid JSON"):
-        stage.prepare(work, segment_bytes=20_000)
+        stage.work.prepare(stage, work, segment_bytes=20_000)
     finished = {file: file.stat().st_mtime_ns for file in (work / "documents").iterdir()}
     assert len(finished) > 1
     path.write_bytes(good)
     os.utime(path, ns=(stamp, stamp))
-    prepared = stage.prepare(work, segment_bytes=20_000)
+    prepared = stage.work.prepare(stage, work, segment_bytes=20_000)
     assert prepared.documents_read == 600
-    fresh = stage.prepare(tmp_path / "fresh", segment_bytes=20_000)
+    fresh = stage.work.prepare(stage, tmp_path / "fresh", segment_bytes=20_000)
     assert prepared == fresh
     assert as_bytes(all_rows(stage, work, prepared)) == as_bytes(
         all_rows(stage, tmp_path / "fresh", fresh)
@@ -246,7 +251,7 @@ import sys
 from pathlib import Path
 from stages.sources.documents.stage import IngestStage
 stage = IngestStage.model_validate_json(sys.argv[1])
-stage.prepare(Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
+stage.work.prepare(stage, Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
 """
 
 
@@ -254,7 +259,7 @@ stage.prepare(Path(sys.argv[2]), segment_bytes=int(sys.argv[3]))
 def test_killed_at_any_point_the_bytes_are_the_same(tokenizer: Path, tmp_path: Path) -> None:
     stage = stage_for(write_jsonl(tmp_path / "a.jsonl", sentences(3000)), tokenizer)
     whole, work = tmp_path / "whole", tmp_path / "work"
-    expected = stage.prepare(whole, segment_bytes=20_000)
+    expected = stage.work.prepare(stage, whole, segment_bytes=20_000)
     command = [sys.executable, "-c", RUN, stage.model_dump_json(), str(work), "20000"]
     kills = 0
     for pattern in (f"{name}.arrow" for name in POINTS):
@@ -265,7 +270,7 @@ def test_killed_at_any_point_the_bytes_are_the_same(tokenizer: Path, tmp_path: P
             process.send_signal(signal.SIGKILL)
     assert kills >= 3
     subprocess.run(command, check=True)
-    prepared = stage.prepare(work, segment_bytes=20_000)
+    prepared = stage.work.prepare(stage, work, segment_bytes=20_000)
     assert prepared == expected
     assert as_bytes(all_rows(stage, work, prepared)) == as_bytes(all_rows(stage, whole, expected))
 
@@ -277,7 +282,7 @@ def test_reading_before_preparing_or_after_damage_is_a_store_error(
     work = tmp_path / "work"
     with pytest.raises(StoreError, match="holds no complete ingest"):
         list(stage.read(work, 0))
-    stage.prepare(work)
+    stage.work.prepare(stage, work)
     file = next((work / "rows").iterdir())
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(StoreError, match=r"delete .* and run again"):
@@ -301,7 +306,10 @@ def test_max_rows_shares_itself_between_the_splits() -> None:
 def test_max_rows_keeps_the_first_rows_and_counts_the_rest(tokenizer: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", sentences(60))
     whole, part = stage_for(path, tokenizer), stage_for(path, tokenizer, max_rows=12)
-    all_prepared, prepared = whole.prepare(tmp_path / "all"), part.prepare(tmp_path / "part")
+    all_prepared, prepared = (
+        whole.work.prepare(whole, tmp_path / "all"),
+        part.work.prepare(part, tmp_path / "part"),
+    )
     everything = as_bytes(all_rows(whole, tmp_path / "all", all_prepared))
     kept = as_bytes(all_rows(part, tmp_path / "part", prepared))
     for split in ("train", "heldout"):

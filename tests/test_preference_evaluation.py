@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from pipeline.plan import Model, PlannedStep, check_judge
+from pipeline.plan import Model, PlannedStep
 from pipeline.recipe import Execution
 from pipeline.report import print_results
 from pipeline.run import run_plan
@@ -30,6 +30,7 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from stages.models.causal_lm.response_measures import without_repeats
 from stages.models.checkpoints.checkpoint import read_checkpoint
+from stages.stage import TableRef
 from stages.student.evaluate_preferences.results import PreferenceReport
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.evaluate_preferences.work import Judge, PreferenceOptions, evaluate_preferences
@@ -453,15 +454,21 @@ STEP: dict[str, Any] = {
 }
 
 
+def models_of(stage: PreferenceEvaluationStage) -> list[str]:
+    """The models that a step loads, each once."""
+    return list(dict.fromkeys(name for _, name in stage.named(stage.RUNS)))
+
+
 def test_a_step_says_which_models_it_loads_and_in_which_roles() -> None:
     stage = PreferenceEvaluationStage.model_validate(STEP)
     assert stage.measured == ("dpo", "adpa", "sft")
-    assert stage.all_models == ("dpo", "adpa", "sft", "teacher")
+    assert models_of(stage) == ["dpo", "adpa", "sft", "teacher"]
     judge = {"teacher": 3, "reference": 2, "beta": 0.5}
-    assert stage.roles == {"students": [0, 1], "baseline": 2, "judge": judge}
+    roles = {"students": [0, 1], "baseline": 2, "judge": judge}
+    assert stage.hashed()["config"]["roles"] == roles
     inside = PreferenceEvaluationStage.model_validate({**STEP, "baseline": "adpa", "judge": None})
-    assert inside.all_models == ("dpo", "adpa")
-    assert inside.roles == {"students": [0, 1], "baseline": 1}
+    assert models_of(inside) == ["dpo", "adpa"]
+    assert inside.hashed()["config"]["roles"] == {"students": [0, 1], "baseline": 1}
     assert {"students", "baseline", "data", "judge"} == set(stage.NOT_HASHED)
 
 
@@ -495,7 +502,7 @@ def planned(made: Made, *tables: tuple[str, str], folder: Path) -> PlannedStep:
     body = {**STEP, "students": ["dpo"], "data": ["pairs", *names], "judge": judge}
     stage: Any = PreferenceEvaluationStage.model_validate({**body, "max_tokens": MAX_TOKENS})
     inputs = (source("pairs", {}), *(source(name, {by: model(by)}) for name, by in tables))
-    models = {name: model(name) for name in stage.all_models}
+    models = {name: model(name) for name in models_of(stage)}
     return PlannedStep("results", stage, {}, "f" * 64, folder, inputs, models)
 
 
@@ -524,8 +531,13 @@ def test_a_plan_holds_the_judges_tables_to_its_models(made: Made, tmp_path: Path
 
     def check(*tables: tuple[str, str], **models: Model) -> None:
         step = planned(made, *tables, folder=tmp_path / "results")
-        stage: Any = step.stage
-        check_judge(stage, step.inputs, {**step.models, **models}, "steps.results")
+        made_by = [next((m.identity for m in s.models.values()), None) for s in step.inputs]
+        refs = [
+            TableRef(source.name, PREFERENCE_PAIRS, maker)
+            for source, maker in zip(step.inputs, made_by, strict=True)
+        ]
+        identities = {name: model.identity for name, model in {**step.models, **models}.items()}
+        step.stage.check(refs, identities)
 
     check()
     check(teacher, reference)

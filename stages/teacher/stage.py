@@ -1,6 +1,6 @@
 """Step ``teacher_align``: preference pairs -> an aligned teacher, by DPO (arXiv 2305.18290).
 
-Planned without torch; ``stages.teacher.work`` is the work, and hands it to TRL. The step makes a
+The step makes a
 checkpoint that later steps name as their model; its own model is the reference of all advantages.
 """
 
@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.stage import StageConfig
+from stages.stage import FolderStage, Kind, StageConfig
 
 
 class AlignConfig(StageConfig):
@@ -35,11 +35,14 @@ class AlignConfig(StageConfig):
         return self
 
 
-class TeacherAlignStage(AlignConfig):
+class TeacherAlignStage(AlignConfig, FolderStage):
     """Align ``model`` on the train rows of ``data``, a step that writes preference pairs."""
 
+    KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("model", "data")
+    READS: ClassVar[tuple[str, ...]] = ("data",)
+    RUNS: ClassVar[tuple[str, ...]] = ("model",)
 
     stage: Literal["teacher_align"]
     model: str

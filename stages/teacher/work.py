@@ -43,7 +43,8 @@ from stages.models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
-from stages.teacher.stage import AlignConfig
+from stages.stage import StepJob
+from stages.teacher.stage import AlignConfig, TeacherAlignStage
 from stages.teacher.trl_trainer import train_on_pairs
 
 F64Array = npt.NDArray[np.float64]
@@ -58,6 +59,19 @@ class AlignResult:
     output: Path
     fingerprint: str
     metrics: Mapping[str, Mapping[str, float]]
+
+
+def make(stage: TeacherAlignStage, job: StepJob) -> None:
+    """Align the teacher of a step."""
+    align(
+        stage,
+        model=job.models[stage.model].path,
+        pairs=job.tables[0],
+        output=job.output,
+        fingerprint=job.fingerprint,
+        identity=job.identity,
+        on_event=job.trained,
+    )
 
 
 def align(

@@ -22,6 +22,7 @@ METRICS = "metrics.json"
 CHECKPOINTS = "checkpoints"
 RUN = "run.json"
 WHOLE = "whole"
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,12 @@ def write_checkpoint(folder: Path, record: CheckpointRecord) -> None:
             files[path.relative_to(folder).as_posix()] = sha256_of(path)
     body = asdict(record) | {"files": files}
     write_text(folder / CHECKPOINT, json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+
+def write_evaluation(folder: Path, body: Mapping[str, Any], record: CheckpointRecord) -> None:
+    """Write a report, ``evaluation.json`` with every number, then its record."""
+    write_text(folder / EVALUATION, json.dumps(body, indent=1) + "\n")
+    write_checkpoint(folder, record)
 
 
 def read_checkpoint(folder: Folder) -> CheckpointRecord | None:

@@ -3,14 +3,10 @@
 ``model`` is the aligned teacher, ``reference`` the teacher that the alignment started from; both
 score every position of the responses (ADPA, arXiv 2502.17927). What each support keeps is in
 ``schemas.tables.advantages``.
-
-This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
-``stages.signals.advantages.work`` is the work.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,7 +16,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
+from stages.stage import Estimate, StageConfig, StageContext, TableRef, TableStage
 
 _HEAD_FILES = ("head.safetensors", "head.json")
 
@@ -74,6 +70,7 @@ class AdvantagesStage(TableStage):
         "reference",
         "allow_equal_models",
     )
+    RUNS: ClassVar[tuple[str, ...]] = ("model", "reference")
 
     stage: Literal["advantages"]
     reference: str
@@ -96,10 +93,16 @@ class AdvantagesStage(TableStage):
         """``advantages`` in the variant that the support names."""
         return SUPPORTS[self.support.kind]
 
-    @property
-    def partner_models(self) -> tuple[str, ...]:
-        """The reference reads the same ids as the aligned teacher."""
-        return (self.reference,)
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a reference that is the aligned teacher itself, too."""
+        super().check(tables, models)
+        same = models[self.model] == models[self.reference]
+        if same and not self.allow_equal_models:
+            raise ConfigError(
+                f"reference: '{self.reference}' is the aligned teacher '{self.model}' itself, so "
+                f"all advantages would be 0: name the model that it was aligned from, or set "
+                f"allow_equal_models"
+            )
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -139,11 +142,3 @@ class AdvantagesStage(TableStage):
                 per_position = 2 * 4.0 * hidden_size * 0.93
         positions = source.num_positions
         return Estimate(positions, math.ceil(positions * per_position))
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the engines; the work scores one shard of responses."""
-        from stages.signals.advantages.work import opened_scorer  # loads torch and the engines
-
-        with opened_scorer(self, context) as work:
-            yield work

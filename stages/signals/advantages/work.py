@@ -68,7 +68,7 @@ _HIDDEN = ("teacher_hidden_PD", "reference_hidden_PR")
 
 
 @contextmanager
-def opened_scorer(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
     """Open both models; the work scores one shard of responses."""
     models = context.models[stage.model], context.models[stage.reference]
     _refuse_unlike_vocabularies(stage, models)

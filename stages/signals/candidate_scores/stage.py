@@ -1,18 +1,13 @@
 """Stage ``candidate_scores``: episodes -> the teacher's log-prob of each candidate answer.
-
-This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
-``stages.signals.candidate_scores.work`` is the work and says what it costs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.candidate_scores import CANDIDATE_SCORES
 from schemas.tables.episodes import EPISODES
-from stages.stage import Estimate, StageContext, TableStage, Work
+from stages.stage import Estimate, StageContext, TableStage
 
 _CANDIDATES_A_ROW = 6
 
@@ -41,11 +36,3 @@ class CandidateScoresStage(TableStage):
         """Guess: a handful of candidates a row, each a float32 and a small number."""
         positions = source.num_rows * _CANDIDATES_A_ROW
         return Estimate(positions, positions * 5 + source.num_rows * 30)
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the engine; the work scores one shard of episodes."""
-        from stages.signals.candidate_scores.work import opened_scorer  # loads torch and the engine
-
-        with opened_scorer(self, context) as work:
-            yield work

@@ -35,7 +35,7 @@ F64Array = npt.NDArray[np.float64]
 
 
 @contextmanager
-def opened_scorer(stage: CandidateScoresStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: CandidateScoresStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of episodes."""
     model = context.models[stage.model]
     with open_model(model, context.engine, share_prefixes=True) as engine:

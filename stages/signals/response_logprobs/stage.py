@@ -1,13 +1,8 @@
 """Stage ``response_logprobs``: pairs or responses -> a model's log-prob of each response.
 
 Of preference pairs both responses are scored, chosen first; of ``responses`` all of a row.
-
-This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
-``stages.signals.response_logprobs.work`` is the work.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from schemas.storage.manifest import Manifest
@@ -15,7 +10,7 @@ from schemas.table import BoundTable, Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageContext, TableStage, Work
+from stages.stage import Estimate, StageContext, TableStage
 
 
 class ResponseLogprobsStage(TableStage):
@@ -39,13 +34,3 @@ class ResponseLogprobsStage(TableStage):
         """Guess: two responses a row, each a float32 and a small number."""
         positions = source.num_rows * 2
         return Estimate(positions, positions * 6 + source.num_rows * 26)
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the engine; the work scores one shard of pairs or responses."""
-        from stages.signals.response_logprobs.work import (
-            opened_scorer,  # loads torch and the engine
-        )
-
-        with opened_scorer(self, context) as work:
-            yield work

@@ -25,7 +25,7 @@ F64Array = npt.NDArray[np.float64]
 
 
 @contextmanager
-def opened_scorer(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of pairs or responses."""
     model = context.models[stage.model]
     with open_model(model, context.engine, share_prefixes=True) as engine:

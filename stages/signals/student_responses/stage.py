@@ -1,16 +1,11 @@
 """Stage ``student_responses``: preference pairs -> what a student answers to their prompts.
 
-This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
-``stages.signals.student_responses.work`` is the work and says what it costs.
-
 ADPA (arXiv 2502.17927) trains on the student's own responses: the SFT student's, and for ADPA+ the
 one's that DCKD made. Its authors decode greedily, keep the text and tokenise it again; here the
 ids that were generated are kept.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,7 +15,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageContext, TableStage, Work
+from stages.stage import Estimate, StageContext, TableStage
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and takes next to 0 for greedy
 
@@ -79,13 +74,3 @@ class StudentResponsesStage(TableStage):
         per_position = id_bytes + 4.0 + self.top_k * (id_bytes + 1.8)
         prompts = source.num_tokens / 3 * id_bytes
         return Estimate(positions, math.ceil(positions * per_position + prompts))
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the student; the work answers one shard of pairs."""
-        from stages.signals.student_responses.work import (
-            opened_generator,  # loads torch and the engine
-        )
-
-        with opened_generator(self, context) as work:
-            yield work

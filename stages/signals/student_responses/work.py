@@ -32,7 +32,7 @@ from stages.stage import Rejected, StageContext, Work
 
 
 @contextmanager
-def opened_generator(stage: StudentResponsesStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: StudentResponsesStage, context: StageContext) -> Iterator[Work]:
     """Start the generator of ``stage.model``; the work answers one shard of pairs."""
     model = context.models[stage.model]
     decoding = Decoding(

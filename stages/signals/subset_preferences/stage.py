@@ -1,15 +1,10 @@
 """Stage ``subset_preferences``: episodes -> how well the teacher does with fewer demonstrations.
 
-This file is the stage's configuration, so that ``plan`` and ``status`` start without torch;
-``stages.signals.subset_preferences.work`` is the work and says what it costs.
-
 BiAlign (arXiv 2312.17055) draws the subsets at random (v2, section 3.2) or with different numbers
 of demonstrations that are like the test input (v3). It does so inside the training loop; here the
 draw is made once, from ``seed`` and the episode's content, and stored.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -18,7 +13,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.episodes import EPISODES
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES
-from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
+from stages.stage import Estimate, StageConfig, StageContext, TableStage
 
 
 class UniformSampler(StageConfig):
@@ -52,6 +47,7 @@ class SubsetPreferencesStage(TableStage):
 
     VERSION: ClassVar[int] = 1
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (EPISODES,)
+    ALSO_RUNS: ClassVar[tuple[str, ...]] = ("sampler.encoder",)
 
     stage: Literal["subset_preferences"]
     num_subsets: int = Field(default=4, ge=2)
@@ -64,11 +60,6 @@ class SubsetPreferencesStage(TableStage):
         """``subset_preferences``."""
         return SUBSET_PREFERENCES
 
-    @property
-    def other_models(self) -> tuple[str, ...]:
-        """The sentence encoder, where there is one."""
-        return (self.sampler.encoder,) if isinstance(self.sampler, SimilaritySampler) else ()
-
     def bind(self, context: StageContext) -> BoundTable[Any]:
         """No column depends on the model."""
         return SUBSET_PREFERENCES.bind(vocab_size=context.vocab_size)
@@ -77,13 +68,3 @@ class SubsetPreferencesStage(TableStage):
         """N scores a row, with the indices of some three demonstrations each."""
         positions = source.num_rows * self.num_subsets
         return Estimate(positions, positions * 10 + source.num_rows * 30)
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the engine; the work scores one shard of episodes."""
-        from stages.signals.subset_preferences.work import (
-            opened_scorer,  # loads torch and the engine
-        )
-
-        with opened_scorer(self, context) as work:
-            yield work

@@ -29,7 +29,7 @@ from stages.stage import Rejected, StageContext, Work
 
 
 @contextmanager
-def opened_scorer(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of episodes."""
     model = context.models[stage.model]
     similarity = None

@@ -1,14 +1,9 @@
 """Stage ``teacher_logits``: token sequences -> what the teacher predicts at every position.
 
 Of documents and episodes every position is scored, of preference pairs those of the two responses.
-
-This file is the stage's configuration and what the planner needs of it, so that ``plan`` and
-``status`` start without torch; ``stages.signals.teacher_logits.work`` is the work.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +15,7 @@ from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS
-from stages.stage import Estimate, StageConfig, StageContext, TableStage, Work
+from stages.stage import Estimate, StageConfig, StageContext, TableStage
 
 EXACT_FILES = ("head.safetensors", "head.json")
 
@@ -100,11 +95,3 @@ class TeacherLogitsStage(TableStage):
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows
         return Estimate(positions, math.ceil(positions * per_position))
-
-    @contextmanager
-    def open(self, context: StageContext) -> Iterator[Work]:
-        """Start the engine; the work scores one shard."""
-        from stages.signals.teacher_logits.work import opened_scorer  # loads torch and the engine
-
-        with opened_scorer(self, context) as work:
-            yield work

@@ -52,7 +52,7 @@ FLOAT16_MAX = 65504.0
 
 
 @contextmanager
-def opened_scorer(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
+def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
     model = context.models[stage.model]
     of_pairs = context.input_table == PREFERENCE_PAIRS.name

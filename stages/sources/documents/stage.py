@@ -1,27 +1,19 @@
 """Stage ``ingest``: text from files or the hub -> the ``documents`` table of token ids.
 
-This file is the stage's configuration and reads what is prepared, so that ``plan`` and ``status``
-start without ``datasets`` and ``transformers``; ``stages.sources.documents.work`` is the work.
-
 ``pack`` joins documents, each followed by the end-of-sequence token, and cuts the stream into rows
 of exactly ``length`` tokens; the last piece of each split, shorter than that, is dropped and
 counted as ``packing_remainder``. ``truncate`` makes one row of each document's first ``length``
 tokens.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from schemas.table import Table
-from schemas.tables.documents import DOCUMENTS, Document
-from stages.sources.documents.prepared import PreparedSource, read_shard_rows
+from schemas.tables.documents import DOCUMENTS
 from stages.sources.reading.source import Source
-from stages.stage import OnProgress, SourceStage
-
-SEGMENT_BYTES = 32 << 20  # of text held in memory at a time; changes no byte of the output
+from stages.stage import SourceStage
 
 
 class IngestStage(SourceStage):
@@ -53,27 +45,3 @@ class IngestStage(SourceStage):
         """Return what is read of the source, and name, size and sha256 of each file, in order."""
         settings = self.source.model_dump(mode="json", exclude={"paths"})
         return {"source": settings | {"files": self.source.identity()}}
-
-    def prepare(
-        self,
-        work_dir: Path,
-        *,
-        segment_bytes: int = SEGMENT_BYTES,
-        on_progress: OnProgress | None = None,
-    ) -> PreparedSource:
-        """Do all the work, in ``work_dir``; returns at once where it is done already.
-
-        ``on_progress`` is given a line of text each time a piece of the work is on disk.
-
-        Resumes after an interruption, and starts afresh when the configuration or an input file
-        (by size and time of change) is another one. Not for two processes at once.
-        """
-        from stages.sources.documents.work import (
-            Preparation,  # loads datasets, polars, transformers
-        )
-
-        return Preparation(self, work_dir, segment_bytes, on_progress).run()
-
-    def read(self, work_dir: Path, index: int) -> Iterator[Document]:
-        """Yield the rows of shard ``index`` of a prepared ``work_dir``."""
-        yield from read_shard_rows(work_dir, index)

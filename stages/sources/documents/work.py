@@ -19,14 +19,20 @@ fifth was distinct took 340 CPU seconds.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from schemas.errors import ConfigError
 from schemas.storage.files import write_text
-from schemas.tables.documents import SPLITS
+from schemas.tables.documents import SPLITS, Document
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.sources.documents.document_spool import spool_documents
-from stages.sources.documents.prepared import PreparedSource, read_prepared, write_prepared
+from stages.sources.documents.prepared import (
+    PreparedSource,
+    read_prepared,
+    read_shard_rows,
+    write_prepared,
+)
 from stages.sources.documents.sequence_spool import spool_sequences
 from stages.sources.documents.sequences import ROWS, SCHEMA, count_rows, range_path, write_sequences
 from stages.sources.documents.spool import KEY, Spool, num_ranges
@@ -37,10 +43,31 @@ from stages.sources.reading.source import COMPRESSIONS, HubRows, Source
 from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
 
+SEGMENT_BYTES = 32 << 20  # of text held in memory at a time; changes no byte of the output
 DOCUMENTS, SEQUENCES = "documents", "sequences"
 WORK = "work.json"  # names what the work in progress belongs to; written first
 _HUB_BYTES = 64 << 30  # the size of a hub data set is not known beforehand
 _GROWTH = 4  # text in memory per byte on disk, of a compressed file
+
+
+def prepare(
+    stage: IngestStage,
+    work_dir: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    segment_bytes: int = SEGMENT_BYTES,
+) -> PreparedSource:
+    """Do all the work, in ``work_dir``; returns at once where it is done already.
+
+    Resumes after an interruption, and starts afresh when the configuration or an input file (by
+    size and time of change) is another one. ``segment_bytes`` of text are held in memory at a time.
+    """
+    return Preparation(stage, work_dir, segment_bytes, on_progress).run()
+
+
+def read(work_dir: Path, index: int) -> Iterator[Document]:
+    """Yield the rows of one shard, in order; raises StoreError where nothing is prepared."""
+    yield from read_shard_rows(work_dir, index)
 
 
 class Preparation:

@@ -1,8 +1,5 @@
 """Stage ``episodes``: few-shot tasks -> the ``episodes`` table of demonstrations, query and answer.
 
-This file is the stage's configuration, so that ``plan`` and ``status`` start without ``datasets``,
-``polars`` and ``transformers``; ``stages.sources.episodes.work`` is the work.
-
 Two paradigms (In-context Learning Distillation, arXiv 2212.10670, figures 1 and 2). ``meta``: train
 on the tasks that are not ``targets``. ``multitask``: train on ``support`` examples of each target.
 In both, the held-out split is the targets' other examples, each asked after demonstrations from the
@@ -15,18 +12,15 @@ demonstrations. Held-out episodes are always resampled. Draws are made once and 
 papers redraw in every epoch, give ``draws`` as many.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from schemas.table import Table
-from schemas.tables.episodes import EPISODES, Episode
+from schemas.tables.episodes import EPISODES
 from stages.sources.episodes.templates import EpisodeTemplate, TemplateName
-from stages.sources.prepared import PreparedShards
 from stages.sources.tasks.sources import TaskSource
-from stages.stage import OnProgress, SourceStage, StageConfig
+from stages.stage import SourceStage, StageConfig
 
 
 class DemonstrationRange(StageConfig):
@@ -109,19 +103,3 @@ class EpisodesStage(SourceStage):
         return {
             "sources": [source.settings() | {"files": source.identity()} for source in self.sources]
         }
-
-    def prepare(self, work_dir: Path, *, on_progress: OnProgress | None = None) -> PreparedShards:
-        """Make all episodes, in ``work_dir``; returns at once where they are made already.
-
-        Tasks are held in memory. Starts afresh when the configuration, a file or the tokenizer is
-        another one; raises ConfigError for a bad row or a task with too few examples.
-        """
-        from stages.sources.episodes.work import prepare_episodes  # loads heavy libraries
-
-        return prepare_episodes(self, work_dir, on_progress or (lambda line: None))
-
-    def read(self, work_dir: Path, index: int) -> Iterator[Episode]:
-        """Yield the rows of shard ``index`` of a prepared ``work_dir``."""
-        from stages.sources.episodes.work import read_episodes
-
-        yield from read_episodes(work_dir, index)

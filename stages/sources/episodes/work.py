@@ -27,14 +27,15 @@ from stages.sources.tasks.readers import read_tasks
 from stages.stage import OnProgress
 
 
-def prepare_episodes(
-    stage: EpisodesStage, work_dir: Path, on_progress: OnProgress
-) -> PreparedShards:
-    """Return the shards, made before or now; raises ConfigError where no row can be made."""
+def prepare(stage: EpisodesStage, work_dir: Path, on_progress: OnProgress) -> PreparedShards:
+    """Return the shards, made before or now; tasks are held in memory.
+
+    Raises ConfigError for a bad row, a task with too few examples or where no row can be made.
+    """
     return prepare_rows(EPISODES, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
 
-def read_episodes(work_dir: Path, index: int) -> Iterator[Episode]:
+def read(work_dir: Path, index: int) -> Iterator[Episode]:
     """Yield the rows of one shard, in order; raises StoreError where nothing is prepared."""
     yield from PreparedRows(EPISODES, work_dir).read(index)
 

@@ -1,25 +1,19 @@
 """Stage ``preference_pairs``: prompts with two responses each -> the ``preference_pairs`` table.
 
-This file is the stage's configuration, so that ``plan`` and ``status`` start without ``datasets``,
-``polars`` and ``transformers``; ``stages.sources.preference_pairs.work`` is the work.
-
 Data as DPO, DCKD and ADPA (arXiv 2502.17927, section 4.1) take it: the prompt is all turns but the
 last, the response the last one. Where we differ from the published code: the chat template is
 applied once, to text, and ids are kept, so no model sees a second BOS; the token that ends the
 assistant's turn is part of a finished response; a response cut to length is marked as such.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from schemas.table import Table
-from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from stages.sources.prepared import PreparedShards
+from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.sources.reading.source import HubData, RowFiles
-from stages.stage import OnProgress, SourceStage, StageConfig
+from stages.stage import SourceStage, StageConfig
 
 
 class PairColumns(StageConfig):
@@ -84,19 +78,3 @@ class PreferencePairsStage(SourceStage):
     def source_identity(self) -> dict[str, Any]:
         """Return what is read of the source, and name, size and sha256 of each file, in order."""
         return {"source": settings_of(self.source)}
-
-    def prepare(self, work_dir: Path, *, on_progress: OnProgress | None = None) -> PreparedShards:
-        """Make all rows, in ``work_dir``; returns at once where they are made already.
-
-        Rows are held in memory. Starts afresh when the configuration, a file or the tokenizer is
-        another one; raises ConfigError for a malformed record or where no row is left.
-        """
-        from stages.sources.preference_pairs.work import prepare_pairs  # loads heavy libraries
-
-        return prepare_pairs(self, work_dir, on_progress or (lambda line: None))
-
-    def read(self, work_dir: Path, index: int) -> Iterator[PreferencePair]:
-        """Yield the rows of shard ``index`` of a prepared ``work_dir``."""
-        from stages.sources.preference_pairs.work import read_prepared_pairs
-
-        yield from read_prepared_pairs(work_dir, index)

@@ -24,14 +24,15 @@ from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
 
 
-def prepare_pairs(
-    stage: PreferencePairsStage, work_dir: Path, on_progress: OnProgress
-) -> PreparedShards:
-    """Return the shards, made before or now; raises ConfigError where a split has no row."""
+def prepare(stage: PreferencePairsStage, work_dir: Path, on_progress: OnProgress) -> PreparedShards:
+    """Return the shards, made before or now; rows are held in memory.
+
+    Raises ConfigError for a malformed record or where a split has no row.
+    """
     return prepare_rows(PREFERENCE_PAIRS, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
 
-def read_prepared_pairs(work_dir: Path, index: int) -> Iterator[PreferencePair]:
+def read(work_dir: Path, index: int) -> Iterator[PreferencePair]:
     """Yield the rows of one shard, in order; raises StoreError where nothing is prepared."""
     yield from PreparedRows(PREFERENCE_PAIRS, work_dir).read(index)
 

@@ -4,18 +4,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from stages.stage import StageConfig
+from stages.stage import FolderStage, Kind
 
 
-class EvaluateStage(StageConfig):
+class EvaluateStage(FolderStage):
     """Measure ``students`` (checkpoint steps or models) on the held-out rows of ``data``.
 
     ``data`` is documents or episodes first, then tables about them. ``score`` is how candidates of
     several tokens are compared: by mean or by sum of log-probs.
     """
 
+    KIND: ClassVar[Kind] = "report"
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "data")
+    READS: ClassVar[tuple[str, ...]] = ("data",)
+    RUNS: ClassVar[tuple[str, ...]] = ("students",)
 
     stage: Literal["evaluate"]
     students: tuple[str, ...] = Field(min_length=1)

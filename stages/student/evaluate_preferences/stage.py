@@ -1,10 +1,12 @@
 """Stage ``evaluate_preferences``: which students are compared on held-out pairs, and who judges."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.stage import StageConfig
+from schemas.errors import ConfigError
+from stages.stage import FolderStage, Kind, StageConfig, TableRef
 
 
 class JudgeConfig(StageConfig):
@@ -24,7 +26,7 @@ class JudgeConfig(StageConfig):
         return self
 
 
-class PreferenceEvaluationStage(StageConfig):
+class PreferenceEvaluationStage(FolderStage):
     """Measure ``students`` on held-out preference pairs, beside ``baseline`` and under ``judge``.
 
     ``data`` is the pairs, then none or two tables of ``response_logprobs`` about them: those of the
@@ -32,8 +34,11 @@ class PreferenceEvaluationStage(StageConfig):
     which rows are shown.
     """
 
+    KIND: ClassVar[Kind] = "report"
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "baseline", "data", "judge")
+    READS: ClassVar[tuple[str, ...]] = ("data",)
+    RUNS: ClassVar[tuple[str, ...]] = ("students", "baseline", "judge.teacher", "judge.reference")
 
     stage: Literal["evaluate_preferences"]
     students: tuple[str, ...] = Field(min_length=1)
@@ -55,16 +60,13 @@ class PreferenceEvaluationStage(StageConfig):
         """The students, and the baseline where it is none of them."""
         return tuple(dict.fromkeys((*self.students, self.baseline)))
 
-    @property
-    def all_models(self) -> tuple[str, ...]:
-        """Every model that is loaded, each once."""
-        judges = (self.judge.teacher, self.judge.reference) if self.judge else ()
-        return tuple(dict.fromkeys((*self.measured, *judges)))
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content, with which of its models is what.
 
-    @property
-    def roles(self) -> dict[str, Any]:
-        """Which of ``all_models`` is what, without names: hashed in the place of the names."""
-        place = {name: index for index, name in enumerate(self.all_models)}
+        Models are named by their place among all, as their names are not hashed.
+        """
+        names = dict.fromkeys(name for _, name in self.named(self.RUNS))
+        place = {name: index for index, name in enumerate(names)}
         roles: dict[str, Any] = {
             "students": [place[name] for name in self.students],
             "baseline": place[self.baseline],
@@ -75,7 +77,29 @@ class PreferenceEvaluationStage(StageConfig):
                 "reference": place[self.judge.reference],
                 "beta": self.judge.beta,
             }
-        return roles
+        body = super().hashed()
+        body["config"]["roles"] = roles
+        return body
+
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a judge that is one model twice, and tables that are not its own.
+
+        The two tables are told apart by their order, and held to the models that make them.
+        """
+        if self.judge is None:
+            return
+        judges = (self.judge.teacher, self.judge.reference)
+        if models[judges[0]] == models[judges[1]]:
+            raise ConfigError(
+                f"judge: teacher '{judges[0]}' and reference '{judges[1]}' are one model, so "
+                f"every reward would be 0: name the model that was aligned and the one before"
+            )
+        for table, name in zip(tables[1:], judges, strict=False):
+            if table.made_by != models[name]:
+                raise ConfigError(
+                    f"data: '{table.step}' was not scored by '{name}': after the pairs come "
+                    f"the scores of '{judges[0]}', then those of '{judges[1]}'"
+                )
 
 
 def judge_tables_problem(num_tables: int, *, has_judge: bool) -> str:

@@ -1,10 +1,10 @@
-"""How good students are after preference training, on held-out pairs and by their own responses.
+"""The work of ``evaluate_preferences``: on held-out pairs, and by the students' own responses.
 
 Every student answers every prompt greedily, and is asked how likely it finds the two responses of
 the data. A judge, an aligned teacher and its reference, rewards all responses by its log-ratio (see
-``preference_metrics``); this is the one place where the two are run live. Their scores of the
-data's responses come from ``response_logprobs`` tables where such are given. What is reported is
-listed in ``preference_results``.
+``causal_lm.implicit_rewards``); this is the one place where the two are run live. Their scores of
+the data's responses come from ``response_logprobs`` tables where such are given. What is reported
+is listed in ``results``.
 
 All runs in float32. Two models at most are in memory: the baseline with one student, then the
 judge's two in turn. Responses of equal tokens are scored once, so that they tie.
@@ -36,6 +36,8 @@ from stages.models.causal_lm.response_measures import (
     without_repeats,
 )
 from stages.models.causal_lm.sequence_logprobs import Continuations
+from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
+from stages.stage import StepJob
 from stages.student.evaluate.positions import device_of
 from stages.student.evaluate_preferences.results import (
     Answered,
@@ -44,6 +46,7 @@ from stages.student.evaluate_preferences.results import (
     make_report,
 )
 from stages.student.evaluate_preferences.rows import HeldOutPairs, read_pairs
+from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.options import TrainOptions
 
 Array = npt.NDArray[Any]
@@ -67,6 +70,26 @@ class PreferenceOptions:
     max_tokens: int = 64
     batch_size: int = 8
     seed: int = 0
+
+
+def make(stage: PreferenceEvaluationStage, job: StepJob) -> None:
+    """Measure the students side by side; ``evaluation.json`` has win rates and examples too."""
+    folders = {name: model.path for name, model in job.models.items()}
+    judge = None
+    if stage.judge is not None:
+        teacher, reference = folders[stage.judge.teacher], folders[stage.judge.reference]
+        judge = Judge(teacher, reference, stage.judge.beta)
+    report = evaluate_preferences(
+        {name: folders[name] for name in stage.measured},
+        job.tables,
+        baseline=stage.baseline,
+        judge=judge,
+        options=PreferenceOptions(stage.max_tokens, stage.batch_size, stage.seed),
+        on_progress=job.said,
+    )
+    metrics = report.students
+    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity, metrics=metrics)
+    write_evaluation(job.output, report.as_dict(), record)
 
 
 def evaluate_preferences(

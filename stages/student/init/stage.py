@@ -2,17 +2,19 @@
 
 from typing import ClassVar, Literal
 
-from stages.stage import StageConfig
+from stages.stage import FolderStage, Kind
 
 
-class StudentInitStage(StageConfig):
+class StudentInitStage(FolderStage):
     """Make a student of ``model``: its tokenizer, embeddings, head and some of its layers.
 
     ``layers`` is a number, kept evenly spaced, or a list of indices.
     """
 
+    KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("model",)
+    RUNS: ClassVar[tuple[str, ...]] = ("model",)
 
     stage: Literal["student_init"]
     model: str

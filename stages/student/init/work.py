@@ -1,4 +1,4 @@
-"""Make a student of a teacher: its tokenizer, embeddings, head, final norm and some of its layers.
+"""The work of ``student_init``: a teacher's tokenizer, embeddings, head and some of its layers.
 
 Initialising from the teacher's own layers is what DistilBERT (arXiv 1910.01108, section 3) and
 "shrink and fine-tune" (arXiv 2010.13002) do. We keep layers at even distances *including both
@@ -28,7 +28,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, StoreError
+from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
+from stages.stage import StepJob
+from stages.student.init.stage import StudentInitStage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = "config.json"  # moved into place last: without it a folder is no model
@@ -45,6 +48,13 @@ class StudentInfo:
     teacher_layers: int
     num_parameters: int
     dtype: str
+
+
+def make(stage: StudentInitStage, job: StepJob) -> None:
+    """Make the student of a step."""
+    init_student(job.models[stage.model].path, job.output, stage.layers)
+    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity)
+    write_checkpoint(job.output, record)
 
 
 def init_student(

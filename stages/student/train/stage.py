@@ -5,12 +5,12 @@ Every field of ``TrainConfig`` moves the weights and is hashed; where a run happ
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
-from stages.stage import StageConfig
+from stages.stage import Kind, Stage, StageConfig
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
 
@@ -68,7 +68,7 @@ class TrainConfig(StageConfig):
         return smaller, accumulation // dealt
 
 
-class TrainStage(TrainConfig):
+class TrainStage(TrainConfig, Stage):
     """Train ``student`` (a checkpoint step or a model) on the joined rows of the ``data`` tables.
 
     ``data`` names the documents or episodes step first, then the signal steps; ``lm_data`` the
@@ -76,8 +76,11 @@ class TrainStage(TrainConfig):
     Held-out shards are never trained on: they measure the student before and after.
     """
 
+    KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data")
+    READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
+    RUNS: ClassVar[tuple[str, ...]] = ("student",)
 
     stage: Literal["train"]
     student: str
@@ -89,3 +92,7 @@ class TrainStage(TrainConfig):
         if problem := self.objective.lm_data_problem(len(self.lm_data)):
             raise ValueError(problem)
         return self
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content, with how many of its tables are running text."""
+        return super().hashed() | ({"lm_inputs": len(self.lm_data)} if self.lm_data else {})
