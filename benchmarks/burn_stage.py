@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.shard_task import ShardTask
+from pipeline.executors.shard_task import ShardTask
 from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import Manifest
 from schemas.storage.shards import write_shard

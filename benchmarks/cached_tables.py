@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.plan import make_plan
-from pipeline.progress import ConsoleReporter
-from pipeline.recipe import Recipe
-from pipeline.run import run_plan
+from pipeline.planning.plan import make_plan
+from pipeline.planning.recipe import Recipe
+from pipeline.reports.progress import ConsoleReporter
+from pipeline.steps.run import run_plan
 
 MODEL = "models/smollm2-135m-instruct"
 TEXT = "text/c4_demo.jsonl"

@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.simulated_crew import SimulatedCrew, VirtualClock, World, unheard
 from benchmarks.synthetic_shards import synthetic_shards
-from pipeline.dispatch import Limits, dispatch
-from pipeline.kept_shards import kept_shards
-from pipeline.shard_task import StepTasks
+from pipeline.executors.dispatch import Limits, dispatch
+from pipeline.executors.shard_task import StepTasks
+from pipeline.state.kept_shards import kept_shards
 from schemas.storage.records import ShardRecord, shard_name, write_record
 from schemas.storage.shard_list import ShardList, ShardListBuilder
 

@@ -21,8 +21,8 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 PAGE = """# Scaling: how to size a run, and what gives first
 
 Regenerate with `python benchmarks/scale_simulation.py --docs docs/` (the figures below come from
-that run). The dispatcher in it is the real one (`pipeline/dispatch.py`); its workers are simulated
-on a virtual clock, with shard times drawn from real runs.
+that run). The dispatcher in it is the real one (`pipeline/executors/dispatch.py`); its workers are
+simulated on a virtual clock, with shard times drawn from real runs.
 
 ![where the workers' time goes](scaling.png)
 

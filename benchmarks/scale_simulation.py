@@ -28,7 +28,7 @@ from benchmarks.scale_report import write_report
 from benchmarks.scale_results import Assumed, Measured, Result
 from benchmarks.shard_times import SMALL, TEACHER, shard_times
 from benchmarks.simulated_crew import SimulatedCrew, VirtualClock, World, unheard
-from pipeline.dispatch import Limits, dispatch
+from pipeline.executors.dispatch import Limits, dispatch
 
 TOKENS_A_WORKER = 1e9  # so that 1,000 workers have 10^12
 SHARD_TOKENS = 1e6

@@ -23,9 +23,9 @@ from typing import Any
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish, markdown_table
 from benchmarks.burn_stage import VOCAB_SIZE, BurnStage, burn, make_tasks
-from pipeline.dispatch import Limits
-from pipeline.local_executor import run_local
-from pipeline.ray_executor import run_on_ray
+from pipeline.executors.dispatch import Limits
+from pipeline.executors.local.shards import run_local
+from pipeline.executors.ray_cluster.shards import run_on_ray
 from schemas.storage.records import ShardRecord
 from stages.models.spec import EngineOptions
 from stages.stage import StageContext

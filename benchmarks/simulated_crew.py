@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dispatch import Done, Event, Lost, Ready
-from pipeline.shard_task import ShardTask
-from pipeline.worker import Job
+from pipeline.executors.dispatch import Done, Event, Lost, Ready
+from pipeline.executors.shard_task import ShardTask
+from pipeline.executors.worker import Job
 from schemas.storage.records import ShardRecord
 
 F64Array = npt.NDArray[np.float64]

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import peer_layouts
 from benchmarks.real_positions import ROW_TOKENS, Domain, Seen
 from benchmarks.signal_error import Decoded
-from pipeline.shard_task import RowCount, write_output
+from pipeline.executors.shard_task import RowCount, write_output
 from schemas.distribution import unpack_threshold, unpack_top_k
 from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import Manifest, write_manifest

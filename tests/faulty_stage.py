@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from pipeline.dispatch import Limits
-from pipeline.local_executor import run_local
-from pipeline.shard_task import ShardTask
+from pipeline.executors.dispatch import Limits
+from pipeline.executors.local.shards import run_local
+from pipeline.executors.shard_task import ShardTask
 from schemas.errors import ConfigError, EngineError
 from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.records import ShardRecord

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.plan import make_plan
-from pipeline.recipe import load_recipe
+from pipeline.planning.plan import make_plan
+from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
 from stages.models.checkpoints.adapters import merged_folder, served_rank
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
@@ -157,8 +157,8 @@ def test_an_adapter_is_part_of_the_name_and_where_it_lies_is_not(
 
 def test_planning_loads_no_torch_and_merges_nothing(recipe: TinyRecipe, own_cache: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.plan import make_plan;"
-        "from pipeline.recipe import load_recipe;"
+        "import sys; from pathlib import Path; from pipeline.planning.plan import make_plan;"
+        "from pipeline.planning.recipe_file import load_recipe;"
         "make_plan(load_recipe(Path(sys.argv[1])));"
         "print([n for n in sys.modules if n in ('torch', 'peft', 'transformers')])"
     )

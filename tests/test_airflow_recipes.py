@@ -9,9 +9,9 @@ import pytest
 import yaml
 from teachercache_recipes import KINDS, RUNNERS, RecipeError, Schedule, read_recipe
 
-from pipeline import recipe as recipes
-from pipeline.plan import make_plan, needs
-from pipeline.recipe import load_recipe
+from pipeline.planning import recipe as recipes
+from pipeline.planning.plan import make_plan, needs
+from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
 from stages.registry import STAGES
 

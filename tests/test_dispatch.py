@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.shard_task import ShardTask
-from pipeline.worker import Job
+from pipeline.executors.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
+from pipeline.executors.shard_task import ShardTask
+from pipeline.executors.worker import Job
 from schemas.errors import ConfigError, EngineError, RejectLimitError
 from schemas.sample_id import sample_id_of
 from schemas.storage.files import sha256_of

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.training_job import TrainingJob
-from pipeline.training_launch import train_in_processes
+from pipeline.executors.local.training import train_in_processes
+from pipeline.executors.training_job import TrainingJob
 from schemas.errors import EngineError, StoreError
 from schemas.tables.documents import DOCUMENTS
 from stages.models.checkpoints.checkpoint import (
@@ -122,7 +122,7 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
     found = {}
     for child in psutil.Process(pid).children(recursive=True):
         try:
-            if "pipeline.training_rank" in child.cmdline() and child.ppid() == pid:
+            if "pipeline.executors.local.training_rank" in child.cmdline() and child.ppid() == pid:
                 found[int(child.environ()["RANK"])] = child
         except psutil.NoSuchProcess:
             continue

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.step_state import progress_of
+from pipeline.state.step_state import progress_of
 from schemas.dataset import open_dataset
 from schemas.distribution import expectation, unpack_threshold
 from stages.models.checkpoints.checkpoint import read_checkpoint

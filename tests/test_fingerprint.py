@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.fingerprint import (
+from pipeline.planning.fingerprint import (
     canonical_json,
     fingerprint_of,
     hidden_size_of,
@@ -180,7 +180,8 @@ def test_touching_a_model_or_saying_where_it_came_from_moves_nothing(case: Case)
 def test_another_process_with_another_hash_seed_gives_the_same_names(case: Case) -> None:
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from pipeline.plan import make_plan; from pipeline.recipe import load_recipe\n"
+        "from pipeline.planning.plan import make_plan\n"
+        "from pipeline.planning.recipe_file import load_recipe\n"
         "plan = make_plan(load_recipe(Path(sys.argv[1])))\n"
         "print(json.dumps({step.name: step.fingerprint for step in plan}))"
     )

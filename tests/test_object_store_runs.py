@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import lease_lock
-from pipeline.plan import PlannedStep
-from pipeline.step_lock import LOCK_FILE, step_lock
-from pipeline.training_job import TrainingJob
+from pipeline.executors.training_job import TrainingJob
+from pipeline.planning.plan import PlannedStep
+from pipeline.state import lease_lock
+from pipeline.state.step_lock import LOCK_FILE, step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.storage.files import as_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.step_state import progress_of
+from pipeline.state.step_state import progress_of
 from schemas.errors import StoreError
 from schemas.storage.manifest import read_manifest
 from tests.tiny_recipe import ROWS_PER_SHARD, TinyRecipe, edit_recipe, make_recipe, teachercache

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from pipeline.plan import Model, PlannedStep
-from pipeline.recipe import Execution
-from pipeline.report import print_results
-from pipeline.run import run_plan
+from pipeline.planning.plan import Model, PlannedStep
+from pipeline.planning.recipe import Execution
+from pipeline.reports.results_report import print_results
+from pipeline.steps.run import run_plan
 from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import DOCUMENTS, Document

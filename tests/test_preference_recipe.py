@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.plan import PlannedStep, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.planning.plan import PlannedStep, make_plan
+from pipeline.planning.recipe_file import load_recipe
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.manifest import read_manifest

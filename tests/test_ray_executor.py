@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.dispatch import Limits
-from pipeline.shard_task import DEADLY
+from pipeline.executors.dispatch import Limits
+from pipeline.executors.shard_task import DEADLY
 from schemas.errors import ConfigError, EngineError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.storage.shards import read_shard
@@ -28,7 +28,7 @@ from tests.tiny_recipe import TinyRecipe, finish, make_recipe, start, table_byte
 
 os.environ.update(ENVIRONMENT)  # read by Ray when it is imported
 
-from pipeline.ray_executor import run_on_ray
+from pipeline.executors.ray_cluster.shards import run_on_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 NUM_PARAGRAPHS = 40

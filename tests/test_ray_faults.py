@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.dispatch import Limits
-from pipeline.ray_executor import HEAD_TIMEOUT_S, run_on_ray
+from pipeline.executors.dispatch import Limits
+from pipeline.executors.ray_cluster.shards import HEAD_TIMEOUT_S, run_on_ray
 from schemas.errors import EngineError
 from tests.faulty_stage import Shards
 from tests.ray_cluster import ENVIRONMENT, another_machine, kill_machine, ray_cluster

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.ray_training import train_on_ray
+from pipeline.executors.ray_cluster.training import train_on_ray
 from schemas.errors import ConfigError, EngineError, StoreError
 from schemas.tables.documents import DOCUMENTS
 from stages.models.checkpoints.checkpoint import read_checkpoint

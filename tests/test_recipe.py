@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.recipe import load_recipe
+from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
 from tests.tiny_recipe import TinyRecipe, edit_recipe, error_of, make_recipe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.step_lock import step_lock
+from pipeline.state.step_lock import step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.storage.manifest import read_manifest

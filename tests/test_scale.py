@@ -17,7 +17,7 @@ import pytest
 from benchmarks.scale_costs import step_tasks
 from benchmarks.simulated_crew import SimulatedCrew, Store, VirtualClock, World, unheard
 from benchmarks.synthetic_shards import ROWS, TOKENS
-from pipeline.dispatch import Limits, dispatch
+from pipeline.executors.dispatch import Limits, dispatch
 from schemas.storage.manifest import read_manifest
 from tests.many_shards import make_many_shards
 from tests.tiny_recipe import COMMAND, TinyRecipe

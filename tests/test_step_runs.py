@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.step_lock import shards_lock, step_lock
+from pipeline.state.step_lock import shards_lock, step_lock
 from tests.tiny_recipe import (
     TinyRecipe,
     edit_recipe,

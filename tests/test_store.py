@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.verify import verify_folder
+from pipeline.cache.verify import verify_folder
 from schemas.dataset import open_dataset
 from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
 from schemas.sample_id import sample_id_of

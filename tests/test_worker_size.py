@@ -6,7 +6,12 @@ from typing import Literal
 
 import pytest
 
-from pipeline.worker_size import KV_CACHE_BYTES, PROCESS_BYTES, Machine, WorkerSize
+from pipeline.executors.ray_cluster.worker_size import (
+    KV_CACHE_BYTES,
+    PROCESS_BYTES,
+    Machine,
+    WorkerSize,
+)
 from stages.models.spec import EngineOptions, ModelSpec
 from stages.stage import StageContext
 

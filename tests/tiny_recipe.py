@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from pipeline import step_state
 from pipeline.cli import main
-from pipeline.plan import PlannedStep, make_plan
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.run import run_plan
+from pipeline.planning.plan import PlannedStep, make_plan
+from pipeline.planning.recipe import Recipe
+from pipeline.planning.recipe_file import load_recipe
+from pipeline.state import step_state
+from pipeline.steps.run import run_plan
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
 

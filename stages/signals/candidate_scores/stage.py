@@ -1,5 +1,4 @@
-"""Stage ``candidate_scores``: episodes -> the teacher's log-prob of each candidate answer.
-"""
+"""Stage ``candidate_scores``: episodes -> the teacher's log-prob of each candidate answer."""
 
 from typing import Any, ClassVar, Literal
 

@@ -1,90 +1,28 @@
-"""Tables a person reads: the plan, how far it is, and what came of it."""
+"""What came of a run: students before and after, evaluations, tables."""
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.plan import PlannedStep, needs
-from pipeline.preference_report import preference_tables
-from pipeline.recipe import Recipe
-from pipeline.step_state import Progress, finished_manifest, progress_of
+from pipeline.planning.plan import PlannedStep
+from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
+from pipeline.reports.preference_report import preference_tables
+from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import all_notes
-from schemas.storage.shard_list import ShardTotals
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.train.stage import TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made
-
-
-def print_plan(
-    console: Console, recipe: Recipe, steps: Sequence[PlannedStep], *, as_json: bool
-) -> None:
-    """Show each step: what it is, whether it is done and why, what it will come to."""
-    found = [(step, progress_of(step)) for step in steps]
-    if as_json:
-        _print_json(steps, recipe.execution.group_size)
-        return
-    table = Table("step", "stage", "state", "why", "shards", "rows", "bytes", title=recipe.name)
-    for step, progress in found:
-        about = "about " if progress.estimated else ""
-        table.add_row(
-            step.name,
-            step.stage.stage,
-            progress.state,
-            progress.why,
-            _of(progress),
-            _count(progress.num_rows),
-            "-" if progress.num_bytes is None else about + human_bytes(progress.num_bytes),
-        )
-    console.print(table)
-    left = sum(p.num_bytes or 0 for _, p in found if p.state != "done")
-    root = recipe.execution.root
-    free = "" if isinstance(root, ObjectPath) else f"{human_bytes(_free_bytes(root))} free, "
-    console.print(
-        f"root {root}: {free}about {human_bytes(left)} to write",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for step, _ in found:
-        console.print(f"{step.name}: {step.place}", highlight=False, soft_wrap=True)
-
-
-def print_status(
-    console: Console, recipe: Recipe, steps: Sequence[PlannedStep], *, as_json: bool
-) -> None:
-    """Show how far each step is and what it holds."""
-    if as_json:
-        _print_json(steps, recipe.execution.group_size)
-        return
-    found = [(step, progress_of(step)) for step in steps]
-    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected")
-    for step, progress in found:
-        per_position = "-"
-        if progress.num_positions and progress.num_bytes is not None:
-            per_position = f"{progress.num_bytes / progress.num_positions:.1f}"
-        table.add_row(
-            step.name,
-            progress.state,
-            _of(progress),
-            _count(progress.num_rows),
-            _count(progress.num_positions),
-            per_position,
-            _rejects(step),
-        )
-    console.print(table)
 
 
 def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
@@ -201,12 +139,12 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
         speed = _positions_a_second(step.place, manifest)
         table.add_row(
             f"{step.name} ({manifest.variant or manifest.table})",
-            _count(manifest.num_rows),
-            _count(manifest.num_tokens),
+            count_cell(manifest.num_rows),
+            count_cell(manifest.num_tokens),
             human_bytes(size),
             f"{size / manifest.num_tokens:.1f}",
             "-" if speed is None else f"{speed:.0f}",
-            _rejects(step),
+            rejects_cell(step),
         )
     if tokens_of_text:
         total = f"{bytes_of_all / tokens_of_text:.1f}" if num_sources == 1 else "-"
@@ -231,73 +169,3 @@ def _positions_a_second(folder: Folder, manifest: Manifest) -> float | None:
             num_positions += shard.num_positions
             seconds += notes["notes"]["seconds"]
     return num_positions / seconds if num_positions and seconds else None
-
-
-def _rejects(step: PlannedStep) -> str:
-    manifest = finished_manifest(step) if step.writes_table else None
-    if manifest is None:
-        return "-"
-    return ", ".join(f"{count} {reason}" for reason, count in manifest.rejects.items()) or "0"
-
-
-def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:
-    """Say what a run of some shards came to, and what is left to do."""
-    size = human_bytes(made.num_bytes)
-    console.print(
-        f"{step.name}: {made.num_shards} shards finished, {made.num_rows:,} rows, {size}, in "
-        f"{step.place}; "
-        f"`teachercache run --step {step.name}` makes the rest and the manifest",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _print_json(plan: Sequence[PlannedStep], group_size: int) -> None:
-    """Print what machines read, on one line: it may be the last line of a log."""
-    print(json.dumps([_as_dict(plan, step, group_size) for step in plan]))  # noqa: T201
-
-
-def _as_dict(plan: Sequence[PlannedStep], step: PlannedStep, group_size: int) -> dict[str, Any]:
-    progress = progress_of(step)
-    in_groups = step.kind == "table" and progress.num_shards is not None
-    return {
-        "name": step.name,
-        "stage": step.stage.stage,
-        "kind": step.kind,
-        "needs": [needed.name for needed in needs(plan, step)],
-        "fingerprint": step.fingerprint,
-        "folder": str(step.place),
-        **asdict(progress),
-        "groups": _groups(progress.num_shards or 0, group_size) if in_groups else None,
-    }
-
-
-def _groups(num_shards: int, group_size: int) -> list[str]:
-    """Return the groups of shards as ``run --shards`` takes them: ``0:16``, ``16:24``."""
-    starts = range(0, num_shards, group_size)
-    return [f"{start}:{min(start + group_size, num_shards)}" for start in starts]
-
-
-def _of(progress: Progress) -> str:
-    total = "?" if progress.num_shards is None else str(progress.num_shards)
-    return f"{progress.shards_done}/{total}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def human_bytes(size: float) -> str:
-    """Return a size with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _free_bytes(path: Path) -> int:
-    """Return what is free where a folder is, or would be made."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

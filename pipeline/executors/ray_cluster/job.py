@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pipeline.ray_cluster import job_client
-from pipeline.recipe import Recipe
+from pipeline.executors.ray_cluster.connection import job_client
+from pipeline.planning.recipe import Recipe
 from schemas.errors import EngineError
 
 

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pipeline.training_job import OnEvent, TrainingJob
+from pipeline.executors.training_job import OnEvent, TrainingJob
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -66,7 +66,7 @@ def _launch(job: TrainingJob, num_processes: int, on_event: OnEvent, folder: Pat
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
     )
     # -P keeps the folder of the run off the path, where a user may have a `schemas` of his own.
-    command = ("-P", "-m", "pipeline.training_rank", address)
+    command = ("-P", "-m", "pipeline.executors.local.training_rank", address)
     with _Desk(address, job, on_event) as desk:
         failures: Mapping[int, ProcessFailure] = {}
         with _quiet_launcher(), desk.open():

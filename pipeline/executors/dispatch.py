@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Protocol
 
-from pipeline.shard_task import ShardTasks, sample_id_at
-from pipeline.worker import Job
+from pipeline.executors.shard_task import ShardTasks, sample_id_at
+from pipeline.executors.worker import Job
 from schemas.errors import EngineError, RejectLimitError
 from schemas.storage.records import ShardRecord
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from pipeline.shard_task import ShardTask, run_shard, try_rows
+from pipeline.executors.shard_task import ShardTask, run_shard, try_rows
 from schemas.errors import ConfigError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.tables import TABLES

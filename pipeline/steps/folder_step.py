@@ -1,8 +1,8 @@
 """Carry out a step that leaves a folder, a checkpoint or a report: all of it, then its name."""
 
-from pipeline.plan import PlannedStep
-from pipeline.reporter import Reporter
-from pipeline.working_folder import published
+from pipeline.planning.plan import PlannedStep
+from pipeline.state.working_folder import published
+from pipeline.steps.reporter import Reporter
 from stages.stage import FolderStage, StepJob
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.fingerprint import hidden_size_of
-from pipeline.plan import PlannedStep
+from pipeline.planning.fingerprint import hidden_size_of
+from pipeline.planning.plan import PlannedStep
 from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there

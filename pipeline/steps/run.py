@@ -9,14 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.folder_step import run_folder
-from pipeline.plan import PlannedStep, needs
-from pipeline.recipe import Execution
-from pipeline.reporter import Reporter
-from pipeline.step_lock import remove_torn_files, shards_lock, step_lock
-from pipeline.step_state import Progress, finished_manifest, is_done, progress_of
-from pipeline.student_step import run_training
-from pipeline.table_step import make_shards, remove_source_work, run_source, run_table, source_of
+from pipeline.planning.plan import PlannedStep, needs
+from pipeline.planning.recipe import Execution
+from pipeline.state.step_lock import remove_torn_files, shards_lock, step_lock
+from pipeline.state.step_state import Progress, finished_manifest, is_done, progress_of
+from pipeline.steps.folder_step import run_folder
+from pipeline.steps.reporter import Reporter
+from pipeline.steps.table_step import (
+    make_shards,
+    remove_source_work,
+    run_source,
+    run_table,
+    source_of,
+)
+from pipeline.steps.training_step import run_training
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import listed_shards, shard_name

@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.shard_task import ShardTasks, run_shard
-from pipeline.worker import Do, Job, opened_worker
+from pipeline.executors.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
+from pipeline.executors.shard_task import ShardTasks, run_shard
+from pipeline.executors.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
 from stages.stage import StageContext, TableStage

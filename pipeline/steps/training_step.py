@@ -1,10 +1,10 @@
 """Carry out a training step: in this process, in several of this machine, or on Ray."""
 
-from pipeline.plan import PlannedStep
-from pipeline.recipe import Execution
-from pipeline.reporter import Reporter
-from pipeline.training_job import TrainingJob
-from pipeline.working_folder import remove_work
+from pipeline.executors.training_job import TrainingJob
+from pipeline.planning.plan import PlannedStep
+from pipeline.planning.recipe import Execution
+from pipeline.state.working_folder import remove_work
+from pipeline.steps.reporter import Reporter
 from stages.student.train.stage import TrainStage
 
 
@@ -22,14 +22,14 @@ def run_training(
         fingerprint=step.fingerprint,
     )
     if execution.executor == "ray":
-        from pipeline.ray_training import train_on_ray  # loads ray
+        from pipeline.executors.ray_cluster.training import train_on_ray  # loads ray
 
         address = execution.address
         train_on_ray(job, execution.training_processes, reporter.trained, address=address)
     elif execution.training_processes == 1:
         job.carry_out(reporter.trained)
     else:
-        from pipeline.training_launch import train_in_processes  # loads torch
+        from pipeline.executors.local.training import train_in_processes  # loads torch
 
         train_in_processes(job, execution.training_processes, reporter.trained)
     remove_work(step.place)

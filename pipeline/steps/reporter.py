@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
-from pipeline.plan import PlannedStep
-from pipeline.step_state import Progress
+from pipeline.planning.plan import PlannedStep
+from pipeline.state.step_state import Progress
 from schemas.storage.records import ShardRecord
 
 

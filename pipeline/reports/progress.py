@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline import step_state
-from pipeline.plan import PlannedStep
+from pipeline.planning.plan import PlannedStep
+from pipeline.state import step_state
 from schemas.storage.records import ShardRecord
 
 LINE_EVERY_S = 10.0

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.ray_cluster import connected, first_line, head_of, refusal
+from pipeline.executors.ray_cluster.connection import connected, first_line, head_of, refusal
 
 # isort: split
 import ray
@@ -27,11 +27,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.shard_task import ShardTasks
-from pipeline.worker import Do, Job, Versions, opened_worker
-from pipeline.worker_size import Machine, WorkerSize
-from pipeline.working_folder import working_folder
+from pipeline.executors.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
+from pipeline.executors.ray_cluster.worker_size import Machine, WorkerSize
+from pipeline.executors.shard_task import ShardTasks
+from pipeline.executors.worker import Do, Job, Versions, opened_worker
+from pipeline.state.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.storage.records import ShardRecord
 from stages.stage import StageContext, TableStage

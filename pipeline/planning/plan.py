@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.fingerprint import (
+from pipeline.planning.fingerprint import (
     ADDRESS_DIGITS,
     fingerprint_of,
     hidden_size_of,
     model_identity,
     vocab_size_of,
 )
-from pipeline.recipe import ModelRef, Recipe
+from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
 from stages.models.checkpoints.checkpoint import local_copy

@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.dispatch import Limits
-from pipeline.fingerprint import fingerprint_of, vocab_size_of
-from pipeline.kept_shards import kept_shards
-from pipeline.local_executor import run_local
-from pipeline.plan import PlannedStep
-from pipeline.recipe import Execution
-from pipeline.reporter import Reporter
-from pipeline.shard_task import RowCount, ShardTasks, StepTasks, write_output
-from pipeline.step_state import finished_manifest
-from pipeline.working_folder import remove_work, working_folder
+from pipeline.executors.dispatch import Limits
+from pipeline.executors.local.shards import run_local
+from pipeline.executors.shard_task import RowCount, ShardTasks, StepTasks, write_output
+from pipeline.planning.fingerprint import fingerprint_of, vocab_size_of
+from pipeline.planning.plan import PlannedStep
+from pipeline.planning.recipe import Execution
+from pipeline.state.kept_shards import kept_shards
+from pipeline.state.step_state import finished_manifest
+from pipeline.state.working_folder import remove_work, working_folder
+from pipeline.steps.reporter import Reporter
 from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
@@ -153,7 +153,7 @@ def _run_shards(
     limits = Limits(execution.workers, execution.max_attempts, execution.shard_timeout_s)
     if execution.executor == "local":
         return run_local(stage, context, tasks, limits, warned=reporter.warned)
-    from pipeline.ray_executor import run_on_ray  # loads ray
+    from pipeline.executors.ray_cluster.shards import run_on_ray  # loads ray
 
     address = execution.address
     return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pipeline.lease_lock import is_leased, lease
+from pipeline.state.lease_lock import is_leased, lease
 from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath

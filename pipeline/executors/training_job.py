@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.saved_checkpoints import SavedCheckpoints
-from pipeline.working_folder import upload_checkpoint, working_folder
+from pipeline.state.saved_checkpoints import SavedCheckpoints
+from pipeline.state.working_folder import upload_checkpoint, working_folder
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import local_copy

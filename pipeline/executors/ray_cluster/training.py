@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.ray_cluster import connected
+from pipeline.executors.ray_cluster.connection import connected
 
 # isort: split
 import ray
@@ -22,8 +22,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from pipeline.training_job import OnEvent, TrainingJob
-from pipeline.working_folder import working_folder
+from pipeline.executors.training_job import OnEvent, TrainingJob
+from pipeline.state.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.storage.object_path import ObjectPath
 

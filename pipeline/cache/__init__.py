@@ -1,0 +1,1 @@
+"""Finished tables, looked into and looked after."""

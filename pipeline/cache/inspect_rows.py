@@ -1,0 +1,71 @@
+"""A readable look at rows: the text, and at each position what the teacher thought."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.cache.pair_views import Decode
+from pipeline.cache.row_views import Look, view_of
+from schemas.errors import ConfigError
+from schemas.open_table import known_table
+from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest, read_manifest
+from schemas.storage.shard_cache import local_file
+from schemas.storage.shards import read_shard
+from schemas.table import Table
+
+
+def inspect_rows(
+    console: Console,
+    folder: Folder,
+    *,
+    first: int,
+    count: int,
+    positions: int,
+    top: int,
+    tokenizer: Path | None,
+) -> None:
+    """Print rows ``first`` .. ``first + count - 1`` of a finished table."""
+    manifest = read_manifest(folder)
+    table = known_table(manifest, folder)
+    look = Look(_decoder(tokenizer), positions, top)
+    console.print(
+        f"{manifest.table} {manifest.variant} version {manifest.version}, "
+        f"{manifest.num_rows} rows, vocabulary {manifest.vocab_size}, "
+        f"fingerprint {manifest.fingerprint[:12]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    rows = list(islice(_rows_from(folder, manifest, table, first), count))
+    if not rows:
+        raise ConfigError(f"{folder} has {manifest.num_rows} rows, there is no row {first}")
+    for index, (split, row) in enumerate(rows, start=first):
+        console.print(f"\nrow {index}  sample_id {row.sample_id}  split {split}", highlight=False)
+        for part in view_of(manifest.table, row, look):
+            console.print(part)
+
+
+def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int) -> Any:
+    skipped = 0
+    for shard in manifest.shards:
+        if skipped + shard.num_rows <= first:
+            skipped += shard.num_rows
+            continue
+        with local_file(folder / shard.file, shard.sha256) as file:
+            content = read_shard(file)
+        for batch in content.to_batches():
+            for row in table.rows(batch):
+                if skipped >= first:
+                    yield shard.split, row
+                skipped += 1
+
+
+def _decoder(tokenizer: Path | None) -> Decode:
+    if tokenizer is None:
+        return lambda ids: " ".join(str(int(token)) for token in ids)
+    from transformers import AutoTokenizer  # only when text is asked for
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda ids: str(loaded.decode([int(token) for token in ids]))

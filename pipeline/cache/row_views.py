@@ -1,0 +1,131 @@
+"""How a row of each table is shown to a person: ``VIEWS``, by the table's name."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pipeline.cache.pair_views import (
+    Decode,
+    advantages_table,
+    pair_table,
+    response_logprobs_table,
+    responses_table,
+)
+from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.tables.advantages import AnyAdvantages
+from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.documents import Document
+from schemas.tables.episodes import Episode, split_candidates
+from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
+from schemas.tables.teacher_logits import ThresholdLogits, TopKLogits
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a person asked to see rows: ids as text or not, and how much of each."""
+
+    decode: Decode
+    positions: int
+    top: int
+
+
+def view_of(table: str, row: Any, look: Look) -> Sequence[RenderableType]:
+    """Return what to print of a row; a table without a view is shown column by column."""
+    return VIEWS.get(table, _columns)(row, look)
+
+
+def _columns(row: Any, look: Look) -> list[RenderableType]:
+    view = RichTable("column", "value")
+    for item in fields(row):
+        view.add_row(item.name, Text(shorten(repr(getattr(row, item.name)), 200)))
+    return [view]
+
+
+def _text(row: Document, look: Look) -> list[RenderableType]:
+    return [Text(f"{len(row.input_ids_T)} tokens: {look.decode(row.input_ids_T)!r}")]
+
+
+def _advantages(row: AnyAdvantages, look: Look) -> list[RenderableType]:
+    whole, view = advantages_table(row, positions=look.positions, top=look.top, decode=look.decode)
+    return [Text(whole), view]
+
+
+def _episode_table(row: Episode, decode: Decode) -> RichTable:
+    """One line a part, as it was tokenised; the answer's candidates last."""
+    kind = f"{row.kind}, draw {row.draw} of query {row.query_id}"
+    view = RichTable("part", "tokens", "input", "answer", title=Text(f"{row.task} ({kind})"))
+    spans = [*row.demonstrations_M3.tolist()]
+    spans.append([row.query_start, row.answer_start, len(row.input_ids_T)])
+    names = [*(f"demonstration {m}" for m in range(len(spans) - 1)), "query"]
+    for name, (start, answer, end) in zip(names, spans, strict=True):
+        texts = [repr(decode(row.input_ids_T[a:b])) for a, b in ((start, answer), (answer, end))]
+        view.add_row(name, f"{start}..{end}", Text(texts[0]), Text(texts[1]))
+    candidates = split_candidates(row.candidate_ids_C, row.candidate_lengths_N)
+    for number, candidate in enumerate(candidates):
+        mark = " (right)" if number == row.gold else ""
+        text = Text(repr(decode(candidate)))
+        view.add_row(f"candidate {number}{mark}", str(len(candidate)), "", text)
+    return view
+
+
+def _subsets_table(row: SubsetPreferences) -> RichTable:
+    view = RichTable("rank", "log Q (nats)", "demonstrations kept")
+    subsets = split_subsets(row.subset_demonstrations_S, row.subset_sizes_N)
+    scored = zip(row.ranks_N.tolist(), row.answer_logprobs_N.tolist(), subsets, strict=True)
+    for rank, logprob, subset in sorted(scored, key=lambda entry: (entry[0], -entry[1])):
+        view.add_row(str(rank), f"{logprob:.3f}", ", ".join(map(str, subset)) or "none")
+    return view
+
+
+def _candidates_table(row: CandidateScores) -> RichTable:
+    view = RichTable("candidate", "tokens", "log p (nats)", "a token")
+    scores = zip(row.candidate_logprobs_N.tolist(), row.candidate_num_tokens_N, strict=True)
+    for number, (logprob, length) in enumerate(scores):
+        view.add_row(str(number), str(length), f"{logprob:.3f}", f"{logprob / length:.3f}")
+    return view
+
+
+def _positions_table(row: Any, look: Look) -> RichTable:
+    view = RichTable("predicts", "entropy", "log p(next)", "the teacher's tokens (probability)")
+    entries = _entries(row)
+    for j in range(min(look.positions, row.num_positions)):
+        kept = sorted(entries[j], key=lambda entry: -entry[1])[: look.top]
+        words = "  ".join(f"{look.decode([token])!r} {weight:.3f}" for token, weight in kept)
+        view.add_row(
+            f"token {row.first_target + j}",
+            f"{float(row.entropies_P[j]):.2f}",
+            f"{float(row.next_token_logprobs_P[j]):.2f}",
+            words or "hidden state only (exact encoding)",
+        )
+    return view
+
+
+def _entries(row: Any) -> list[list[tuple[int, float]]]:
+    """Return (token id, weight) pairs for each position; none for the exact encoding."""
+    if isinstance(row, ThresholdLogits):
+        weights_PK = unpack_threshold(row.token_ids_PK, row.num_head_P, row.head_codes_E)
+    elif isinstance(row, TopKLogits):
+        weights_PK = unpack_top_k(row.logprobs_PK, row.rest_logprobs_P)[0]
+    else:
+        return [[] for _ in range(row.num_positions)]
+    ids_PK = np.asarray(row.token_ids_PK).tolist()
+    return [list(zip(i, w, strict=True)) for i, w in zip(ids_PK, weights_PK.tolist(), strict=True)]
+
+
+VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
+    "documents": _text,
+    "episodes": lambda row, look: [_episode_table(row, look.decode)],
+    "subset_preferences": lambda row, look: [_subsets_table(row)],
+    "candidate_scores": lambda row, look: [_candidates_table(row)],
+    "preference_pairs": lambda row, look: [pair_table(row, look.decode)],
+    "responses": lambda row, look: [responses_table(row, look.decode)],
+    "response_logprobs": lambda row, look: [response_logprobs_table(row)],
+    "advantages": _advantages,
+    "teacher_logits": lambda row, look: [_positions_table(row, look)],
+}

@@ -1,0 +1,59 @@
+"""The command itself, what its groups share, and how an error ends it.
+
+Commands parse, call and print; heavy imports happen inside them.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from schemas.errors import TeacherCacheError
+
+if TYPE_CHECKING:
+    from pipeline.reports.progress import ConsoleReporter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run a large teacher once, keep what it knows in Arrow shards, train students from them.",
+)
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run the command line: one line and a non-zero exit code for whatever a user can cause."""
+    try:
+        app()
+    except TeacherCacheError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def reporting() -> "Iterator[ConsoleReporter]":
+    """Give a reporter; however the run ends, the terminal gets its cursor back."""
+    from pipeline.reports.progress import ConsoleReporter
+
+    try:
+        with closing(ConsoleReporter(console)) as reporter:
+            yield reporter
+    except KeyboardInterrupt:  # caught here, because typer ends a command without a word
+        print("interrupted: finished shards are kept, run again to go on", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(130) from None
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' own progress bars and banners out of the log."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

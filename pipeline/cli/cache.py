@@ -1,0 +1,55 @@
+"""Commands about what is cached: verify, inspect."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import app, console
+from schemas.storage.files import as_folder
+
+
+@app.command()
+def verify(
+    folders: Annotated[
+        list[str],
+        typer.Argument(help="Table or checkpoint folders, a whole root, or a recipe for its root."),
+    ],
+) -> None:
+    """Check finished tables and checkpoints: checksums, schema, row and position counts."""
+    from pipeline.cache.verify import verify_folders
+    from pipeline.planning.recipe_file import load_recipe
+
+    places = [as_folder(folder) for folder in folders]
+    roots = [
+        load_recipe(place).execution.root if isinstance(place, Path) and place.is_file() else place
+        for place in places
+    ]
+    problems = verify_folders(roots, console)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A finished table folder.")],
+    row: Annotated[int, typer.Option(min=0, help="Which row to show first.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
+    positions: Annotated[int, typer.Option(min=1, help="Positions of each row.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Tokens of each distribution.")] = 5,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Model folder whose tokenizer turns ids into text.")
+    ] = None,
+) -> None:
+    """Read rows as a person would: text, entropy, the likeliest tokens with their probabilities."""
+    from pipeline.cache.inspect_rows import inspect_rows
+
+    inspect_rows(
+        console,
+        as_folder(folder),
+        first=row,
+        count=rows,
+        positions=positions,
+        top=top,
+        tokenizer=tokenizer,
+    )

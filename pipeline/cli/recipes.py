@@ -1,0 +1,140 @@
+"""Commands about a recipe: plan, run, submit, status, train."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.app import AsJson, app, console, quiet_libraries, reporting
+
+if TYPE_CHECKING:
+    from pipeline.planning.plan import PlannedStep
+    from pipeline.planning.recipe import Recipe
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a value of the recipe: --set steps.signals.encoding.k=32. Repeatable.",
+    ),
+]
+
+
+def _plan(path: Path, overrides: list[str]) -> "tuple[Recipe, list[PlannedStep]]":
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.recipe_file import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    return recipe, make_plan(recipe)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show what would run, what is done and why, and the rows, bytes and disk it comes to."""
+    from pipeline.reports.plan_report import print_plan
+
+    loaded, steps = _plan(recipe, overrides)
+    print_plan(console, loaded, steps, as_json=as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    step: Annotated[
+        str | None, typer.Option(help="Run this step alone; what it reads must be finished.")
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="With --step: make shards A to B-1 alone, no manifest."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Do all of a recipe that is not done yet, then print what came of it.
+
+    Safe to run again at any time: finished shards are kept, a killed run loses at most the shard in
+    hand of each worker. Runs of different --shards may go on at once; --step alone then finishes.
+    """
+    from pipeline.reports.plan_report import print_group
+    from pipeline.reports.results_report import print_results
+    from pipeline.steps.run import run_plan, run_shards, step_named
+
+    chosen = _shard_range(shards, step)
+    loaded, steps = _plan(recipe, overrides)
+    if step is not None:
+        steps = [step_named(steps, step)]
+    quiet_libraries()
+    with reporting() as reporter:
+        if chosen is None:
+            run_plan(steps, loaded.execution, reporter)
+        else:
+            made = run_shards(steps[0], chosen, loaded.execution, reporter)
+    if chosen is None:
+        print_results(console, steps)
+    else:
+        print_group(console, steps[0], made)
+
+
+def _shard_range(text: str | None, step: str | None) -> range | None:
+    from schemas.errors import ConfigError
+
+    if text is None:
+        return None
+    if step is None:
+        raise ConfigError("--shards goes with --step NAME: say which step's shards to make")
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise ConfigError(f"--shards is '{text}', expected two numbers such as 0:16")
+    return range(int(start), int(stop))
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    address: Annotated[
+        str, typer.Option(help="Where the cluster takes jobs: its dashboard.")
+    ] = "http://127.0.0.1:8265",
+) -> None:
+    """Run a recipe as a job of a Ray cluster, follow its log, end with its exit code.
+
+    The recipe travels with the job, its variables and overrides put in; its root, models and inputs
+    must lie where the cluster's machines find them. The job runs with executor ray on that cluster.
+    """
+    from pipeline.executors.ray_cluster.job import submit_recipe
+    from pipeline.planning.recipe_file import load_recipe
+
+    raise typer.Exit(submit_recipe(load_recipe(recipe, overrides), address, console))
+
+
+@app.command()
+def status(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Show how far each step is: shards, rows, bytes per token, rejected rows by reason."""
+    from pipeline.reports.plan_report import print_status
+
+    loaded, steps = _plan(recipe, overrides)
+    print_status(console, loaded, steps, as_json=as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    step: Annotated[str, typer.Option(help="The training step to run.")],
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to train in: sets execution.training_processes."),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run one training step of a recipe from finished shards; no teacher is loaded."""
+    from pipeline.reports.results_report import print_results
+    from pipeline.steps.run import run_plan, training_step
+
+    asked = [] if nproc is None else [f"execution.training_processes={nproc}"]
+    loaded, steps = _plan(recipe, [*overrides, *asked])
+    quiet_libraries()
+    chosen = training_step(steps, step)
+    with reporting() as reporter:
+        run_plan(chosen, loaded.execution, reporter)
+    print_results(console, chosen)

@@ -1,0 +1,1 @@
+"""What a recipe is, and what its steps are called by content."""
