@@ -169,7 +169,7 @@ def test_swapped_teachers_are_another_table_and_equal_ones_are_refused(tmp_path:
     swapped = ("steps.sft_advantages.model=teacher", "steps.sft_advantages.reference=aligned")
     assert plan_of("adpa", tmp_path, *swapped)["sft_advantages"].fingerprint != plain
     same = "steps.sft_advantages.reference=aligned"
-    with pytest.raises(ConfigError, match=r"sft_advantages: reference 'aligned' is the aligned te"):
+    with pytest.raises(ConfigError, match=r"sft_advantages.reference: 'aligned' is the aligned te"):
         plan_of("adpa", tmp_path, same)
     copied = "models.copy={step: aligned_teacher, dtype: float32, engine: transformers}"
     with pytest.raises(ConfigError, match="so all advantages would be 0"):
