@@ -1,4 +1,4 @@
-"""Recipes as the DAGs see them: names, steps, what needs what, when to run. Imports yaml alone.
+"""Recipes as the DAGs see them: names, steps, what needs what, when to run; imports yaml alone.
 
 Enough is read to draw a graph; all else of a recipe is checked by the ``teachercache`` command. So
 there are three short lists here of what that package knows too, and a test holds them equal.

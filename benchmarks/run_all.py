@@ -1,6 +1,7 @@
 """Run every benchmark, one after another, and print all bars together.
 
-A benchmark is a file of this folder with a ``main`` guard and a ``--json`` option. Each writes
+A benchmark is a file below this folder with a ``main`` guard and a ``--json`` option, known by its
+bare name. Each writes
 ``OUTPUT/NAME.json``; options given here that are not listed (``--quick``, ``--cache``) go to each.
 """
 
@@ -24,13 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="for those that write a page: write it there")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="such as storage training")
     options, passed = parser.parse_known_args(arguments)
-    names = options.only or benchmark_names()
+    scripts = benchmark_scripts()
+    if unknown := [name for name in options.only or () if name not in scripts]:
+        parser.error(f"no benchmark '{unknown[0]}'; there are: {', '.join(scripts)}")
     output: Path = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     outcomes = {}
-    for name in names:
-        docs = ["--docs", str(options.docs.absolute())] if options.docs and _has_page(name) else []
-        outcomes[name] = run(name, output / f"{name}.json", [*passed, *docs])
+    for name in options.only or scripts:
+        has_page = '"--docs"' in scripts[name].read_text(encoding="utf-8")
+        docs = ["--docs", str(options.docs.absolute())] if options.docs and has_page else []
+        outcomes[name] = run(scripts[name], output / f"{name}.json", [*passed, *docs])
     print("\n== all bars ==")
     for name, outcome in outcomes.items():
         print(f"{name}: exit code {outcome['exit_code']}, {outcome['seconds']:.0f} s")
@@ -41,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(outcome["exit_code"] for outcome in outcomes.values()) else 0
 
 
-def benchmark_names() -> list[str]:
-    """Return the scripts beside this one, workers and helpers left out."""
-    scripts = sorted(path for path in FOLDER.glob("*.py") if path != Path(__file__).resolve())
-    return [path.stem for path in scripts if _is_benchmark(path.read_text(encoding="utf-8"))]
+def benchmark_scripts() -> dict[str, Path]:
+    """Return the scripts below this one's folder by name, workers and helpers left out."""
+    found = sorted(FOLDER.glob("*/*.py"), key=lambda path: path.stem)
+    return {path.stem: path for path in found if _is_benchmark(path.read_text(encoding="utf-8"))}
 
 
 def _is_benchmark(source: str) -> bool:
@@ -52,15 +56,11 @@ def _is_benchmark(source: str) -> bool:
     return takes_json and "__main__" in source
 
 
-def _has_page(name: str) -> bool:
-    return '"--docs"' in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-
-
-def run(name: str, json_path: Path, passed: Sequence[str]) -> dict[str, Any]:
+def run(benchmark: Path, json_path: Path, passed: Sequence[str]) -> dict[str, Any]:
     """Run one benchmark; its output goes to the console as it comes."""
-    print(f"\n== {name} {' '.join(passed)} ==", flush=True)
+    print(f"\n== {benchmark.stem} {' '.join(passed)} ==", flush=True)
     json_path.unlink(missing_ok=True)  # an old result must not stand in for a failed run
-    script = [sys.executable, str(FOLDER / f"{name}.py"), "--json", str(json_path), *passed]
+    script = [sys.executable, str(benchmark), "--json", str(json_path), *passed]
     clock = time.monotonic()
     done = subprocess.run(script, cwd=FOLDER.parent, check=False)
     bars = json.loads(json_path.read_text())["bars"] if json_path.is_file() else []

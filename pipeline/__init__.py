@@ -1,1 +1,1 @@
-"""Where and when: recipes, fingerprints, plans, executors and the command line."""
+"""What to make, how far it is, who makes it where, what is told."""

@@ -1,4 +1,4 @@
-"""What a stage is. A stage *is* its frozen configuration: every field of it changes bytes.
+"""What a stage is: a frozen configuration, every field of which changes bytes, and its work.
 
 There are four kinds. A source makes the shards of a table from files. A table stage maps input
 shard i to output shard i: ``open`` loads whatever the work needs (a model, say) once per worker and

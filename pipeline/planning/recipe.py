@@ -80,8 +80,8 @@ class Execution(StageConfig):
 class Schedule(StageConfig):
     """When Airflow runs a recipe, and how hard it tries; ``airflow_dags`` reads it as it stands.
 
-    Nothing here changes what is written, and variables are not put in. docs/airflow.md tells what
-    each setting does.
+    Nothing here changes what is written, and variables are not put in. docs/guides/airflow.md tells
+    what each setting does.
     """
 
     cron: str | None = None

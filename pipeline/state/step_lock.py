@@ -1,4 +1,4 @@
-"""Who may write a step: one whole run, or runs of different shards. Locks die with their holder."""
+"""Who may write a step: one whole run, or runs of different shards; locks die with their holder."""
 
 import fcntl
 import os

@@ -1,1 +1,1 @@
-"""The offline trainer: reads cached signals, never a teacher. Nothing here imports an engine."""
+"""All those tables -> a student, trained and measured; no engine is ever imported."""

@@ -1,7 +1,7 @@
-"""Step ``teacher_align``: preference pairs -> an aligned teacher, by DPO (arXiv 2305.18290).
+"""Stage ``teacher_align``: preference pairs -> an aligned teacher, by DPO (arXiv 2305.18290).
 
-The step makes a
-checkpoint that later steps name as their model; its own model is the reference of all advantages.
+The checkpoint it makes is a model that later steps name; its own model is the reference of all
+advantages.
 """
 
 from typing import ClassVar, Literal

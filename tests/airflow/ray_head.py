@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.ray_cluster import ray_cluster
+from tests.servers.ray_cluster import ray_cluster
 
 if __name__ == "__main__":
     with ray_cluster(num_cpus=2, num_gpus=0, env={}) as cluster:

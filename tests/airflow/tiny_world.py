@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import PARAGRAPHS, save_tiny_model
-from tests.tiny_recipe import make_recipe, write_jsonl
+from tests.fixtures.tiny_recipe import make_recipe, write_jsonl
 
 # Short texts of two days, and a long one for whatever day it is.
 TEXTS = {"2026-01-05": (0, 60), "2026-01-06": (60, 120), "long": (120, 500)}

@@ -1,11 +1,31 @@
-"""Print the tree: every folder and every file, with the first line each says of itself."""
+"""Print the tree: every folder and every file, with the first line each says of itself.
+
+The tests of this folder read it, too.
+"""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
-FOLDERS = ("schemas", "stages", "pipeline", "airflow_dags", "benchmarks", "examples", "tests")
+PACKAGES = ("schemas", "stages", "pipeline")
+FOLDERS = (*PACKAGES, "airflow_dags", "benchmarks", "examples", "tests")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Yield the path and the code of every module of the product."""
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the top name and relative level of every import below ``tree``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0], node.level
 
 
 def first_line(path: Path) -> str:

@@ -8,7 +8,7 @@ and the engine is asked to run what the others share once.
 
 Cost for N candidates of L tokens after a prompt of T: T + N (L - 1) tokens where the engine shares
 the whole prompt (transformers), a block or less a sequence more with vLLM's prefix cache; scored
-apart they take N (T + L). ``benchmarks/candidates.py`` measures it.
+apart they take N (T + L). ``benchmarks/capture/candidates.py`` measures it.
 
 Dimensions: R = states of an episode, N = candidates, M = candidate tokens, D = hidden width,
 V = vocabulary.

@@ -10,9 +10,9 @@ Documents are packed in the order of their content keys and rows come out in the
 ``sample_id``, both hashes: so the bytes depend on neither the number of ranges, the machine, nor
 any interruption, and the order of input files decides only which spelling of a duplicate is kept.
 
-Memory: one segment or range (32 MiB of text by default, up to 128 GiB of input; beyond that a
-range is 1/4096 of the input), plus the largest document and its tokens. Disk: the de-duplicated
-text, then twice its token ids, compressed. Measured (benchmarks/ingest_memory.py, 2026-11): peak
+Memory: one segment or range (32 MiB of text by default, up to 128 GiB of input; beyond that a range
+is 1/4096 of the input), plus the largest document and its tokens. Disk: the de-duplicated text,
+then twice its token ids, compressed. Measured (benchmarks/ingest/ingest_memory.py, 2026-11): peak
 889 MB for 2 GB of jsonl, 837 MB for 200 MB, 671 MB for 2 MB, most of it libraries; 2 GB of which a
 fifth was distinct took 340 CPU seconds.
 """

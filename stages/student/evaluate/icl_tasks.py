@@ -1,4 +1,4 @@
-"""The numbers of one task, from how a model scored its episodes. No model in here.
+"""The numbers of one task, from how a model scored its episodes; no model in here.
 
 Numbers are named; a name is missing where it means nothing for a task:
 

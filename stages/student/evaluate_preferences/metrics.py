@@ -1,4 +1,4 @@
-"""Numbers about preferences, as pure functions of scores. No model in here.
+"""Numbers about preferences, as pure functions of scores; no model in here.
 
 A score is a sum of log-probs, or an implicit reward. As in ``icl_metrics`` a tie never helps: an
 accuracy counts what is strictly better. In a win rate a tie is half a win for each side, so two

@@ -1,4 +1,4 @@
-"""What a preference evaluation reports, put together from scores. No model in here.
+"""What a preference evaluation reports, put together from scores; no model in here.
 
 Numbers of a student:
 

@@ -1,0 +1,65 @@
+"""The tree says of itself what it holds: one idea a folder and a file, no file grown too long."""
+
+import ast
+import re
+
+from tests.house.tree import PACKAGES, REPOSITORY, first_line, folders
+
+
+def test_nothing_is_left_unfinished() -> None:
+    words = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error")
+    for folder in (*PACKAGES, "tests", "benchmarks", "examples", "airflow_dags"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            text = path.read_text()
+            assert not any(word in text for word in words), path
+
+
+def test_the_readme_has_a_line_for_every_folder() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("__init__.py"):
+            folder = path.parent.relative_to(REPOSITORY).as_posix()
+            line = ast.get_docstring(ast.parse(path.read_text()), clean=True)
+            found = re.search(rf"^{folder}/ +(.*)$", text, re.M)
+            assert line and found and found[1] == line.splitlines()[0], folder
+
+
+def test_every_fault_in_the_table_has_the_test_it_names() -> None:
+    text = (REPOSITORY / "docs/guides/reliability.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    named = re.findall(r"`([\w/]+\.py)::(\w+)` \|$", text, re.M)
+    assert len(named) == len([line for line in lines if not line.startswith("| ---")]) > 20
+    for file, name in named:
+        assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(), (file, name)
+
+
+def test_every_file_says_in_one_sentence_what_it_is() -> None:
+    for folder in folders():
+        said: dict[str, str] = {}
+        for path in sorted(folder.glob("*.py")):
+            line = first_line(path)
+            place = path.relative_to(REPOSITORY).as_posix()
+            assert line and len(line) <= 110, f"{place}: {line}"
+            assert line[-1] in ".?:" and ". " not in line, (
+                f"{place} says more than a sentence: {line}"
+            )
+            assert said.setdefault(line, place) == place, f"{place} and {said[line]} say the same"
+
+
+def test_no_folder_of_the_product_is_crowded_and_no_file_long() -> None:
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 350, path
+    for folder in folders():
+        if folder.relative_to(REPOSITORY).parts[0] in PACKAGES:
+            modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+            assert len(modules) <= 12, folder
+
+
+def test_a_package_says_one_line_and_holds_nothing_else() -> None:
+    """But for the lists of all tables and objectives, the trainers' door and the command."""
+    lists = ("schemas", "schemas/tables", "stages/student/objectives", "pipeline/cli")
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("__init__.py"):
+            if path.parent.relative_to(REPOSITORY).as_posix() not in lists:
+                assert len(path.read_text().splitlines()) == 1, path

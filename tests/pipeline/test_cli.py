@@ -1,0 +1,205 @@
+"""The command line as a user meets it: help, readable output, one line and a code an error."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from schemas.storage.manifest import read_manifest
+from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
+
+HELP = {
+    ("plan",): ("recipe", "--set", "bytes and disk"),
+    ("run",): ("recipe", "--set", "Safe to run again"),
+    ("status",): ("recipe", "rejected rows"),
+    ("verify",): ("folders", "checksums"),
+    ("inspect",): ("folder", "--tokenizer", "entropy"),
+    ("train",): ("--step", "--nproc", "no teacher is"),
+    ("evaluate",): ("student", "--data", "agreement"),
+    ("student", "init"): ("--from", "--layers", "output"),
+}
+STUDENTS = {
+    "student": {"stage": "student_init", "model": "teacher", "layers": [0]},
+    "distilled": {
+        "stage": "train",
+        "student": "student",
+        "data": ["documents", "signals"],
+        "objective": {"loss": "kd"},
+        "max_steps": 2,
+        "per_device_batch_size": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_model: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyRecipe, str]:
+    """A recipe that was run to its end by the command, and what that printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = make_recipe(folder, tiny_model, paragraphs[:40], more_steps=STUDENTS)
+    said = teachercache("run", recipe.path)
+    assert said.code == 0, said.err
+    return recipe, said.out
+
+
+@pytest.fixture
+def copied(finished: tuple[TinyRecipe, str], tmp_path: Path) -> Path:
+    """A copy of the finished root, to damage."""
+    return Path(shutil.copytree(finished[0].root, tmp_path / "root"))
+
+
+def table_folder(root: Path, table: str) -> Path:
+    (manifest,) = (root / table).glob("*/manifest.json")
+    return manifest.parent
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_says_what_a_command_does_and_takes(command: tuple[str, ...]) -> None:
+    said = teachercache(*command, "--help")
+    assert said.code == 0
+    for words in HELP[command]:
+        assert words in said.out, f"{words!r} is not in:\n{said.out}"
+
+
+def test_a_run_prints_progress_lines_and_ends_with_results(
+    finished: tuple[TinyRecipe, str],
+) -> None:
+    out = finished[1]
+    for words in (
+        "[documents] ingest: nothing has this fingerprint",
+        "tokens/s",
+        "B/token",
+        "s left",
+        "[distilled] before:",
+        "student, untrained",
+        "total on disk",
+        str(finished[0].root),
+    ):
+        assert words in out, f"{words!r} is not in:\n{out}"
+    assert "\x1b[" not in out  # plain text where the output is no terminal
+
+
+def test_a_second_run_says_that_all_is_done(finished: tuple[TinyRecipe, str]) -> None:
+    said = teachercache("run", finished[0].path)
+    assert said.code == 0
+    assert said.out.count("done already") == 4
+    assert "student, untrained" in said.out
+
+
+def test_plan_and_status_as_json(finished: tuple[TinyRecipe, str]) -> None:
+    for command in ("plan", "status"):
+        steps = json.loads(teachercache(command, finished[0].path, "--json").out)
+        assert [step["state"] for step in steps] == ["done"] * 4
+        signals = next(step for step in steps if step["name"] == "signals")
+        manifest = read_manifest(Path(signals["folder"]))
+        assert signals["num_rows"] == manifest.num_rows
+        assert signals["num_bytes"] == manifest.num_bytes
+
+
+def test_inspect_shows_text_and_probabilities(
+    finished: tuple[TinyRecipe, str], tiny_model: Path, paragraphs: list[str]
+) -> None:
+    root = finished[0].root
+    documents = teachercache(
+        "inspect", table_folder(root, "documents"), "--tokenizer", tiny_model, "--rows", "3"
+    )
+    words = documents.out.replace("\n", "").split("tokens: ")[1][:60].split()[1:4]
+    assert any(" ".join(words) in paragraph for paragraph in paragraphs), documents.out
+    signals = teachercache(
+        "inspect", table_folder(root, "teacher_logits"), "--tokenizer", tiny_model, "--top", "3"
+    )
+    assert "entropy" in signals.out and "log p(next)" in signals.out
+    assert "token 1 " in signals.out and "split train" in signals.out
+    beyond = teachercache("inspect", table_folder(root, "documents"), "--row", "99999")
+    assert beyond.code == 2 and "there is no row 99999" in beyond.error
+
+
+def test_verify_finds_each_kind_of_damage_and_names_the_file(copied: Path) -> None:
+    assert teachercache("verify", copied).code == 0
+    documents, signals = (table_folder(copied, t) for t in ("documents", "teacher_logits"))
+    flipped = documents / "shard-00000-of-00009.arrow"
+    flipped = flipped if flipped.is_file() else sorted(documents.glob("*.arrow"))[0]
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 4
+    flipped.write_bytes(content)
+    one, two, gone = sorted(signals.glob("*.arrow"))[:3]
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    gone.unlink()
+    (weights,) = (
+        path / "model.safetensors"
+        for path in (copied / "checkpoints").iterdir()
+        if (path / "metrics.json").is_file()
+    )
+    weights.write_bytes(weights.read_bytes()[:-8])
+    said = teachercache("verify", copied)
+    assert said.code == 1
+    for path in (flipped, one, two, gone, weights):
+        assert str(path) in said.out, f"{path} is not named in:\n{said.out}"
+
+
+def test_verify_finds_a_cut_manifest_and_an_empty_place(copied: Path, tmp_path: Path) -> None:
+    manifest = table_folder(copied, "documents") / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-30])
+    said = teachercache("verify", copied)
+    assert said.code == 1 and "manifest.json is damaged" in said.out
+    nothing = teachercache("verify", tmp_path / "nowhere")
+    assert nothing.code == 2 and "nothing finished at or below" in nothing.error
+
+
+def test_train_runs_one_step_and_refuses_what_is_not_ready(
+    finished: tuple[TinyRecipe, str], tiny_model: Path, paragraphs: list[str], tmp_path: Path
+) -> None:
+    said = teachercache("train", finished[0].path, "--step", "distilled")
+    assert said.code == 0 and "done already" in said.out
+    wrong = teachercache("train", finished[0].path, "--step", "signals")
+    assert wrong.code == 2 and "is not a training step; there are: distilled" in wrong.error
+    fresh = make_recipe(tmp_path, tiny_model, paragraphs[:40], more_steps=STUDENTS)
+    early = teachercache("train", fresh.path, "--step", "distilled")
+    assert early.code == 1 and "is not finished: run `teachercache run` first" in early.error
+
+
+def test_evaluate_measures_a_student(finished: tuple[TinyRecipe, str], tiny_model: Path) -> None:
+    root = finished[0].root
+    tables = [table_folder(root, table) for table in ("documents", "teacher_logits")]
+    data = [word for folder in tables for word in ("--data", str(folder))]
+    said = teachercache("evaluate", tiny_model, *data, "--json")
+    metrics = json.loads(said.out)
+    assert metrics["tokens"] > 0
+    assert abs(metrics["kl_to_teacher"]) < 0.2  # the teacher itself: zero but for the sampling
+    missing = teachercache("evaluate", tiny_model, "--data", str(root / "nowhere"))
+    assert missing.code == 1 and "does not exist" in missing.error
+
+
+def test_student_init_keeps_layers_and_refuses_nonsense(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "student"
+    made = teachercache("student", "init", "--from", tiny_model, "--layers", "1,", output)
+    assert made.code == 2 and "expected a number or a list" in made.error
+    said = teachercache("student", "init", "--from", tiny_model, "--layers", "2", output)
+    assert said.code == 0 and json.loads(said.out)["layers"] == [0, 1]
+    assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 2
+    many = teachercache("student", "init", "--from", tiny_model, "--layers", "9", output)
+    assert many.code == 2 and "9" in many.error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [", "is not YAML"),
+        ("just text", "expected a mapping"),
+        ("name: x\nsteps: {a: {stage: ingst}}", "steps.a"),
+    ],
+)
+def test_a_recipe_that_does_not_parse_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    said = teachercache("plan", path)
+    assert said.code == 2 and words in said.error and str(path) in said.error
+
+
+def test_a_missing_recipe_is_one_line(tmp_path: Path) -> None:
+    said = teachercache("run", tmp_path / "none.yaml")
+    assert said.code == 2 and "cannot read the recipe" in said.error

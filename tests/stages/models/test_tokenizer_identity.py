@@ -1,0 +1,82 @@
+"""Equal tokenizers have equal fingerprints however they are written; different ones never."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
+from tests.fixtures.cached_data import save_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", seed=0, num_layers=1)
+    return tmp_path / "model"
+
+
+def edited(folder: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> str:
+    body = json.loads((folder / name).read_text())
+    edit(body)
+    (folder / name).write_text(json.dumps(body))
+    return tokenizer_fingerprint(folder)
+
+
+def test_a_copy_and_a_saved_copy_are_the_same(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(folder, tmp_path / "copy")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    prints = {tokenizer_fingerprint(tmp_path / name) for name in ("model", "copy", "saved")}
+    assert len(prints) == 1
+
+
+def test_spelling_does_not_matter(folder: Path) -> None:
+    before = tokenizer_fingerprint(folder)
+
+    def respell(body: dict[str, Any]) -> None:
+        body["padding"] = {"strategy": "BatchLongest"}
+        body["model"]["vocab"] = dict(reversed(body["model"]["vocab"].items()))
+
+    assert edited(folder, "tokenizer.json", respell) == before
+    eos = {"content": "<end>", "lstrip": False}
+    spelled = edited(folder, "tokenizer_config.json", lambda body: body.update(eos_token=eos))
+    assert spelled == before
+
+
+def test_merges_may_be_pairs_or_text(folder: Path) -> None:
+    pairs = edited(folder, "tokenizer.json", lambda b: b["model"].update(merges=[["a", "b"]]))
+    assert edited(folder, "tokenizer.json", lambda b: b["model"].update(merges=["a b"])) == pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("tokenizer.json", lambda b: b["model"]["vocab"].update(w1=2, w2=1)),
+        ("tokenizer.json", lambda b: b.update(normalizer={"type": "Lowercase"})),
+        ("tokenizer.json", lambda b: b.update(pre_tokenizer=None)),
+        ("tokenizer_config.json", lambda b: b.update(eos_token="w1")),
+        ("tokenizer_config.json", lambda b: b.update(chat_template="{{ messages }}")),
+    ],
+)
+def test_any_real_difference_shows(
+    folder: Path, name: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    """Two ids swapped keep the vocabulary's size and still make another tokenizer."""
+    before = tokenizer_fingerprint(folder)
+    assert edited(folder, name, edit) != before
+
+
+def test_the_chat_template_counts_wherever_it_lies(folder: Path) -> None:
+    inline = edited(folder, "tokenizer_config.json", lambda b: b.update(chat_template="{{ x }}"))
+    edited(folder, "tokenizer_config.json", lambda b: b.pop("chat_template"))
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    assert tokenizer_fingerprint(folder) == inline
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no tokenizer: no tokenizer\.json"):
+        tokenizer_fingerprint(tmp_path)

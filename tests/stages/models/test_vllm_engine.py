@@ -1,0 +1,203 @@
+"""The real vLLM engine against plain transformers forward passes; three engine starts in all.
+
+Engines run one after the other in one process, so this file also shows that closing one frees what
+the next needs.
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+from schemas.errors import EngineError
+from stages.models.engines.engine import Engine, open_engine
+from stages.models.engines.sequences import TokenIds
+from stages.models.engines.vllm_engine import VllmEngine
+from stages.models.spec import EngineOptions
+
+# Nats, float32 on a CPU: both sum the same products in another order, over 2 layers of width 64.
+# Measured 2e-5; any mix-up of rows or positions gives whole nats.
+TOLERANCE = 5e-4
+
+MIXED_LENGTHS = (5, 1, 200, 17, 1, 256, 64, 3, 128, 17, 99, 2)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One engine's answers: hidden states in the given order, and for a shuffled one."""
+
+    kind: str
+    max_length: int
+    hidden: list[torch.Tensor]
+    shuffled: list[torch.Tensor]
+    again: list[torch.Tensor]
+    logprobs: list[torch.Tensor]
+    too_long: str
+
+
+def mixed_sequences() -> list[TokenIds]:
+    draw = np.random.default_rng(3)
+    return [draw.integers(0, 512, length).astype(np.uint16) for length in MIXED_LENGTHS]
+
+
+def shuffled_order() -> list[int]:
+    return [int(index) for index in np.random.default_rng(4).permutation(len(MIXED_LENGTHS))]
+
+
+def capture(engine: Engine) -> Captured:
+    sequences = mixed_sequences()
+    hidden = list(engine.hidden_states(sequences))
+    with pytest.raises(EngineError) as refusal:
+        list(engine.hidden_states([np.zeros(engine.max_length + 1, np.int64)]))
+    return Captured(
+        kind=engine.kind,
+        max_length=engine.max_length,
+        hidden=hidden,
+        shuffled=list(engine.hidden_states([sequences[i] for i in shuffled_order()])),
+        again=list(engine.hidden_states(sequences)),
+        logprobs=[engine.head.logits(hidden_TD).log_softmax(-1) for hidden_TD in hidden],
+        too_long=str(refusal.value),
+    )
+
+
+def captured_with(folder: Path, cache_dir: Path, **settings: int | bool) -> Captured:
+    options = EngineOptions.model_validate(
+        {"cache_dir": cache_dir, "kv_cache_memory_bytes": 64 << 20, **settings}
+    )
+    with open_engine("vllm", folder, dtype="float32", options=options) as engine:
+        return capture(engine)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
+    """Every prompt in one forward pass: no chunked prefill."""
+    cache = tmp_path_factory.mktemp("whole")
+    return captured_with(
+        tiny_model, cache, enable_chunked_prefill=False, max_num_batched_tokens=512
+    )
+
+
+@pytest.fixture(scope="module")
+def chunked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
+    """Prompts cut into pieces of at most 32 tokens, several requests a step."""
+    cache = tmp_path_factory.mktemp("chunked")
+    return captured_with(tiny_model, cache, enable_chunked_prefill=True, max_num_batched_tokens=32)
+
+
+def plain_logprobs(folder: Path) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return [
+            model(torch.from_numpy(ids_T.astype(np.int64))[None]).logits[0].log_softmax(-1)
+            for ids_T in mixed_sequences()
+        ]
+
+
+def assert_close(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert [tuple(t.shape) for t in got] == [tuple(t.shape) for t in expected]
+    for got_TV, expected_TV in zip(got, expected, strict=True):
+        torch.testing.assert_close(got_TV, expected_TV, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_logprobs_are_those_of_transformers(
+    whole: Captured, chunked: Captured, tiny_model: Path
+) -> None:
+    expected = plain_logprobs(tiny_model)
+    assert (whole.kind, whole.max_length) == ("vllm", 256)
+    assert_close(whole.logprobs, expected)
+    assert_close(chunked.logprobs, expected)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_each_request_gets_its_own_rows_in_any_order(whole: Captured, chunked: Captured) -> None:
+    for captured in (whole, chunked):
+        assert_close(captured.shuffled, [captured.hidden[index] for index in shuffled_order()])
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_same_shard_gives_the_same_bits(whole: Captured, chunked: Captured) -> None:
+    for captured in (whole, chunked):
+        for first, second in zip(captured.hidden, captured.again, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_sequence_beyond_the_window_is_refused(whole: Captured) -> None:
+    assert "has 257 tokens, the engine takes 1 to 256" in whole.too_long
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_another_family_with_a_soft_cap_and_an_engine_that_dies(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "gemma3")
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        sliding_window=64,
+        max_position_embeddings=256,
+        final_logit_softcapping=4.0,
+        initializer_range=0.2,
+        query_pre_attn_scalar=32,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
+    options = EngineOptions(cache_dir=tmp_path / "cache", kv_cache_memory_bytes=64 << 20)
+    with open_engine("vllm", tmp_path / "gemma3", dtype="float32", options=options) as engine:
+        logprobs = capture(engine).logprobs
+        assert isinstance(engine, VllmEngine)
+        engine._llm.llm_engine.engine_core.shutdown()
+        with pytest.raises(EngineError, match="the vLLM engine died on a batch of 1 sequences"):
+            list(engine.hidden_states([np.zeros(3, np.int64)]))
+        with pytest.raises(EngineError, match="is closed or has died: open it again"):
+            list(engine.hidden_states([np.zeros(3, np.int64)]))
+    expected = plain_logprobs(tmp_path / "gemma3")
+    assert_close(logprobs, expected)
+    spread = torch.cat(expected).amax(1) - torch.cat(expected).amin(1)
+    assert spread.max() <= 8.0, "the soft-cap holds every logit between -4 and 4"
+
+
+@pytest.mark.slow
+def test_a_missing_vllm_is_named_with_the_extra_to_install(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """A process that cannot import vLLM, as on a machine where the extra is not installed."""
+    script = f"""
+import sys
+from pathlib import Path
+sys.modules["vllm"] = None
+from schemas.errors import EngineError
+from stages.models.engines.engine import open_engine
+from stages.models.spec import EngineOptions
+options = EngineOptions(cache_dir=Path({str(tmp_path)!r}), device="cpu")
+try:
+    with open_engine("vllm", Path({str(tiny_model)!r}), dtype="float32", options=options):
+        pass
+except EngineError as error:
+    sys.stdout.write(str(error))
+"""
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "install teachercache[vllm] on a GPU machine" in done.stdout
