@@ -1,0 +1,27 @@
+"""The Python interface in a few lines: open finished tables, look at a row, take a training step.
+
+After `make demo`, with the folders it names:
+python examples/hello.py MODEL DOCUMENTS SIGNALS OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+from schemas import open_dataset, unpack_threshold
+from stages.student.init.work import init_student
+from stages.student.objectives.kd import KdConfig
+from stages.student.train.stage import TrainConfig
+from stages.student.train.work import train
+
+model, documents, signals, output = map(Path, sys.argv[1:])
+
+row = open_dataset([documents, signals], split="train")[0]
+weights_PK = unpack_threshold(row["token_ids_PK"], row["num_head_P"], row["head_codes_E"])
+print("token", row["first_target"], "is", row["input_ids_T"][row["first_target"]])
+drawn = zip(row["token_ids_PK"][0].tolist(), weights_PK[0].tolist(), strict=True)
+print("the teacher's:", dict(drawn))
+
+student = init_student(model, output / "student", layers=2)
+config = TrainConfig(objective=KdConfig(), max_steps=1, per_device_batch_size=4)
+trained = train(config, student=student.path, data=[documents, signals], output=output / "trained")
+print(trained.metrics["after"])
