@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 
-.PHONY: demo test check bench assets tasks pairs install airflow test-airflow tree clean
+.PHONY: demo test check bench assets tasks pairs install airflow test-airflow stages tree clean
 
 install: $(STAMP)
 
@@ -73,6 +73,10 @@ check: $(STAMP)
 
 bench: tasks pairs
 	$(BIN)/python benchmarks/run_all.py
+
+# What Airflow's files know of the stages, after one was added.
+stages: $(STAMP)
+	$(BIN)/python -m stages.registry
 
 # Every folder and every file of it with the first line that it says of itself.
 tree:

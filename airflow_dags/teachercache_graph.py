@@ -26,16 +26,10 @@ from airflow.sdk import (
 )
 from airflow.sdk.exceptions import AirflowException
 from teachercache_alerts import deadline_missed, task_failed
+from teachercache_command import calls, extra_of, read_plan
 from teachercache_recipes import Recipe, RecipeError, Schedule, Step, read_folder
-from teachercache_tasks import (
-    RayJobOperator,
-    TeachercacheOperator,
-    VerifyOperator,
-    calls,
-    extra_of,
-    kubernetes_operator,
-    read_plan,
-)
+from teachercache_runners import RayJobOperator, kubernetes_operator
+from teachercache_tasks import TeachercacheOperator, VerifyOperator
 
 MAX_RETRY_DELAY = datetime.timedelta(hours=1)
 PARAMS = {

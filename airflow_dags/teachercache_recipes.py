@@ -1,7 +1,7 @@
-"""Recipes as the DAGs see them: names, steps, what needs what, when to run; imports yaml alone.
+"""Recipes as the DAGs see them: names, steps, what needs what, when to run.
 
-Enough is read to draw a graph; all else of a recipe is checked by the ``teachercache`` command. So
-there are three short lists here of what that package knows too, and a test holds them equal.
+Enough is read to draw a graph; all else of a recipe is checked by the ``teachercache`` command.
+What that package knows of its stages is in ``teachercache_stages``.
 """
 
 import datetime
@@ -13,29 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from teachercache_stages import KINDS, REFERENCES
 
-# What a step of each stage does.
-KINDS = {
-    "ingest": "source",
-    "episodes": "source",
-    "preference_pairs": "source",
-    "teacher_logits": "table",
-    "subset_preferences": "table",
-    "candidate_scores": "table",
-    "student_responses": "table",
-    "response_logprobs": "table",
-    "advantages": "table",
-    "teacher_align": "checkpoint",
-    "student_init": "checkpoint",
-    "train": "checkpoint",
-    "evaluate": "report",
-    "evaluate_preferences": "report",
-}
-# Settings of a step that name other steps, or models that are made by steps.
-REFERENCES = (
-    *("input", "data", "lm_data", "model", "reference", "student", "students", "baseline"),
-    *("judge", "sampler"),
-)
 RUNNERS = ("local", "ray", "kubernetes")
 OWN_TASKS = ("plan", "verify", "publish")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -1,5 +1,9 @@
-"""Every stage that a recipe can name, a line each."""
+"""Every stage that a recipe can name, a line each.
 
+``python -m stages.registry`` (``make stages``) writes what Airflow's files know of them.
+"""
+
+from pathlib import Path
 from typing import Annotated, get_args
 
 from pydantic import Field
@@ -38,3 +42,29 @@ Step = Annotated[
     Field(discriminator="stage"),
 ]
 STAGES: tuple[type[Stage], ...] = get_args(get_args(Step)[0])
+
+AIRFLOW = Path("airflow_dags") / "teachercache_stages.py"
+_HEADER = (
+    '"""What each stage does, and which settings name steps and models; '
+    'written by ``make stages``."""'
+)
+
+
+def airflow_list() -> str:
+    """Return the file that Airflow's environment reads in the place of this package."""
+    kinds = [f'    "{name_of(stage)}": "{stage.KIND}",' for stage in STAGES]
+    named = [
+        setting for stage in STAGES for setting in (*stage.READS, *stage.RUNS, *stage.ALSO_RUNS)
+    ]
+    references = [f'    "{key}",' for key in dict.fromkeys(name.split(".")[0] for name in named)]
+    lists = ["KINDS = {", *kinds, "}", "REFERENCES = (", *references, ")"]
+    return "\n".join([_HEADER, "", *lists, ""])
+
+
+def name_of(stage: type[Stage]) -> str:
+    """Return what a recipe calls a stage."""
+    return str(get_args(stage.model_fields["stage"].annotation)[0])
+
+
+if __name__ == "__main__":
+    AIRFLOW.write_text(airflow_list())

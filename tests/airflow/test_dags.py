@@ -16,7 +16,8 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from conftest import DAGS, REPOSITORY, World, tables, teachercache
-from teachercache_tasks import Call, Process, TeachercacheOperator, calls, raise_for
+from teachercache_command import Call, Process, calls, raise_for
+from teachercache_tasks import TeachercacheOperator
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 

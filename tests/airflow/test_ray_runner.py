@@ -13,7 +13,8 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.exceptions import AirflowFailException
 from conftest import DAGS, PYTHON, REPOSITORY, World, tables
-from teachercache_tasks import Call, RayJobOperator
+from teachercache_command import Call
+from teachercache_runners import RayJobOperator
 
 
 @pytest.fixture(scope="module")

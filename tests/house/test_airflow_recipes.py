@@ -7,20 +7,23 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from teachercache_recipes import KINDS, RUNNERS, RecipeError, Schedule, read_recipe
+from teachercache_recipes import RUNNERS, RecipeError, Schedule, read_recipe
+from teachercache_stages import KINDS, REFERENCES
 
 from pipeline.planning import recipe as recipes
 from pipeline.planning.plan import make_plan, needs
 from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
-from stages.registry import STAGES
+from stages.registry import AIRFLOW, STAGES, airflow_list, name_of
+from tests.house.tree import REPOSITORY
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 
 
-def test_every_stage_is_of_the_same_kind() -> None:
-    kinds = {get_args(stage.model_fields["stage"].annotation)[0]: stage.KIND for stage in STAGES}
-    assert kinds == KINDS
+def test_airflows_list_of_stages_is_the_one_that_make_stages_writes() -> None:
+    assert (REPOSITORY / AIRFLOW).read_text() == airflow_list()
+    assert {name_of(stage): stage.KIND for stage in STAGES} == KINDS
+    assert {"input", "data", "model", "reference", "student", "judge"} < set(REFERENCES)
 
 
 def test_a_schedule_has_the_same_settings_and_defaults() -> None:
