@@ -1,6 +1,5 @@
 """What the DAGs know of recipes is what the package knows: kinds, references, the schedule."""
 
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +13,7 @@ from pipeline.planning.plan import make_plan, needs
 from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
 from stages.registry import STAGES
-
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+from tests.fixtures.example_recipes import EXAMPLES, tiny_example
 
 
 def test_every_stage_is_of_the_same_kind() -> None:
@@ -59,15 +57,7 @@ def test_both_read_the_same_schedule(tmp_path: Path) -> None:
 def test_the_graph_is_that_of_the_plan(
     path: Path, tiny_model: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    """Every example, its models and files replaced by tiny ones that can be planned."""
-    body = yaml.safe_load(path.read_text())
-    for model in body["models"].values():
-        if "path" in model:
-            model["path"] = str(tiny_model)
-            model.pop("adapter", None)
-    _replace_files(body["steps"], tmp_path / "task_16_13_train.tsv", tiny_encoder)
-    copy = tmp_path / "recipe.yaml"
-    copy.write_text(yaml.safe_dump(body, sort_keys=False))
+    copy = tiny_example(path, tmp_path, tiny_model, tiny_encoder)
     theirs = read_recipe(copy)
     plan = make_plan(load_recipe(copy))
     for step in plan:
@@ -76,21 +66,3 @@ def test_the_graph_is_that_of_the_plan(
         assert drawn.kind == step.kind
     tables = {step.name for step in plan if step.kind in ("source", "table")}
     assert tables <= {step.name for step in theirs.cache_steps}
-
-
-def _replace_files(value: Any, text: Path, encoder: Path) -> None:
-    if not text.exists():
-        shutil.copy(__file__, text)
-    if isinstance(value, list):
-        for item in value:
-            _replace_files(item, text, encoder)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key in ("paths", "files"):
-                value[key] = [str(text)]
-            elif key == "templates" and isinstance(item, str):
-                value[key] = str(text)
-            elif key == "encoder":
-                value[key] = str(encoder)
-            else:
-                _replace_files(item, text, encoder)
