@@ -1,4 +1,4 @@
-"""Commands about a recipe: plan, run, submit, status, train."""
+"""Commands about a recipe: plan, show, run, submit, status, train."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +37,14 @@ def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False)
 
     loaded, steps = _plan(recipe, overrides)
     print_plan(console, loaded, steps, as_json=as_json)
+
+
+@app.command()
+def show(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Show the recipe's models, tables and checkpoints as a tree: fingerprints, sizes, states."""
+    from pipeline.reports.recipe_tree import print_tree
+
+    print_tree(console, *_plan(recipe, overrides))
 
 
 @app.command()

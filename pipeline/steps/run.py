@@ -7,10 +7,9 @@ that die with the process, and whoever comes too late is refused in one line.
 import shutil
 from collections.abc import Sequence
 
-import numpy as np
-
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Execution
+from pipeline.state.finished_files import finished_files
 from pipeline.state.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.state.step_state import Progress, finished_manifest, is_done, progress_of
 from pipeline.steps.folder_step import run_folder
@@ -25,8 +24,8 @@ from pipeline.steps.table_step import (
 from pipeline.steps.training_step import run_training
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.object_path import ObjectPath
-from schemas.storage.records import listed_shards, shard_name
-from schemas.storage.shard_list import SHARD_LIST, ShardList, ShardTotals
+from schemas.storage.records import shard_name
+from schemas.storage.shard_list import ShardList, ShardTotals
 from stages.stage import FolderStage, SourceStage, TableStage
 from stages.student.train.stage import TrainStage
 
@@ -161,14 +160,10 @@ def _refuse_missing_files(step: PlannedStep) -> None:
 
     On a store that would be a request a shard; who needs one that has gone is told there.
     """
-    manifest = finished_manifest(step)
-    if manifest is None or isinstance(step.place, ObjectPath):
+    if isinstance(step.place, ObjectPath) or not step.writes_table:
         return
-    num_shards = len(manifest.shards)
-    gone = np.flatnonzero(~listed_shards(step.place, num_shards, ".arrow"))
-    others = (SHARD_LIST, *manifest.files)
-    missing = [f"{shard_name(index, num_shards)}.arrow" for index in gone.tolist()]
-    missing += [name for name in others if not (step.place / name).is_file()]
+    files = finished_files(step)
+    missing = () if files is None else files.missing
     if missing:
         raise StoreError(
             f"{step.place} has a manifest but {len(missing)} of its files are gone (first: "

@@ -1,6 +1,5 @@
 """What the DAGs know of recipes is what the package knows: kinds, references, the schedule."""
 
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -15,9 +14,8 @@ from pipeline.planning.plan import make_plan, needs
 from pipeline.planning.recipe_file import load_recipe
 from schemas.errors import ConfigError
 from stages.registry import AIRFLOW, STAGES, airflow_list, name_of
+from tests.fixtures.example_recipes import EXAMPLES, tiny_example
 from tests.house.tree import REPOSITORY
-
-EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 
 
 def test_airflows_list_of_stages_is_the_one_that_make_stages_writes() -> None:
@@ -62,15 +60,7 @@ def test_both_read_the_same_schedule(tmp_path: Path) -> None:
 def test_the_graph_is_that_of_the_plan(
     path: Path, tiny_model: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    """Every example, its models and files replaced by tiny ones that can be planned."""
-    body = yaml.safe_load(path.read_text())
-    for model in body["models"].values():
-        if "path" in model:
-            model["path"] = str(tiny_model)
-            model.pop("adapter", None)
-    _replace_files(body["steps"], tmp_path / "task_16_13_train.tsv", tiny_encoder)
-    copy = tmp_path / "recipe.yaml"
-    copy.write_text(yaml.safe_dump(body, sort_keys=False))
+    copy = tiny_example(path, tmp_path, tiny_model, tiny_encoder)
     theirs = read_recipe(copy)
     plan = make_plan(load_recipe(copy))
     for step in plan:
@@ -79,21 +69,3 @@ def test_the_graph_is_that_of_the_plan(
         assert drawn.kind == step.kind
     tables = {step.name for step in plan if step.kind in ("source", "table")}
     assert tables <= {step.name for step in theirs.cache_steps}
-
-
-def _replace_files(value: Any, text: Path, encoder: Path) -> None:
-    if not text.exists():
-        shutil.copy(__file__, text)
-    if isinstance(value, list):
-        for item in value:
-            _replace_files(item, text, encoder)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key in ("paths", "files"):
-                value[key] = [str(text)]
-            elif key == "templates" and isinstance(item, str):
-                value[key] = str(text)
-            elif key == "encoder":
-                value[key] = str(encoder)
-            else:
-                _replace_files(item, text, encoder)

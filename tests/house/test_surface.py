@@ -51,6 +51,7 @@ PUBLIC = [
 ]
 COMMANDS = {
     "plan": {"--set", "--json"},
+    "show": {"--set"},
     "run": {"--step", "--shards", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},

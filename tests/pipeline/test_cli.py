@@ -11,6 +11,7 @@ from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
 
 HELP = {
     ("plan",): ("recipe", "--set", "bytes and disk"),
+    ("show",): ("recipe", "--set", "fingerprints"),
     ("run",): ("recipe", "--set", "Safe to run again"),
     ("status",): ("recipe", "rejected rows"),
     ("verify",): ("folders", "checksums"),

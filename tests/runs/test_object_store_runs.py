@@ -169,6 +169,10 @@ def test_completion_is_never_learnt_from_a_list(
         recipe.run()
         # Two steps that are done cost the manifests alone, however many shards they have.
         assert {path.rsplit("/", 1)[1] for _, path in proxy.seen[before:]} == {"manifest.json"}
+        before = len(proxy.seen)
+        assert "2 of 2 steps done" in teachercache("show", recipe.path).out
+        asked = {path.rsplit("/", 1)[1] for _, path in proxy.seen[before:]}
+        assert asked == {"manifest.json", "shards.feather"}
         listed = [path for _, path in proxy.seen if "list-type" in path or "delimiter" in path]
         assert not listed
         # The record comes after its shard, the manifest after every record.

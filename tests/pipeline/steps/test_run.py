@@ -83,7 +83,7 @@ def test_a_second_run_does_nothing(copied: TinyRecipe) -> None:
 LOOK = """
 import sys
 from pipeline.cli import main
-for command in ("plan", "status", "run"):
+for command in ("plan", "show", "status", "run"):
     sys.argv = ["teachercache", command, sys.argv[-1]]
     try:
         main()
