@@ -235,7 +235,8 @@ import json, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from pathlib import Path
-from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
 job = json.loads(sys.argv[1])

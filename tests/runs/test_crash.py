@@ -91,9 +91,8 @@ def kill_group(process: subprocess.Popen[str]) -> bool:
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    """Return when it holds, or the process has ended."""
     while process.poll() is None and not condition():
-        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
@@ -215,8 +214,8 @@ def test_an_interrupted_run_says_so_and_gives_the_terminal_back(
     screen.start()
     wait_until(process, lambda: any(folder.glob("shard-*.json")))
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    screen.join(timeout=60)
+    _, said = process.communicate()
+    screen.join()
     assert (process.returncode, said.strip()) == (
         130,
         "interrupted: finished shards are kept, run again to go on",
@@ -252,7 +251,6 @@ def run_with_files_below(num_bytes: int, recipe: TinyRecipe) -> Said:
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     return Said(done.returncode, done.stdout, done.stderr)
 

@@ -29,14 +29,13 @@ from tests.fixtures.many_shards import make_many_shards
 from tests.fixtures.tiny_recipe import COMMAND, TinyRecipe
 
 NUM_SHARDS = 1_000_000
-SECONDS, BYTES = 30.0, 2**30
+SECONDS, BYTES = 30.0, 2**30  # of the processor: others may have it at the same time
 
 MEASURE = """
-import resource, subprocess, sys, time
-started = time.monotonic()
+import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
-peak_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(time.monotonic() - started, peak_kb * 1024, file=sys.stderr)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, file=sys.stderr)
 """
 
 
@@ -68,9 +67,9 @@ def test_a_million_shards_are_looked_at_within_the_bars(million: TinyRecipe, com
 def test_a_million_shards_are_walked_through_without_a_million_records(million: TinyRecipe) -> None:
     manifest = read_manifest(million.step("documents").folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     total = sum(shard.num_tokens for shard in manifest.shards)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
     assert total == manifest.num_tokens == NUM_SHARDS * TOKENS
     assert manifest.shards[123_456].file == "shard-0123456-of-1000000.arrow"

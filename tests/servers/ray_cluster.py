@@ -87,7 +87,7 @@ def kill_machine(node: subprocess.Popen[bytes]) -> None:
     everyone = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     for process in everyone:
         process.kill()
-    psutil.wait_procs(everyone, timeout=10)
+    psutil.wait_procs(everyone)  # killed: the kernel ends them
 
 
 def _ray_start(arguments: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -101,9 +101,8 @@ def _ray_start(arguments: list[str], env: Mapping[str, str]) -> subprocess.Popen
 
 
 def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + 120
     while True:
-        assert head.poll() is None and time.monotonic() < deadline, "Ray did not start"
+        assert head.poll() is None, "Ray did not start"
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
@@ -112,9 +111,8 @@ def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _wait_for_port(head: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + 120
     while True:
-        assert head.poll() is None and time.monotonic() < deadline, "Ray takes no clients"
+        assert head.poll() is None, "Ray takes no clients"
         try:
             socket.create_connection(("127.0.0.1", port), 5).close()
             return

@@ -37,6 +37,7 @@ class CrewOfRules:
     ended: list[int] = field(default_factory=list)
     num_started: int = 0
     most_in_hand: int = 0
+    now: float = 0.0
     _events: list[Event] = field(default_factory=list)
     _in_hand: set[int] = field(default_factory=set)
 
@@ -62,6 +63,8 @@ class CrewOfRules:
 
     def wait(self, timeout_s: float | None) -> Sequence[Event]:
         assert self._events or timeout_s is not None, "nothing would ever happen"
+        if not self._events and timeout_s is not None:
+            self.now += timeout_s  # time passes where nothing else does
         events, self._events = self._events, []
         self._in_hand -= {event.worker for event in events}
         return events
@@ -186,11 +189,12 @@ def test_a_worker_without_an_answer_is_ended_and_its_shard_done_by_another(
     input_shard: Path,
 ) -> None:
     crew, said = CrewOfRules(silent=frozenset({1})), list[str]()
-    limits = Limits(workers=2, max_attempts=3, shard_timeout_s=0.05)
-    records = list(dispatch(crew, tasks_of(input_shard, 4), limits, warned=said.append))
+    limits = Limits(workers=2, max_attempts=3, shard_timeout_s=60.0)
+    tasks = tasks_of(input_shard, 4)
+    records = list(dispatch(crew, tasks, limits, warned=said.append, clock=lambda: crew.now))
     assert len(records) == 3 and crew.ended == [1]
     assert said == [
-        "a worker was lost on shard-00000-of-00003: no result within execution.shard_timeout_s 0.05"
+        "a worker was lost on shard-00000-of-00003: no result within execution.shard_timeout_s 60"
     ]
 
 

@@ -18,6 +18,7 @@ from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.storage.manifest import read_manifest
 from schemas.storage.records import read_notes
+from tests.fixtures.machine_speed import slowness
 from tests.fixtures.tiny_recipe import (
     TinyRecipe,
     edit_recipe,
@@ -293,5 +294,5 @@ def test_workers_end_with_the_run_that_started_them(finished: TinyRecipe, tmp_pa
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    gone, alive = psutil.wait_procs(children, timeout=20 * slowness())
     assert not alive and gone

@@ -228,7 +228,9 @@ def test_max_steps_or_epochs_but_not_both() -> None:
 KILL_ITSELF = """
 import json, os, sys
 from pathlib import Path
-from stages.student.train.stage import KdConfig, TrainConfig, TrainOptions
+from stages.student.objectives.kd import KdConfig
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
 def on_event(event):
@@ -263,7 +265,8 @@ import json, os, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from pathlib import Path
-from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
 root = Path(sys.argv[1])

@@ -16,7 +16,8 @@ from tests.fixtures.preference_data import PreferenceData, make_preference_data
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from stages.student.train.stage import TrainConfig, TrainOptions
+from stages.student.options import TrainOptions
+from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
 job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
