@@ -9,7 +9,7 @@ What costs a forward: the last token of an answer is fed to nobody, so all singl
 a prompt share one row; equal sequences are fed once, and one that begins another rides on it (a
 causal model sees the same). Answers of several tokens each repeat their prompt.
 
-Rows are sorted by length, padded on the right without a mask (see ``loader``) and cut into
+Rows are sorted by length, padded on the right without a mask (see ``batches.signals``) and cut into
 micro-batches of like lengths. Where they are together too large for one, and a gradient is wanted,
 all but the last are checkpointed: the last is differentiated first and freed before the others are
 made again, so activations of one micro-batch live at a time.

@@ -5,7 +5,7 @@ A prompt of more than ``max_prompt_length`` tokens loses whole turns from the fr
 response of more than ``max_response_length`` tokens costs its row, or is cut and then has no token
 that closes it (counted as ``responses_truncated``).
 
-Rejected and counted, beside what ``pair_dialogues.py`` finds: ``prompt_too_long`` (its last turn
+Rejected and counted, beside what ``pairs`` finds: ``prompt_too_long`` (its last turn
 alone), ``response_too_long``, ``same_response`` (as token ids), ``duplicate_pair`` (a row with
 these very tokens is there), ``token_outside_vocabulary``, and ``refused_by_template`` and
 ``changed_by_template`` (roles or texts that the chat template will not have).
