@@ -66,5 +66,10 @@ def name_of(stage: type[Stage]) -> str:
     return str(get_args(stage.model_fields["stage"].annotation)[0])
 
 
+def main() -> None:
+    """Write Airflow's list; the current folder is the repository's root."""
+    AIRFLOW.write_bytes(airflow_list().encode())
+
+
 if __name__ == "__main__":
-    AIRFLOW.write_text(airflow_list())
+    main()
