@@ -76,7 +76,7 @@ def test_a_job_that_a_killed_task_left_behind_is_followed_and_not_run_twice(
         f"{ray}/api/jobs/",
         json={"entrypoint": entrypoint, "submission_id": left},
         trust_env=False,
-        timeout=60,
+        timeout=600,
     ).raise_for_status()
     before = set(jobs(ray))
     with caplog.at_level(logging.INFO):

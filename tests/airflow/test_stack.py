@@ -382,6 +382,8 @@ def test_a_wrong_parameter_is_refused_and_a_wrong_recipe_fails_at_its_first_try(
     plan = next(task for task in stack.tasks(dag, name) if task["task_id"] == "plan")
     assert (plan["state"], plan["try_number"]) == ("failed", 1)
     wait_for(
-        lambda: any("twice__cache.plan of" in line for line in stack.webhook.lines), 30, stack.why
+        lambda: any("twice__cache.plan of" in line for line in stack.webhook.lines),
+        WITHIN_S,
+        stack.why,
     )
     assert "steps.signals.encoding" in stack.webhook.lines[-1]
