@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 
-.PHONY: demo test check bench assets tasks pairs install airflow test-airflow stages tree clean
+.PHONY: demo test check bench assets tasks pairs install airflow test-slow test-airflow stages tree clean
 
 install: $(STAMP)
 
@@ -56,9 +56,12 @@ $(AIRFLOW)/installed: locks/airflow.txt
 demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
 
-test: pairs check
-	$(PYTEST) -m "slow or vllm"
-	$(MAKE) test-airflow
+# Airflow's tests mostly wait for its scheduler: they go on beside the slow ones.
+test: pairs check airflow
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-slow test-airflow
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow or vllm" --durations=25
 
 # A real Airflow on loopback, in its own environment, that calls the command of this one.
 test-airflow: $(STAMP) airflow

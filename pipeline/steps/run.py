@@ -22,7 +22,7 @@ from pipeline.steps.table_step import (
     source_of,
 )
 from pipeline.steps.training_step import run_training
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, EngineError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
@@ -93,6 +93,10 @@ def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> No
             run_training(step, stage, execution, reporter)
         case FolderStage() as stage:
             run_folder(step, stage, reporter)
+    if not is_done(step):  # whatever made it come back early, it is not to be taken for done
+        raise EngineError(
+            f"step '{step.name}' ended before its work was done ({step.place}): run again to go on"
+        )
 
 
 def step_named(plan: Sequence[PlannedStep], name: str) -> PlannedStep:

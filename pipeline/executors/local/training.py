@@ -41,6 +41,10 @@ def train_in_processes(job: TrainingJob, num_processes: int, on_event: OnEvent) 
             _launch(job, num_processes, on_event, Path(folder))
     except SignalException as error:  # with the handlers back that were there before
         signal.raise_signal(error.sigval)
+        raise EngineError(  # a run that is told to ignore the signal, its processes were not
+            f"training was ended by {error.sigval.name}: the last whole checkpoint is kept, run "
+            f"again to go on from it"
+        ) from error
 
 
 def _refuse_missing_gpus(job: TrainingJob, num_processes: int) -> None:
