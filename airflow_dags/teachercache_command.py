@@ -149,7 +149,7 @@ def extra_of(call: Call, steps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             "fingerprint": step["fingerprint"],
             "rows": step["num_rows"],
             "bytes": step["num_bytes"],
-            "manifest": str(Path(step["folder"]) / "manifest.json"),
+            "manifest": f"{step['folder']}/manifest.json",  # a folder, or a URL
         }
         for name, step in tables_of(steps).items()
     }

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from .errors import SchemaMismatch, StoreError
 from .storage.files import Folder
-from .storage.manifest import Manifest, damaged_shards, read_manifest
+from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
 from .storage.records import ShardRecord
 from .storage.shard_cache import HeldFile, hold, local_file
@@ -66,11 +66,10 @@ class ObjectStream:
 
 
 CACHED_BATCHES = 64
-
-
+CACHED_BYTES = 256 << 20  # of record batches, decompressed; the one in use may be larger
+WIDE_BYTES = 4 << 20  # of a batch of which only the row that is asked for is decoded
+OPEN_SHARDS = 64  # of this machine's that one reader of a table keeps open
 HELD_SHARDS = 4  # copies of shards in an object store that one reader of a table keeps open
-
-
 FETCHED_AT_ONCE = 4
 
 
@@ -88,7 +87,7 @@ class OpenTable:
     def __post_init__(self) -> None:
         """Begin with nothing open."""
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
-        self._batches: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
+        self._batches: OrderedDict[tuple[int, int], _Batch] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what is open behind."""
@@ -131,25 +130,34 @@ class OpenTable:
         """Return the columns of one row."""
         shard = int(np.searchsorted(self.first_row, at, side="right")) - 1
         batch, offset = divmod(at - int(self.first_row[shard]), ROWS_PER_BATCH)
-        return self._batch(shard, batch)[offset]
+        found = self._batch(shard, batch)
+        return found.rows[offset] if found.rows else self._rows(found.content.slice(offset, 1))[0]
 
-    def _batch(self, shard: int, batch: int) -> list[dict[str, Any]]:
+    def _batch(self, shard: int, batch: int) -> "_Batch":
         key = (shard, batch)
         if key not in self._batches:
-            decoded = self._reader(shard).batches.get_batch(batch)
-            names = list(self.table.columns)
-            columns = [self.table.column_values(decoded, name) for name in names]
-            rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-            self._batches[key] = rows
-            if len(self._batches) > CACHED_BATCHES:
+            content = self._reader(shard).batches.get_batch(batch)
+            rows = [] if content.nbytes > WIDE_BYTES else self._rows(content)
+            self._batches[key] = _Batch(content, rows)
+            while len(self._batches) > 1 and self._is_over_budget():
                 self._batches.popitem(last=False)
         self._batches.move_to_end(key)
         return self._batches[key]
 
+    def _is_over_budget(self) -> bool:
+        num_bytes = sum(batch.content.nbytes for batch in self._batches.values())
+        return len(self._batches) > CACHED_BATCHES or num_bytes > CACHED_BYTES
+
+    def _rows(self, content: pa.RecordBatch) -> list[dict[str, Any]]:
+        names = list(self.table.columns)
+        columns = [self.table.column_values(content, name) for name in names]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
     def _reader(self, shard: int) -> "_Reader":
         if shard not in self._readers:
             self._readers[shard] = self._open(self.shards[shard])
-            if isinstance(self.folder, ObjectPath) and len(self._readers) > HELD_SHARDS:
+            most = HELD_SHARDS if isinstance(self.folder, ObjectPath) else OPEN_SHARDS
+            if len(self._readers) > most:  # open files and maps are limited, shards are not
                 self._readers.popitem(last=False)[1].close()
         self._readers.move_to_end(shard)
         return self._readers[shard]
@@ -172,6 +180,14 @@ class OpenTable:
 
 
 @dataclass(frozen=True, slots=True)
+class _Batch:
+    """A record batch as it lies in memory, and its rows as numpy arrays; none of a wide one."""
+
+    content: pa.RecordBatch
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Reader:
     """An open shard, and the copy that it reads where that is one of an object."""
 
@@ -190,7 +206,10 @@ def open_table(folder: Folder, *, split: str | None, verify: bool) -> OpenTable:
     table = known_table(manifest, folder)
     here = isinstance(folder, Path)
     if verify and here and (problems := damaged_shards(folder, manifest)):
-        raise StoreError(f"{problems[0]} ({len(problems)} in all): run the recipe again to mend it")
+        raise StoreError(
+            f"{problems[0]} ({len(problems)} in all): delete {folder / MANIFEST} and run the "
+            f"recipe again to make what is damaged anew (the rest is kept)"
+        )
     shards = [shard for shard in manifest.shards if split in (None, shard.split) and shard.num_rows]
     if not shards:
         raise StoreError(f"{folder} has no row in split '{split}'")

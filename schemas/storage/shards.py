@@ -53,8 +53,8 @@ def read_shard(path: Path) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
-            f"cannot read shard {path}: {_first_line(error)}; run `teachercache verify` to see "
-            f"which shards are damaged, delete that file and run the recipe again"
+            f"cannot read shard {path}: {_first_line(error)}; `teachercache verify` says which "
+            f"shards are damaged and how to make them anew"
         ) from error
 
 

@@ -16,7 +16,7 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from conftest import DAGS, REPOSITORY, World, tables, teachercache
-from teachercache_command import Call, Process, calls, raise_for
+from teachercache_command import Call, Process, calls, extra_of, raise_for
 from teachercache_tasks import TeachercacheOperator
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
@@ -299,6 +299,14 @@ def test_exit_codes_decide_whether_a_task_is_tried_again() -> None:
             raise_for(code, "error: the engine died")
         assert not isinstance(error.value, AirflowFailException)
     assert str(error.value) == "the engine died (ended by SIGKILL)"
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/prefix", "/mnt/cache"])
+def test_the_assets_event_names_manifests_that_can_be_opened(root: str) -> None:
+    step = {"kind": "table", "fingerprint": "f", "num_rows": 1, "num_bytes": 2}
+    steps = {"signals": step | {"folder": f"{root}/teacher_logits/0123"}}
+    extra = extra_of(Call("r.yaml", "2026-01-01", ()), steps)
+    assert extra["tables"]["signals"]["manifest"] == f"{root}/teacher_logits/0123/manifest.json"
 
 
 def test_a_command_that_is_not_there_fails_at_once(

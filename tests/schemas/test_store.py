@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import pickle
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache.verify import verify_folder
+from schemas import open_table
 from schemas.dataset import open_dataset
 from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
 from schemas.sample_id import sample_id_of
@@ -317,3 +319,70 @@ def test_records_that_do_not_verify_are_redone(documents: Path) -> None:
     write_documents(documents)
     (documents / f"{name}.arrow").unlink()
     assert read_record(documents, name) is None
+
+
+def test_a_table_of_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """Readers are given up as others are needed; so are those of tables on this machine."""
+    num_shards = 200
+    rows = [document(index) for index in range(num_shards)]
+    for index, row in enumerate(rows):
+        write_shard(tmp_path / f"{shard_name(index, num_shards)}.arrow", BOUND, [row])
+    records = [
+        ShardRecord(
+            name=shard_name(index, num_shards),
+            split="train",
+            num_rows=1,
+            num_tokens=6,
+            num_positions=0,
+            num_bytes=1,
+            sha256="0" * 64,
+        )
+        for index in range(num_shards)
+    ]
+    write_manifest(tmp_path, replace_shards(write_documents(tmp_path / "other"), records))
+    dataset = open_dataset([tmp_path], verify=False)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 100, limits[1]))
+    try:
+        found = [dataset[index]["sample_id"] for index in range(num_shards)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [row.sample_id for row in rows]
+
+
+def replace_shards(manifest: Manifest, records: list[ShardRecord]) -> Manifest:
+    """The manifest of a table with other shards."""
+    return dataclasses.replace(manifest, shards=records)
+
+
+def test_what_a_reader_keeps_is_bounded_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wide batch a row is decoded when it is asked for: the same row."""
+    write_documents(tmp_path / "documents")
+    write_signals(tmp_path / "signals", [document(index) for index in range(2 * ROWS)])
+    folders = [tmp_path / "documents", tmp_path / "signals"]
+    whole = open_dataset(folders, split="train")
+    expected = [whole[index] for index in range(2 * ROWS)]
+    monkeypatch.setattr(open_table, "WIDE_BYTES", 100)
+    monkeypatch.setattr(open_table, "CACHED_BYTES", 3000)
+    dataset = open_dataset(folders, split="train")
+    order = np.random.default_rng(0).permutation(2 * ROWS)
+    for index in order.tolist():
+        row = dataset[index]
+        assert list(row) == list(expected[index])
+        for name, values in row.items():
+            np.testing.assert_array_equal(values, expected[index][name])
+    for part in dataset._parts:
+        kept = [batch.content.nbytes for batch in part._batches.values()]
+        assert not any(batch.rows for batch in part._batches.values())
+        assert len(kept) == 1 or sum(kept) <= 3000
+
+
+def test_advice_on_a_damaged_table_is_what_mends_it(tmp_path: Path) -> None:
+    manifest = write_documents(tmp_path)
+    (tmp_path / manifest.shards[1].file).write_bytes(b"torn")
+    with pytest.raises(StoreError) as caught:
+        open_dataset([tmp_path])
+    assert f"delete {tmp_path / 'manifest.json'} and run the recipe again" in str(caught.value)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from stages.models.causal_lm.language_head import max_positions
+
 
 def decode_greedily(
     model: PreTrainedModel,
@@ -29,7 +31,7 @@ def decode_greedily(
     eval and inference mode.
     """
     input_ids_BT, mask_BT = _pad_on_the_left(prompts, model.device)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_positions(model.config.get_text_config())
     if room is not None:
         max_new_tokens = max(1, min(max_new_tokens, room - input_ids_BT.shape[1]))
     own = model.generation_config

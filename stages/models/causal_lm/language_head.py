@@ -188,6 +188,13 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
+def max_positions(config: Any) -> int | None:
+    """Return the tokens that a text config says a sequence may have, None where it says none."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [getattr(config, name, None) for name in names]
+    return min((int(limit) for limit in found if limit), default=None)
+
+
 def _scale(text: PretrainedConfig) -> float:
     scale = 1.0
     for name in _MULTIPLIERS:

@@ -7,6 +7,7 @@ Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
 """
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError
-from stages.models.causal_lm.language_head import LanguageHead, read_config
+from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
 from stages.models.spec import EngineOptions
 
@@ -35,7 +36,7 @@ class TransformersEngine:
         """Load the model. Raises EngineError if transformers cannot."""
         config = read_config(model_path).get_text_config()
         self.device = device
-        self.max_length = window_of(config.max_position_embeddings, options.max_model_len)
+        self.max_length = window_of(config, options.max_model_len)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
@@ -133,9 +134,13 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         ) from error
 
 
-def window_of(model_length: int, wanted: int | None) -> int:
-    """Return the tokens that a sequence may have."""
-    return model_length if wanted is None else min(model_length, wanted)
+def window_of(config: Any, wanted: int | None) -> int:
+    """Return the tokens that a sequence may have, by a model's text config and by the options.
+
+    Some models have no such limit and say none (ALiBi, as BLOOM and MPT, and state spaces).
+    """
+    limits = (max_positions(config), wanted)
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -52,7 +52,7 @@ class TransformersGenerator:
         config = read_config(model_path).get_text_config()
         self.device = device
         self.vocab_size = int(config.vocab_size)
-        self.max_length = window_of(config.max_position_embeddings, options.max_model_len)
+        self.max_length = window_of(config, options.max_model_len)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
         self._model.generation_config = GenerationConfig()  # nothing the folder suggests

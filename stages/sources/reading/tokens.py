@@ -148,6 +148,6 @@ def model_limits(folder: Path, tokenizer_size: int) -> tuple[int, int]:
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     text_config = config.get("text_config") or config
     vocab_size = text_config.get("vocab_size") or tokenizer_size
-    names = ("max_position_embeddings", "n_positions")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
     limits = [int(text_config[name]) for name in names if text_config.get(name)]
     return int(vocab_size), min(limits, default=_NO_LIMIT)

@@ -20,7 +20,7 @@ from schemas.storage.files import Folder
 from schemas.storage.manifest import read_manifest
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
-from stages.models.causal_lm.language_head import read_config
+from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.student.evaluate_preferences.stage import judge_tables_problem
 
@@ -171,5 +171,5 @@ def _check_model(folder: Path, pairs: CachedDataset) -> None:
 def _window(models: Sequence[Path]) -> int | None:
     """Return the tokens that fit every model, None where none of them says."""
     configs = [read_config(folder).get_text_config() for folder in models]
-    found = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min((int(size) for size in found if size), default=None)
+    found = [max_positions(config) for config in configs]
+    return min((size for size in found if size is not None), default=None)

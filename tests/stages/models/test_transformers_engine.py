@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from schemas.errors import ConfigError, EngineError
 from stages.models.engines.engine import open_engine
@@ -138,3 +140,26 @@ def test_windows_bound_the_memory_of_a_shard() -> None:
     sequences = [np.zeros(length, np.int64) for length in (10, 20, 30, 40, 5, 200, 1)]
     cut = list(windows(sequences, bytes_per_token=(1 << 30) // 50))
     assert [[len(s) for s in window] for window in cut] == [[10, 20], [30], [40, 5], [200], [1]]
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=4), sys.maxsize),
+        (MptConfig(vocab_size=512, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), 64),
+    ],
+    ids=["bloom", "mpt"],
+)
+def test_a_model_that_names_no_positions(config: Any, window: int, tmp_path: Path) -> None:
+    """ALiBi has none to run out of: numbers are those of a plain forward."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    sequences = mixed_lengths(512, 5, 40, 17)
+    options = EngineOptions(cache_dir=tmp_path, device="cpu")
+    with open_engine(
+        "transformers", tmp_path / "model", dtype="float32", options=options
+    ) as engine:
+        assert engine.max_length == window
+        got = [engine.head.logits(hidden_TD) for hidden_TD in engine.hidden_states(sequences)]
+    for got_TV, expected_TV in zip(got, plain_logits(tmp_path / "model", sequences), strict=True):
+        torch.testing.assert_close(got_TV, expected_TV, rtol=0, atol=TOLERANCE)
