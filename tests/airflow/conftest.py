@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class World:
 
     folder: Path
     body: dict[str, Any]
+    _plain: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
 
     def write(self, path: Path, root: Path, **changes: Any) -> Path:
         """Write the recipe with another root, and other values by their path: ``a__b=value``."""
@@ -64,12 +65,15 @@ class World:
         path.write_text(yaml.safe_dump(body, sort_keys=False))
         return path
 
-    def plain_run(self, day: str, root: Path) -> dict[str, dict[str, bytes]]:
-        """Make the tables without Airflow; return every byte of them."""
-        steps = {name: self.body["steps"][name] for name in ("documents", "signals")}
-        path = self.write(root.with_suffix(".yaml"), root, steps=steps)
-        teachercache("run", str(path), DS=day)
-        return tables(root)
+    def plain_run(self, day: str) -> dict[str, dict[str, bytes]]:
+        """Make a day's tables without Airflow, once for all tests; return every byte of them."""
+        if day not in self._plain:
+            steps = {name: self.body["steps"][name] for name in ("documents", "signals")}
+            root = self.folder / f"plain-{day}"
+            path = self.write(root.with_suffix(".yaml"), root, steps=steps)
+            teachercache("run", str(path), DS=day)
+            self._plain[day] = tables(root)
+        return self._plain[day]
 
 
 def teachercache(*arguments: str, **environment: str) -> str:

@@ -57,10 +57,20 @@ def test_the_steps_of_a_run_are_ray_jobs_and_the_bytes_are_those_of_a_plain_run(
     world.write(recipes / "tiny.yaml", root, schedule=schedule)
     run = DagBag(str(DAGS)).dags["tiny__cache"].test(run_conf={"date": "2026-01-05"})
     assert run.state == "success"
-    assert tables(root) == world.plain_run("2026-01-05", tmp_path / "plain")
+    assert tables(root) == world.plain_run("2026-01-05")
     found = [job["entrypoint"] for job in jobs(ray).values()]
     assert len(found) == 3 and sum("--shards 0:" in entrypoint for entrypoint in found) == 1
     assert {job["status"] for job in jobs(ray).values()} == {"SUCCEEDED"}
+
+
+class Following(RayJobOperator):
+    """Leaves a file when it begins to follow a job."""
+
+    gate: Path
+
+    def _follow(self, client: httpx.Client, job: str) -> None:
+        self.gate.touch()
+        super()._follow(client, job)
 
 
 def test_a_job_that_a_killed_task_left_behind_is_followed_and_not_run_twice(
@@ -68,10 +78,11 @@ def test_a_job_that_a_killed_task_left_behind_is_followed_and_not_run_twice(
 ) -> None:
     """The job of that name is there and running: it says a word only after the task looks."""
     recipe = world.write(tmp_path / "tiny.yaml", tmp_path / "root")
-    task = RayJobOperator(task_id="again", recipe=str(recipe), arguments=["run"])
+    task = Following(task_id="again", recipe=str(recipe), arguments=["run"])
+    task.gate = tmp_path / "gate"
     call = Call(str(recipe), "2026-01-05", ())
     left = f"{task.stem(call, context_of('again'))}-0"
-    entrypoint = "sh -c 'sleep 8; echo it went on'"
+    entrypoint = f"sh -c 'until [ -e {task.gate} ]; do sleep 0.1; done; echo it went on'"
     httpx.post(
         f"{ray}/api/jobs/",
         json={"entrypoint": entrypoint, "submission_id": left},

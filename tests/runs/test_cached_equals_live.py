@@ -231,7 +231,7 @@ def test_the_loss_curve_from_the_cache_is_the_live_one(
 
 
 WATCHED = """
-import json, sys
+import json, shutil, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from pathlib import Path
@@ -239,38 +239,70 @@ from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
-job = json.loads(sys.argv[1])
-train(TrainConfig.model_validate(job["config"]), student=Path(job["student"]),
-      data=[Path(name) for name in job["data"]], lm_data=[Path(name) for name in job["lm_data"]],
-      output=Path(job["output"]), options=TrainOptions(num_workers=0))
-engines = [name for name in sys.modules if name.split(".")[0] in ("vllm", "ray", "pipeline")
-           or name in ("stages.signals.teacher_logits.work", "stages.models.engines.engine")]
-print(json.dumps({"opened": opened, "engines": engines}))
+for job in json.loads(sys.argv[1]):
+    for folder in job.get("gone", []):
+        shutil.rmtree(folder)
+    opened.clear()
+    train(TrainConfig.model_validate(job["config"]), student=Path(job["student"]),
+          data=[Path(name) for name in job["data"]],
+          lm_data=[Path(name) for name in job["lm_data"]],
+          output=Path(job["output"]), options=TrainOptions(num_workers=0))
+    engines = [name for name in sys.modules if name.split(".")[0] in ("vllm", "ray", "pipeline")
+               or name in ("stages.signals.teacher_logits.work", "stages.models.engines.engine")]
+    print(json.dumps({"opened": opened, "engines": engines}))
 """
 
 
+def watched(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train one job after the other in one process that writes down what each of them opens.
+
+    What a job names as ``gone`` is removed before it begins.
+    """
+    command = [sys.executable, "-c", WATCHED, json.dumps(jobs)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+OBJECTIVES = ("bialign", "icl_distillation")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    data: EpisodeData, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[EpisodeData, list[dict[str, Any]]]]:
+    """By objective: what was read, and reports of a run beside the teacher and of one without."""
+    folder = tmp_path_factory.mktemp("trained")
+    own, jobs = {}, []
+    for loss in OBJECTIVES:
+        root = folder / loss / "text"
+        shutil.copytree(data.root, folder / loss)
+        text = CachedData(root, root / "teacher", root / "student")
+        own[loss] = EpisodeData(folder / loss, text)
+        is_bialign = loss == "bialign"
+        tables = own[loss].bialign("exact") if is_bialign else own[loss].icl
+        job = {
+            "config": {"max_steps": 3, "per_device_batch_size": 4, "objective": {"loss": loss}},
+            "student": str(own[loss].student),
+            "data": [str(path) for path in tables],
+            "lm_data": [] if is_bialign else [str(path) for path in text.tables("exact")],
+        }
+        jobs.append(job | {"output": str(folder / loss / "watched")})
+        jobs.append(job | {"output": str(folder / loss / "without"), "gone": [str(text.teacher)]})
+    reports = watched(jobs)
+    assert len(reports) == len(jobs)
+    return {loss: (own[loss], reports[2 * i : 2 * i + 2]) for i, loss in enumerate(OBJECTIVES)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["bialign", "icl_distillation"])
-def test_training_opens_no_teacher_file(data: EpisodeData, tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_training_opens_no_teacher_file(
+    trained: dict[str, tuple[EpisodeData, list[dict[str, Any]]]], loss: str
+) -> None:
     """Watched with the teacher in its place, then run once more without one."""
-    shutil.copytree(data.root, tmp_path / "own")
-    root = tmp_path / "own" / "text"
-    text = CachedData(root, root / "teacher", root / "student")
-    own = EpisodeData(tmp_path / "own", text)
-    is_bialign = loss == "bialign"
-    job = {
-        "config": {"max_steps": 3, "per_device_batch_size": 4, "objective": {"loss": loss}},
-        "student": str(own.student),
-        "data": [str(path) for path in (own.bialign("exact") if is_bialign else own.icl)],
-        "lm_data": [] if is_bialign else [str(path) for path in text.tables("exact")],
-    }
-    for output in ("watched", "without"):
-        body = json.dumps(job | {"output": str(tmp_path / output)})
-        command = [sys.executable, "-c", WATCHED, body]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        report = json.loads(done.stdout)
+    own, reports = trained[loss]
+    for report in reports:
         assert report["engines"] == []
         assert [path for path in report["opened"] if "student" in path]
-        assert not [path for path in report["opened"] if str(text.teacher) in path]
-        shutil.rmtree(text.teacher, ignore_errors=True)
+        assert not [path for path in report["opened"] if str(own.text.teacher) in path]
+    assert not own.text.teacher.exists()

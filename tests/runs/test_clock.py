@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.tiny_recipe import TinyRecipe, finish, make_recipe, stamps, start, table_bytes
+from tests.fixtures.tiny_recipe import (
+    TinyRecipe,
+    finish,
+    make_recipe,
+    stamps,
+    start_installed,
+    table_bytes,
+)
 from tests.house.tree import sources
 
 # The only places that may look at the time of day, and what for.
@@ -78,6 +85,6 @@ def _run_with_jumping_clock(recipe: TinyRecipe, folder: Path) -> str:
     (folder / "site" / "sitecustomize.py").write_text(JUMPING)
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     limits = ("--set", "execution.workers=2", "--set", "execution.shard_timeout_s=120")
-    said = finish(start("run", recipe.path, *limits, PYTHONPATH=path))
+    said = finish(start_installed("run", recipe.path, *limits, PYTHONPATH=path))
     assert said.code == 0, said.err
     return said.out

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,12 +21,14 @@ from tests.fixtures.tiny_recipe import (
     COMMAND,
     Said,
     TinyRecipe,
+    environment,
     finish,
     make_recipe,
     start,
     table_bytes,
     teachercache,
 )
+from tests.servers.warm_python import WarmProcess
 
 NUM_KILLS, NUM_PARAGRAPHS = 10, 90
 # One thread: the same sums in the same order, and two runs share two cores in peace.
@@ -246,13 +247,8 @@ main()
 
 
 def run_with_files_below(num_bytes: int, recipe: TinyRecipe) -> Said:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(num_bytes), "run", str(recipe.path)],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-    )
-    return Said(done.returncode, done.stdout, done.stderr)
+    words = ["teachercache", str(num_bytes), "run", str(recipe.path)]
+    return finish(WarmProcess(LIMITED, words, environment(**ENVIRONMENT)))
 
 
 @pytest.mark.slow

@@ -40,8 +40,13 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def ray_cluster(*, num_cpus: int, num_gpus: int, env: Mapping[str, str]) -> Iterator[Cluster]:
-    """Start a head, wait for it, and end it with all that it started. GPUs are a number only."""
+def ray_cluster(
+    *, num_cpus: int, num_gpus: int, env: Mapping[str, str], takes_jobs: bool = True
+) -> Iterator[Cluster]:
+    """Start a head, wait for it, and end it with all that it started. GPUs are a number only.
+
+    What takes jobs is Ray's dashboard, ten processes that take as long to start as all the rest.
+    """
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets' names have to be short
     port, client, dashboard, agent, metrics = free_ports(5)
     arguments = [
@@ -55,10 +60,13 @@ def ray_cluster(*, num_cpus: int, num_gpus: int, env: Mapping[str, str]) -> Iter
         f"--num-cpus={num_cpus}",
         f"--num-gpus={num_gpus}",
         f"--temp-dir={folder}",
+        f"--include-dashboard={takes_jobs}",
     ]
     head = _ray_start(arguments, env)
     try:
-        _wait_for(head, f"http://127.0.0.1:{dashboard}/api/version")
+        if takes_jobs:
+            _wait_for(head, f"http://127.0.0.1:{dashboard}/api/version")
+        _wait_for_port(head, port)
         _wait_for_port(head, client)
         yield Cluster(
             address=f"127.0.0.1:{port}",
@@ -120,13 +128,7 @@ def _wait_for_port(head: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.2)
 
 
-def _end(head: subprocess.Popen[bytes]) -> None:
-    started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-    head.terminate()
-    try:
-        head.wait(30)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    for process in psutil.wait_procs(started, timeout=5)[1]:
-        process.kill()
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """A cluster that no test needs any longer may go as a lost one does: Ray's own end is slow."""
+    if node.poll() is None:
+        kill_machine(node)

@@ -321,9 +321,9 @@ def test_more_gpus_than_any_machine_has(shards: Shards, cluster: Cluster) -> Non
     """A cluster may grow, so it is given time; a Ray of its own cannot."""
     asked: Any = {"device": "cuda", "tensor_parallel_size": 5}
     each = r"each takes 5 GPUs, \d CPUs and 1.0 GiB of one machine, "
-    expected = each + r"none has been for 10 s; .* 4 GPUs"
+    expected = each + r"none has been for 2 s; .* 4 GPUs"
     with pytest.raises(EngineError, match=expected):
-        list(on_ray(shards, shards.stage(), TWO, cluster.address, start_timeout_s=10.0, **asked))
+        list(on_ray(shards, shards.stage(), TWO, cluster.address, start_timeout_s=2.0, **asked))
     expected = each + r"more than any machine has; .* 0 GPUs"
     with pytest.raises(EngineError, match=expected):
         list(on_ray(shards, shards.stage(), TWO, None, **asked))

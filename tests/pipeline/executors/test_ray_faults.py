@@ -66,7 +66,7 @@ def test_a_lost_machine_costs_the_shard_in_hand_there(finished: TinyRecipe, tmp_
     list(alone.run_local(alone.stage(), Limits(1, 1, None)))
     shards = Shards(documents, tmp_path / "out", tmp_path / "marks")
     with (
-        ray_cluster(num_cpus=1, num_gpus=0, env=THREADS) as cluster,
+        ray_cluster(num_cpus=1, num_gpus=0, env=THREADS, takes_jobs=False) as cluster,
         another_machine(cluster, num_cpus=1) as machine,
     ):
         gate = tmp_path / "gate"
@@ -96,7 +96,7 @@ def test_a_lost_head_is_one_line_and_the_next_run_goes_on_without_ray(
     recipe = finished.copy(tmp_path)
     folder = recipe.step("signals").folder
     shutil.rmtree(folder)
-    with ray_cluster(num_cpus=2, num_gpus=0, env=THREADS) as cluster:
+    with ray_cluster(num_cpus=2, num_gpus=0, env=THREADS, takes_jobs=False) as cluster:
         address = cluster.client_address if as_client else cluster.address
         values = ("executor=ray", f"address={address}", "workers=2")
         arguments = [word for value in values for word in ("--set", f"execution.{value}")]

@@ -37,7 +37,7 @@ def address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        with ray_cluster(num_cpus=2, num_gpus=0, env={}) as cluster:
+        with ray_cluster(num_cpus=2, num_gpus=0, env={}, takes_jobs=False) as cluster:
             yield cluster.address
 
 

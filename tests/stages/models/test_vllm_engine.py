@@ -4,9 +4,8 @@ Engines run one after the other in one process, so this file also shows that clo
 the next needs.
 """
 
+import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from stages.models.engines.engine import Engine, open_engine
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.vllm_engine import VllmEngine
 from stages.models.spec import EngineOptions
+from tests.fixtures.tiny_recipe import finish
+from tests.servers.warm_python import WarmProcess
 
 # Nats, float32 on a CPU: both sum the same products in another order, over 2 layers of width 64.
 # Measured 2e-5; any mix-up of rows or positions gives whole nats.
@@ -197,7 +198,5 @@ try:
 except EngineError as error:
     sys.stdout.write(str(error))
 """
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert "install teachercache[vllm] on a GPU machine" in done.stdout
+    said = finish(WarmProcess(script, ["-c"], dict(os.environ)))
+    assert said.code == 0 and "install teachercache[vllm] on a GPU machine" in said.out, said.err

@@ -23,6 +23,7 @@ from stages.sources.documents.stage import IngestStage
 from stages.sources.prepared import within
 from stages.sources.reading.cleaning import clean
 from stages.sources.reading.tokens import TextTokenizer
+from tests.servers.warm_python import WarmProcess
 
 WORDS = (
     "the cat sat on a mat while some old dogs ran over red hills near blue water".split()  # noqa: SIM905
@@ -260,16 +261,16 @@ def test_killed_at_any_point_the_bytes_are_the_same(tokenizer: Path, tmp_path: P
     stage = stage_for(write_jsonl(tmp_path / "a.jsonl", sentences(3000)), tokenizer)
     whole, work = tmp_path / "whole", tmp_path / "work"
     expected = stage.work.prepare(stage, whole, segment_bytes=20_000)
-    command = [sys.executable, "-c", RUN, stage.model_dump_json(), str(work), "20000"]
+    words = ["-c", stage.model_dump_json(), str(work), "20000"]
     kills = 0
     for pattern in (f"{name}.arrow" for name in POINTS):
-        with subprocess.Popen(command) as process:
+        with WarmProcess(RUN, words, dict(os.environ)) as process:
             while process.poll() is None and not list(work.glob(pattern)):
                 time.sleep(0.001)
             kills += process.poll() is None
             process.send_signal(signal.SIGKILL)
     assert kills >= 3
-    subprocess.run(command, check=True)
+    assert WarmProcess(RUN, words, dict(os.environ)).wait() == 0
     prepared = stage.work.prepare(stage, work, segment_bytes=20_000)
     assert prepared == expected
     assert as_bytes(all_rows(stage, work, prepared)) == as_bytes(all_rows(stage, whole, expected))

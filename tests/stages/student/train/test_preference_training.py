@@ -10,10 +10,6 @@ store float32: 3e-7 was seen, 1e-5 is asked, as AdamW makes more of last bits. D
 log-probs are float32 sums: the same.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +46,7 @@ from tests.fixtures.preference_data import (
     wide_model,
     without_teachers,
 )
-from tests.runs.test_cached_equals_live import WATCHED
+from tests.runs.test_cached_equals_live import watched
 
 CPU = torch.device("cpu")
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3, micro_batch_tokens=400)
@@ -293,25 +289,42 @@ def test_evaluation_of_pairs_measures_chosen_responses(data: PreferenceData) -> 
     assert found["kl_to_teacher"] > 0
 
 
+WATCHED_OBJECTIVES = (DckdConfig(), AdpaConfig(), DpoConfig())
+
+
+@pytest.fixture(scope="module")
+def trained(
+    data: PreferenceData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreferenceData, dict[str, dict[str, Any]]]:
+    """Data whose teachers are gone, and what training on it opened, by the loss."""
+    folder = tmp_path_factory.mktemp("trained")
+    own = without_teachers(data, folder / "own")
+    jobs = [
+        {
+            "config": {
+                "max_steps": 3,
+                "per_device_batch_size": 4,
+                "objective": objective.model_dump(mode="json"),
+            },
+            "student": str(own.student),
+            "data": [str(path) for path in tables_of(own, objective)],
+            "lm_data": [],
+            "output": str(folder / objective.loss),
+        }
+        for objective in WATCHED_OBJECTIVES
+    ]
+    losses = [objective.loss for objective in WATCHED_OBJECTIVES]
+    return own, dict(zip(losses, watched(jobs), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [DckdConfig(), AdpaConfig(), DpoConfig()])
+@pytest.mark.parametrize("objective", WATCHED_OBJECTIVES)
 def test_training_opens_no_teacher_file(
-    data: PreferenceData, tmp_path: Path, objective: ObjectiveConfig
+    trained: tuple[PreferenceData, dict[str, dict[str, Any]]], objective: ObjectiveConfig
 ) -> None:
     """Watched while both teachers are gone: what is opened is the student and the tables."""
-    own = without_teachers(data, tmp_path / "own")
-    body = objective.model_dump(mode="json")
-    job = {
-        "config": {"max_steps": 3, "per_device_batch_size": 4, "objective": body},
-        "student": str(own.student),
-        "data": [str(path) for path in tables_of(own, objective)],
-        "lm_data": [],
-        "output": str(tmp_path / "out"),
-    }
-    command = [sys.executable, "-c", WATCHED, json.dumps(job)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    report = json.loads(done.stdout)
+    own, reports = trained
+    report = reports[objective.loss]
     assert report["engines"] == []
     assert [path for path in report["opened"] if "student" in path]
     gone = (f"{own.teacher}/", f"{own.reference}/")

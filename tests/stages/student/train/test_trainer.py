@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,9 @@ from tests.fixtures.cached_data import (
     make_documents,
     write_table,
 )
+from tests.fixtures.tiny_recipe import Said, finish
+from tests.runs.test_cached_equals_live import watched
+from tests.servers.warm_python import WarmProcess
 
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3)
 CONFIG = TrainConfig(max_steps=8, lr=3e-3, per_device_batch_size=4, objective=KdConfig(weight=0.5))
@@ -240,54 +241,58 @@ def on_event(event):
 root = Path(sys.argv[1])
 config = TrainConfig(max_steps=10, lr=3e-3, per_device_batch_size=4, objective=KdConfig(weight=0.5))
 options = TrainOptions(num_workers=1, log_every=1, checkpoint_every=2)
-result = train(config, student=root / "student", data=[root / "documents", root / "top_k"],
-               output=Path(sys.argv[2]), options=options, on_event=on_event)
-print(json.dumps([entry["loss"] for entry in result.history]))
+for output in sys.argv[2].split(","):
+    result = train(config, student=root / "student", data=[root / "documents", root / "top_k"],
+                   output=Path(output), options=options, on_event=on_event)
+    print(json.dumps([entry["loss"] for entry in result.history]))
 """
 
 
 @pytest.mark.slow
 def test_a_killed_process_resumes_with_the_same_losses(data: CachedData, tmp_path: Path) -> None:
-    def start(output: str, kill_at: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILL_ITSELF, str(data.root), str(tmp_path / output)]
-        return subprocess.run([*command, str(kill_at)], capture_output=True, text=True, check=False)
+    """The last process resumes the run, and then makes a whole one to compare it with."""
 
-    whole = start("whole", -1)
-    assert whole.returncode == 0, whole.stderr
+    def trained(kill_at: int, *outputs: str) -> Said:
+        folders = ",".join(str(tmp_path / output) for output in outputs)
+        words = ["-c", str(data.root), folders, str(kill_at)]
+        return finish(WarmProcess(KILL_ITSELF, words, dict(os.environ)))
+
     for kill_at in (3, 7):
-        assert start("killed", kill_at).returncode == -9
-    resumed = start("killed", -1)
-    assert json.loads(resumed.stdout) == json.loads(whole.stdout)
+        assert trained(kill_at, "killed").code == -9
+    said = trained(-1, "killed", "whole")
+    assert said.code == 0, said.err
+    resumed, whole = map(json.loads, said.out.splitlines())
+    assert resumed == whole
 
 
-WATCHED = """
-import json, os, sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from pathlib import Path
-from stages.student.options import TrainOptions
-from stages.student.train.stage import TrainConfig
-from stages.student.train.work import train
-
-root = Path(sys.argv[1])
-train(TrainConfig(max_steps=3, per_device_batch_size=4), student=root / "student",
-      data=[root / "documents", root / sys.argv[3]], output=Path(sys.argv[2]),
-      options=TrainOptions(num_workers=0))
-engines = [name for name in sys.modules if name.split(".")[0] in ("vllm", "ray", "pipeline")
-           or name in ("stages.signals.teacher_logits.work", "stages.models.engines.engine")]
-print(json.dumps({"opened": opened, "engines": engines}))
-"""
+@pytest.fixture(scope="module")
+def watched_runs(
+    data: CachedData, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[CachedData, dict[str, Any]]]:
+    """By encoding: data of its own, and what a process that trained on it opened."""
+    own, jobs = [], []
+    for encoding in ("threshold", "exact"):
+        folder = tmp_path_factory.mktemp("watched")
+        root = shutil.copytree(data.root, folder / "own")
+        own.append(CachedData(root, root / "teacher", root / "student"))
+        job = {
+            "config": {"max_steps": 3, "per_device_batch_size": 4},
+            "student": str(root / "student"),
+            "data": [str(root / "documents"), str(root / encoding)],
+            "lm_data": [],
+            "output": str(folder / "out"),
+        }
+        jobs.append(job)
+    found = zip(own, watched(jobs), strict=True)
+    return dict(zip(("threshold", "exact"), found, strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["threshold", "exact"])
 def test_training_imports_no_engine_and_opens_no_teacher_file(
-    own_data: CachedData, tmp_path: Path, encoding: str
+    watched_runs: dict[str, tuple[CachedData, dict[str, Any]]], tmp_path: Path, encoding: str
 ) -> None:
-    command = [sys.executable, "-c", WATCHED, str(own_data.root), str(tmp_path / "out"), encoding]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    report = json.loads(found.stdout)
+    own_data, report = watched_runs[encoding]
     student_weights = [path for path in report["opened"] if "student" in path]
     assert report["engines"] == []
     assert student_weights and not [p for p in report["opened"] if str(own_data.teacher) in p]
