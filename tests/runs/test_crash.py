@@ -23,6 +23,7 @@ from tests.fixtures.tiny_recipe import (
     TinyRecipe,
     environment,
     finish,
+    heed_interrupts,
     make_recipe,
     start,
     table_bytes,
@@ -208,6 +209,7 @@ def test_an_interrupted_run_says_so_and_gives_the_terminal_back(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     os.close(theirs)
     screen = threading.Thread(target=lambda: seen.append(read_all(ours)))

@@ -151,6 +151,7 @@ def _wait_for(process: int, told: socket.socket) -> None:
 def _become(asked: dict[str, Any], out: int, err: int) -> str:
     """Be what was asked for, as a new process would be."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever was inherited
     for number, stream in ((out, 1), (err, 2)):
         os.dup2(number, stream)
         os.close(number)
