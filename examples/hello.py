@@ -13,6 +13,10 @@ from stages.student.objectives.kd import KdConfig
 from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 
+if len(sys.argv) != 5:
+    sys.exit(
+        "usage: python examples/hello.py MODEL DOCUMENTS SIGNALS OUTPUT (folders of a finished run)"
+    )
 model, documents, signals, output = map(Path, sys.argv[1:])
 
 row = open_dataset([documents, signals], split="train")[0]

@@ -20,6 +20,7 @@ from pipeline.state.step_state import Progress, progress_of
 from stages.stage import SourceStage, TableStage
 
 INDENT = 4  # columns that rich draws a level in
+MOST_LEVELS = 8  # deeper steps stand at the last one: they say themselves what they are made of
 STYLES = {"done": "green", "partial": "yellow", "pending": "dim"}
 
 
@@ -54,7 +55,8 @@ class _Branch:
 
 def print_tree(console: Console, recipe: Recipe, plan: Sequence[PlannedStep]) -> None:
     """Show models, then steps in the order of the flow; folders are named below the root's."""
-    branches = [_Branch.of(step, depth) for step, depth in _in_order_of_flow(plan)]
+    flow = _in_order_of_flow(plan)
+    branches = [_Branch.of(step, min(depth, MOST_LEVELS)) for step, depth in flow]
     tree = Tree(_head(recipe, branches))
     if recipe.models:
         models = tree.add(Text("models"))

@@ -19,7 +19,7 @@ from tests.house.tree import REPOSITORY
 
 
 def test_airflows_list_of_stages_is_the_one_that_make_stages_writes() -> None:
-    assert (REPOSITORY / AIRFLOW).read_bytes() == airflow_list().encode()
+    assert (REPOSITORY / AIRFLOW).read_bytes() == airflow_list().encode(), "run `make stages`"
     assert {name_of(stage): stage.KIND for stage in STAGES} == KINDS
     assert {"input", "data", "model", "reference", "student", "judge"} < set(REFERENCES)
 

@@ -21,7 +21,8 @@ def test_the_readme_has_a_line_for_every_folder() -> None:
             folder = path.parent.relative_to(REPOSITORY).as_posix()
             line = ast.get_docstring(ast.parse(path.read_text()), clean=True)
             found = re.search(rf"^{folder}/ +(.*)$", text, re.M)
-            assert line and found and found[1] == line.splitlines()[0], folder
+            is_equal = line and found and found[1] == line.splitlines()[0]
+            assert is_equal, f"README has no line for {folder}/ that equals its __init__.py's"
 
 
 def test_every_fault_in_the_table_has_the_test_it_names() -> None:
@@ -49,11 +50,13 @@ def test_every_file_says_in_one_sentence_what_it_is() -> None:
 def test_no_folder_of_the_product_is_crowded_and_no_file_long() -> None:
     for package in PACKAGES:
         for path in (REPOSITORY / package).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 350, path
+            num_lines = len(path.read_text().splitlines())
+            assert num_lines <= 350, f"{path}: {num_lines} lines, at most 350: split it"
+            assert (path.parent / "__init__.py").is_file(), f"{path.parent} has no __init__.py"
     for folder in folders():
         if folder.relative_to(REPOSITORY).parts[0] in PACKAGES:
             modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-            assert len(modules) <= 12, folder
+            assert len(modules) <= 12, f"{folder}: {len(modules)} modules, at most 12: split it"
 
 
 def test_a_package_says_one_line_and_holds_nothing_else() -> None:
