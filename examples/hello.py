@@ -1,4 +1,4 @@
-"""The Python interface in a few lines: open finished tables, look at a row, take a training step.
+"""The Python interface in a few lines: open finished tables, look at a row, train a little.
 
 After `make demo`, with the folders it names:
 python examples/hello.py MODEL DOCUMENTS SIGNALS OUTPUT
@@ -26,6 +26,7 @@ drawn = zip(row["token_ids_PK"][0].tolist(), weights_PK[0].tolist(), strict=True
 print("the teacher's:", dict(drawn))
 
 student = init_student(model, output / "student", layers=2)
-config = TrainConfig(objective=KdConfig(), max_steps=1, per_device_batch_size=4)
+config = TrainConfig(objective=KdConfig(), max_steps=4, per_device_batch_size=4)
 trained = train(config, student=student.path, data=[documents, signals], output=output / "trained")
+print(trained.metrics["before"])
 print(trained.metrics["after"])

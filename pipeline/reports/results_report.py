@@ -142,7 +142,7 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
             count_cell(manifest.num_rows),
             count_cell(manifest.num_tokens),
             human_bytes(size),
-            f"{size / manifest.num_tokens:.1f}",
+            f"{size / manifest.num_tokens:.1f}" if manifest.num_tokens else "-",
             "-" if speed is None else f"{speed:.0f}",
             rejects_cell(step),
         )

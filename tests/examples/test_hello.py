@@ -14,7 +14,7 @@ def test_hello_shows_a_row_and_trains(tmp_path: Path) -> None:
     places = [data.teacher, *data.tables("threshold"), tmp_path / "out"]
     done = subprocess.run([sys.executable, HELLO, *places], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, weights, metrics = done.stdout.splitlines()
+    first, weights, before, after = done.stdout.splitlines()
     assert first.startswith("token 1 is ") and weights.startswith("the teacher's: {")
-    assert "'kl_to_teacher': " in metrics
+    assert "'kl_to_teacher': " in after and after != before
     assert (tmp_path / "out" / "trained" / "checkpoint.json").is_file()
