@@ -1,6 +1,7 @@
 """A real Ray cluster of one machine on loopback, as ``ray start`` makes it, and its end."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -10,15 +11,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 # No token is asked for on loopback, and nothing is sent anywhere.
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 BIN = Path(sys.executable).parent
+# The head's own server of a client: it has 30 s to start, and on a busy machine takes longer.
+SLOW_START = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,29 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
+    """Return ports that nothing listens on and that no socket is given by the system itself.
+
+    Those it gives away may be another process's by the time that a server has started.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(24_100, 32_000)
+        with suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            ports.append(port)
     return ports
+
+
+@contextmanager
+def one_client_at_a_time() -> Iterator[None]:
+    """Hold back the clients of other clusters of this machine.
+
+    Each head of Ray 2.60 gives its clients the first port from 23000 on that it finds free, and
+    takes it seconds later: of two heads at once one fails, or both share the port and a client
+    is answered by the other cluster (findings/ray_clients_of_two_heads.sh).
+    """
+    with FileLock(Path(tempfile.gettempdir()) / "teachercache-ray-clients.lock"):
+        yield
 
 
 @contextmanager
@@ -99,9 +121,10 @@ def kill_machine(node: subprocess.Popen[bytes]) -> None:
 
 
 def _ray_start(arguments: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [str(BIN / "ray"), "start", "--block", "--object-store-memory=100000000", *arguments],
-        env={**os.environ, **ENVIRONMENT, **env, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        env={**os.environ, **ENVIRONMENT, **SLOW_START, **env, **path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -32,7 +32,13 @@ from tests.fixtures.tiny_recipe import (
     table_bytes,
     teachercache,
 )
-from tests.servers.ray_cluster import ENVIRONMENT, Cluster, free_ports, ray_cluster
+from tests.servers.ray_cluster import (
+    ENVIRONMENT,
+    Cluster,
+    free_ports,
+    one_client_at_a_time,
+    ray_cluster,
+)
 
 os.environ.update(ENVIRONMENT)  # read by Ray when it is imported
 
@@ -141,7 +147,8 @@ def test_ray_writes_the_bytes_of_one_process(
 def test_through_a_client_the_bytes_are_the_same(
     shards: Shards, undisturbed: dict[str, bytes], cluster: Cluster
 ) -> None:
-    list(on_ray(shards, shards.stage(), TWO, cluster.client_address))
+    with one_client_at_a_time():
+        list(on_ray(shards, shards.stage(), TWO, cluster.client_address))
     assert shards.bytes() == undisturbed
 
 

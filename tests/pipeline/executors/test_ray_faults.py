@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,13 @@ from schemas.errors import EngineError
 from tests.fixtures.faulty_stage import Shards
 from tests.fixtures.machine_speed import slowness
 from tests.fixtures.tiny_recipe import TinyRecipe, finish, make_recipe, start, table_bytes
-from tests.servers.ray_cluster import ENVIRONMENT, another_machine, kill_machine, ray_cluster
+from tests.servers.ray_cluster import (
+    ENVIRONMENT,
+    another_machine,
+    kill_machine,
+    one_client_at_a_time,
+    ray_cluster,
+)
 
 pytestmark = pytest.mark.slow
 TWO = Limits(workers=2, max_attempts=3, shard_timeout_s=None)
@@ -96,7 +103,10 @@ def test_a_lost_head_is_one_line_and_the_next_run_goes_on_without_ray(
     recipe = finished.copy(tmp_path)
     folder = recipe.step("signals").folder
     shutil.rmtree(folder)
-    with ray_cluster(num_cpus=2, num_gpus=0, env=THREADS, takes_jobs=False) as cluster:
+    with (
+        one_client_at_a_time() if as_client else nullcontext(),
+        ray_cluster(num_cpus=2, num_gpus=0, env=THREADS, takes_jobs=False) as cluster,
+    ):
         address = cluster.client_address if as_client else cluster.address
         values = ("executor=ray", f"address={address}", "workers=2")
         arguments = [word for value in values for word in ("--set", f"execution.{value}")]
@@ -119,5 +129,5 @@ def test_a_lost_head_is_one_line_and_the_next_run_goes_on_without_ray(
 
 def wait_for_a_record(folder: Path, process: "subprocess.Popen[str]") -> None:
     while not list(folder.glob("shard-*.json")):
-        assert process.poll() is None
+        assert process.poll() is None, finish(process)
         time.sleep(0.002)
