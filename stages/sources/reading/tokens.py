@@ -11,14 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 IdArray = npt.NDArray[np.uint32]
 _BREAK = "\n"
@@ -37,11 +36,7 @@ class TextTokenizer:
         """Open the tokenizer of a model folder, never going to the network."""
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {folder} is not a folder; give a model folder's path")
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"tokenizer: {folder} cannot be opened: {reason}") from error
+        tokenizer = open_tokenizer(folder)
         if not tokenizer.is_fast:
             raise ConfigError(f"tokenizer: {folder} has no fast tokenizer (tokenizer.json)")
         self.folder = folder
@@ -50,8 +45,6 @@ class TextTokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
         alone, inside = self.encode(["a", f"{_BREAK}a"])
         self._prepends = alone.tolist() != inside[-len(alone) :].tolist()
 
