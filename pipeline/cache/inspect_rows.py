@@ -15,6 +15,7 @@ from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shards import read_shard
 from schemas.table import Table
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 
 def inspect_rows(
@@ -65,7 +66,5 @@ def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int
 def _decoder(tokenizer: Path | None) -> Decode:
     if tokenizer is None:
         return lambda ids: " ".join(str(int(token)) for token in ids)
-    from transformers import AutoTokenizer  # only when text is asked for
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = open_tokenizer(tokenizer)  # loads transformers
     return lambda ids: str(loaded.decode([int(token) for token in ids]))

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer import open_tokenizer
 from stages.teacher.stage import AlignConfig
 
 F64Array = npt.NDArray[np.float64]
@@ -111,9 +112,7 @@ def as_token_ids(rows: Sequence[Mapping[str, Any]], reference_B2: F64Array) -> A
 
 def _tokenizer(model: PreTrainedModel) -> Any:
     """TRL reads the padding id off it, and nothing else where ids are given."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    return open_tokenizer(Path(model.name_or_path))
 
 
 def dpo_arguments(trl: Any, config: AlignConfig, scratch: Path) -> Any:

@@ -1,6 +1,7 @@
 """Who imports what: heavy libraries at their sites alone, and none of them to plan."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,15 +11,17 @@ import pytest
 
 from stages.registry import STAGES
 from stages.student.train.stage import TrainStage
-from tests.house.tree import REPOSITORY, imported, sources
+from tests.house.tree import PACKAGES, REPOSITORY, imported, sources
 
+OPENS_TOKENIZERS = "stages/models/checkpoints/tokenizer.py"
 # Each heavy library, and the only places that may import it (a folder, or one file).
 IMPORT_SITES = {
     "vllm": ("stages/models/engines/vllm_engine.py",),
     "ray": ("pipeline/executors/ray_cluster/",),
     "airflow": ("airflow_dags/",),
     "torch": ("stages/", "pipeline/executors/local/training.py"),
-    "transformers": ("stages/", "pipeline/cache/inspect_rows.py"),
+    "transformers": ("stages/",),
+    "tokenizers": (OPENS_TOKENIZERS,),
     "datasets": ("stages/sources/", "stages/teacher/"),
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
@@ -45,6 +48,15 @@ def test_each_heavy_library_is_imported_where_the_table_says() -> None:
         for library, _ in imported(tree):
             sites = IMPORT_SITES.get(library)
             assert sites is None or name.startswith(sites), f"{name} imports {library}"
+
+
+def test_one_file_opens_tokenizers() -> None:
+    """So that no text is ever encoded by one that was not held to its tokenizer.json."""
+    opening = re.compile(r"\b(AutoTokenizer|PreTrainedTokenizer\w*|AutoProcessor|get_tokenizer)\b")
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            is_site = path.relative_to(REPOSITORY).as_posix() == OPENS_TOKENIZERS
+            assert bool(opening.search(path.read_text())) == is_site, path
 
 
 def test_the_dags_import_nothing_of_ours() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
 from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
 _ANSWER = "0123456789"
@@ -27,7 +27,7 @@ def stop_tokens_of(folder: Path) -> tuple[int, ...]:
 
     Raises ConfigError where the folder names none, or more in ``generation_config.json``.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     config = read_config(folder).get_text_config()
     found = {*end_tokens(config, tokenizer)}
     found |= _end_of_turn(tokenizer, folder)
@@ -84,12 +84,3 @@ def end_tokens(*configs: Any) -> list[int]:
     found = [getattr(config, "eos_token_id", None) for config in configs]
     listed = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
     return sorted({int(token) for ids in listed for token in ids})
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a model folder's tokenizer; raises ConfigError if it cannot be."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load the tokenizer of {folder}: {first_line}") from error

@@ -11,6 +11,7 @@ either moves no fingerprint.
 import hashlib
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _VOCABULARY_FILES = (
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 _RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
+_CLASSES_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _SPECIAL_KEYS = (
     "bos_token",
     "eos_token",
@@ -53,8 +55,44 @@ def tokenizer_fingerprint(folder: Path) -> str:
         "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
         "chat_templates": _chat_templates(folder, settings),
     }
+    if _lost_its_spaces(settings, body["vocabulary"]):
+        body["ids"] = TOKENIZER_JSON
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lost_its_spaces(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
+    """Whether transformers 5 drops the spaces of texts, as it does of byte-level files so declared.
+
+    Tables were made of such ids once; so the right ones have a fingerprint of their own.
+    """
+    named = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    pre_tokenizer = json.dumps(vocabulary.get("pre_tokenizer"))
+    return named in _CLASSES_OF_SENTENCEPIECE and '"ByteLevel"' in pre_tokenizer
+
+
+def first_tokens(folder: Path) -> list[str] | None:
+    """Return the special tokens that a tokenizer itself puts before a text: a BOS, or none.
+
+    The post-processor of tokenizer.json decides, as in transformers 5: ``add_bos_token`` counts
+    where that file is missing, and None is returned there.
+    """
+    path = folder / TOKENIZER_JSON
+    if not path.is_file():
+        return None
+    return _put_first(_read_json(path).get("post_processor") or {})
+
+
+def _put_first(processor: dict[str, Any]) -> list[str]:
+    """Return what a post-processor puts before a text; of several, the last one comes first."""
+    if processor.get("type") == "Sequence":
+        parts = [_put_first(part) for part in processor["processors"]]
+        return [token for part in reversed(parts) for token in part]
+    if processor.get("type") == "TemplateProcessing":
+        pieces = takewhile(lambda piece: "SpecialToken" in piece, processor["single"])
+        named = processor["special_tokens"]
+        return [token for piece in pieces for token in named[piece["SpecialToken"]["id"]]["tokens"]]
+    return [processor["cls"][0]] if "cls" in processor else []
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

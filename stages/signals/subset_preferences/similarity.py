@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError
 from schemas.tables.episodes import Episode
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 
 class SentenceSimilarity:
@@ -29,11 +30,11 @@ class SentenceSimilarity:
         transformers_logging.disable_progress_bar()
         try:
             self._model: Any = AutoModel.from_pretrained(encoder, local_files_only=True).eval()
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-            self._decoder: Any = AutoTokenizer.from_pretrained(texts_of, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"sampler.encoder {encoder} cannot be loaded: {reason}") from error
+        self._tokenizer = open_tokenizer(encoder)
+        self._decoder = open_tokenizer(texts_of)
 
     def of(self, episode: Episode) -> npt.NDArray[np.float32]:
         """Return the similarity [M] of each demonstration's input to the query, from -1 to 1."""

@@ -65,6 +65,7 @@ class _Cutter:
         self.stage = stage
         self.tokenizer = tokenizer
         self.tally = Tally.from_json(state["tally"]) if state else tally
+        self.prefix_ids = tokenizer.first_ids(stage.bos)
         carry = state["carry"] if state else {split: [] for split in SPLITS}
         self.carry = {split: np.array(carry[split], np.uint32) for split in SPLITS}
 
@@ -97,18 +98,21 @@ class _Cutter:
 
     def _rows_of(self, texts: list[str], split: str) -> list[IdArray]:
         documents = [ids_T for ids_T in self.tokenizer.encode(texts) if self._is_usable(ids_T)]
+        room = self.stage.length - len(self.prefix_ids)
         if self.stage.mode == "truncate":
-            rows, num_cut = truncate(documents, length=self.stage.length)
+            pieces, num_cut = truncate(documents, length=room)
             self.tally.truncated += num_cut
-            return rows
-        assert self.tokenizer.eos_id is not None
-        rows_BL, self.carry[split] = pack(
-            documents, self.carry[split], length=self.stage.length, eos_id=self.tokenizer.eos_id
-        )
-        return list(rows_BL)
+        else:
+            assert self.tokenizer.eos_id is not None
+            pieces_BL, self.carry[split] = pack(
+                documents, self.carry[split], length=room, eos_id=self.tokenizer.eos_id
+            )
+            pieces = list(pieces_BL)
+        return [np.concatenate([self.prefix_ids, piece_T]) for piece_T in pieces]
 
     def _is_usable(self, ids_T: IdArray) -> bool:
-        if len(ids_T) < (2 if self.stage.mode == "truncate" else 1):
+        fewest = 1 if self.stage.mode == "pack" or len(self.prefix_ids) else 2
+        if len(ids_T) < fewest:
             self.tally.reject("too_few_tokens")
         elif int(ids_T.max()) >= self.tokenizer.vocab_size:
             self.tally.reject("token_outside_vocabulary")

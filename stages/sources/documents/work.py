@@ -89,6 +89,7 @@ class Preparation:
         self.ranges = num_ranges(text_bytes(stage.source, self.files), segment_bytes)
         self.tokenizer = TextTokenizer(Path(stage.tokenizer).expanduser())
         self.tokenizer.require(length=stage.length, eos=stage.mode == "pack")
+        self._require_room()
 
     def run(self) -> PreparedSource:
         """Do what is not done yet; raises ConfigError where no row is left in a split."""
@@ -101,6 +102,14 @@ class Preparation:
             write_prepared(self.work_dir, prepared)
         shutil.rmtree(self.work_dir / SEQUENCES, ignore_errors=True)
         return prepared
+
+    def _require_room(self) -> None:
+        first = self.tokenizer.first_ids(self.stage.bos)
+        if len(first) >= self.stage.length:
+            raise ConfigError(
+                f"length: got {self.stage.length}, but {len(first)} tokens of a row are what the "
+                f"tokenizer puts first: raise it, or use bos: never"
+            )
 
     def _claim(self) -> None:
         """Keep work that was begun for this very input and configuration; clear any other."""

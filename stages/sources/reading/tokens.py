@@ -1,7 +1,7 @@
 """Texts -> token ids with a model's own fast tokenizer, and what that model allows.
 
-No special token is added. Text that spells a special token (``<|im_end|>``) becomes that token,
-as everywhere in transformers; ids at or above the model's vocabulary are reported, never kept.
+No special token is added unasked. Text that spells one (``<|im_end|>``) becomes that token, as
+everywhere in transformers; ids at or above the model's vocabulary are reported, never kept.
 Chat templates that print today's date are given one fixed date, or every day would make other ids.
 
 Cost: 1.5 MB of English a CPU second (SmolLM2's tokenizer, 2026-11); all cores are used.
@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 IdArray = npt.NDArray[np.uint32]
 _BREAK = "\n"
@@ -37,11 +37,7 @@ class TextTokenizer:
         """Open the tokenizer of a model folder, never going to the network."""
         if not folder.is_dir():
             raise ConfigError(f"tokenizer: {folder} is not a folder; give a model folder's path")
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"tokenizer: {folder} cannot be opened: {reason}") from error
+        tokenizer = open_tokenizer(folder)
         if not tokenizer.is_fast:
             raise ConfigError(f"tokenizer: {folder} has no fast tokenizer (tokenizer.json)")
         self.folder = folder
@@ -50,8 +46,6 @@ class TextTokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
         alone, inside = self.encode(["a", f"{_BREAK}a"])
         self._prepends = alone.tolist() != inside[-len(alone) :].tolist()
 
@@ -109,6 +103,27 @@ class TextTokenizer:
         encoding = self._backend.encode("a", add_special_tokens=True)
         is_text = [not special for special in encoding.special_tokens_mask]
         return np.array(encoding.ids[: is_text.index(True)], np.uint32)
+
+    def first_ids(self, bos: Literal["tokenizer", "always", "never"]) -> IdArray:
+        """Return what a row begins with: ``prefix_ids``, the BOS token, or nothing.
+
+        Raises ConfigError where a BOS is asked for and there is none, or the model has no such id.
+        """
+        ids = {"tokenizer": self.prefix_ids, "never": self.prefix_ids[:0]}.get(bos)
+        if ids is None:
+            found = self._tokenizer.bos_token_id
+            if found is None:
+                raise ConfigError(
+                    f"bos: always, but the tokenizer in {self.folder} has no beginning-of-sequence "
+                    f"token; set its bos_token, or use bos: never"
+                )
+            ids = np.array([found], np.uint32)
+        if max(ids, default=0) >= self.vocab_size:
+            raise ConfigError(
+                f"bos: rows would begin with token {int(max(ids))}, but the model in {self.folder} "
+                f"has a vocabulary of {self.vocab_size}; use bos: never"
+            )
+        return ids
 
     def encode_part(self, text: str) -> IdArray:
         """Return the ids of a text that stands somewhere inside a longer one.

@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from stages.models.causal_lm.end_tokens import end_tokens, load_tokenizer
+from stages.models.causal_lm.end_tokens import end_tokens
 from stages.models.causal_lm.greedy_decoding import decode_greedily
+from stages.models.checkpoints.tokenizer import open_tokenizer
 
 SPARE_TOKENS = 8
 
@@ -33,7 +34,7 @@ def generate_answers(
     model: PreTrainedModel, rows: Sequence[Row], *, tokenizer_folder: Path, batch_size: int
 ) -> list[FreeAnswer]:
     """Decode an answer for each ``episodes`` row, in order; call it in eval and inference mode."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = open_tokenizer(tokenizer_folder)
     ends = end_tokens(model.generation_config, model.config.get_text_config(), tokenizer)
     answers: list[FreeAnswer | None] = [None] * len(rows)
     longest_first = sorted(range(len(rows)), key=lambda i: -int(rows[i]["answer_start"]))

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
-from stages.models.causal_lm.end_tokens import end_tokens, load_tokenizer
+from stages.models.causal_lm.end_tokens import end_tokens
 from stages.models.causal_lm.greedy_decoding import decode_greedily
 from stages.models.causal_lm.implicit_rewards import implicit_rewards
 from stages.models.causal_lm.model import load_student, student_vocab_size
@@ -37,6 +37,7 @@ from stages.models.causal_lm.response_measures import (
 )
 from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
+from stages.models.checkpoints.tokenizer import open_tokenizer
 from stages.stage import StepJob
 from stages.student.evaluate.positions import device_of
 from stages.student.evaluate_preferences.results import (
@@ -133,7 +134,7 @@ def evaluate_preferences(
         rewards,
         baseline=baseline,
         seed=options.seed,
-        decode=load_tokenizer(next(iter(students.values()))).decode,
+        decode=open_tokenizer(next(iter(students.values()))).decode,
     )
 
 
@@ -194,7 +195,7 @@ class _Run:
     ) -> Answered:
         pairs, size = self.held_out.pairs, self.options.batch_size
         # Not by generation_config.json, which is no part of a model's identity.
-        named = end_tokens(model.config.get_text_config(), load_tokenizer(folder))
+        named = end_tokens(model.config.get_text_config(), open_tokenizer(folder))
         ends = sorted({*named, *self.held_out.turn_ends})
         by_pair: dict[int, Array] = {}
         for batch in batches_by_length([len(pair.prompt_T) for pair in pairs], size):

@@ -1,0 +1,105 @@
+"""Whatever class a folder names, its tokenizer makes of a text what its tokenizer.json says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from schemas.errors import ConfigError
+from stages.models.checkpoints.tokenizer import open_tokenizer
+from stages.models.checkpoints.tokenizer_identity import first_tokens, tokenizer_fingerprint
+from stages.sources.reading.tokens import TextTokenizer
+from tests.fixtures.tokenizer_kinds import BOS, EOS, KINDS, save_kind
+
+# The class that real folders of each kind name first, then ones that they should not.
+DECLARED = [
+    *(("byte_level", name) for name in ("PreTrainedTokenizerFast", "LlamaTokenizerFast")),
+    *(("byte_level", name) for name in ("GemmaTokenizer", "XLMRobertaTokenizer")),
+    *(("digit_by_digit", name) for name in ("GPT2TokenizerFast", "Qwen2Tokenizer")),
+    *(("metaspace", name) for name in ("LlamaTokenizer", "GPT2Tokenizer")),
+    *(("prepended", name) for name in ("LlamaTokenizer", "LlamaTokenizerFast")),
+    *(("replaced", name) for name in ("GemmaTokenizerFast", "LlamaTokenizer")),
+]
+TEXTS = [
+    "hello world we need to add",
+    "  twice\n\n\ttabs  and 1234567 digits 12 1",
+    " déjà vu, n\u0303 \u2581 日本語 \U0001f600",
+    f"{BOS}a {EOS} b{EOS}{BOS} c",
+    "def f(x):\n    return x + 12\n",
+    "",
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), DECLARED)
+def test_ids_are_those_of_the_file(kind: str, name: str, tmp_path: Path) -> None:
+    folder = save_kind(tmp_path, kind, name, adds_bos=True, chat_template="{{ messages }}")
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer, texts = open_tokenizer(folder), TextTokenizer(folder)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == expected.encode(text).ids, text
+        bare = expected.encode(text, add_special_tokens=False).ids
+        assert texts.encode([text])[0].tolist() == bare, text
+        assert tokenizer.decode(bare) == expected.decode(bare, skip_special_tokens=False), text
+    assert texts.prefix_ids.tolist() == [expected.token_to_id(BOS)]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
+    assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_no_space_is_lost_in_a_folder_of_the_deepseek_kind(tmp_path: Path) -> None:
+    text = "hello world we need to add"
+    tokenizer = open_tokenizer(save_kind(tmp_path, "byte_level", "LlamaTokenizerFast"))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_that_the_class_alone_names_are_kept(tmp_path: Path) -> None:
+    folder = save_kind(tmp_path, "digit_by_digit", "GPT2Tokenizer")
+    body = (folder / "tokenizer.json").read_text().replace(EOS, "<|endoftext|>")
+    (folder / "tokenizer.json").write_text(body)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = open_tokenizer(folder)
+    assert tokenizer.eos_token_id == Tokenizer.from_str(body).token_to_id("<|endoftext|>")
+    assert len(tokenizer("12")["input_ids"]) == 2  # by digit, as the file says
+
+
+def test_a_folder_without_the_file_is_opened_as_before(tmp_path: Path) -> None:
+    save_kind(tmp_path / "whole", "byte_level", "GPT2Tokenizer")
+    body = json.loads((tmp_path / "whole/tokenizer.json").read_text())
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("tokenizer_config.json", "config.json"):
+        shutil.copy(tmp_path / "whole" / name, folder)
+    (folder / "vocab.json").write_text(json.dumps(body["model"]["vocab"]))
+    merges = [" ".join(merge) for merge in body["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    assert open_tokenizer(folder).tokenize("hello world") == ["hello", "Ġworld"]
+    assert first_tokens(folder) is None
+
+
+def test_what_cannot_be_made_to_agree_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save_kind(tmp_path, "byte_level", "GPT2Tokenizer", split_special_tokens=True)
+    with pytest.raises(ConfigError, match=r"as its tokenizer\.json says: they part on 'a <bos>"):
+        open_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read: "):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_first_is_read_off_the_files(kind: str, tmp_path: Path) -> None:
+    for adds_bos in (False, True):
+        folder = save_kind(tmp_path, kind, "PreTrainedTokenizerFast", adds_bos=adds_bos)
+        assert first_tokens(folder) == [BOS] * adds_bos
+        assert len(TextTokenizer(folder).prefix_ids) == adds_bos
+
+
+def test_only_tables_whose_spaces_were_lost_have_another_fingerprint(tmp_path: Path) -> None:
+    def fingerprint(kind: str, name: str) -> str:
+        return tokenizer_fingerprint(save_kind(tmp_path, kind, name))
+
+    right = fingerprint("byte_level", "PreTrainedTokenizerFast")
+    assert fingerprint("byte_level", "GPT2Tokenizer") == right
+    assert fingerprint("byte_level", "LlamaTokenizerFast") != right
+    of_llama = fingerprint("metaspace", "LlamaTokenizer")
+    assert fingerprint("metaspace", "PreTrainedTokenizerFast") == of_llama
