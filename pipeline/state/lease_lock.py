@@ -1,9 +1,9 @@
-"""The lock of a step in an object store: an object with a holder who goes on renewing it.
+"""The lock of a step where files have none: an object or a file that its holder goes on renewing.
 
-It is made by a PUT that fails where there is one already, and renewed by PUTs that fail where
-another has taken it. A lock that nobody has renewed for ``LEASE_S`` seconds, by the store's own
-clock, was left by a run that died, and is taken over. Where a lease is lost all the same (a machine
-that slept), two runs write the same bytes to the same names: wasted work, and nothing worse.
+It is made by a write that fails where there is one already, and renewed by writes that fail where
+another has taken it. A lock that nobody has renewed for ``LEASE_S`` seconds was left by a run that
+died, and is taken over. Where a lease is lost all the same (a machine that slept), two runs write
+the same bytes to the same names: wasted work, and nothing worse.
 """
 
 import os
@@ -12,17 +12,40 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 from schemas.errors import StoreError, TeacherCacheError
-from schemas.storage.files import read_if_there
-from schemas.storage.object_path import ObjectPath
+from schemas.storage.object_path import ObjectInfo, ObjectPath
 
 LEASE_S = 30.0
 RENEW_S = 10.0
 
 
+class LeasePlace(Protocol):
+    """Where a lease lies: an object of a store, or a file (``lease_file.py``)."""
+
+    @property
+    def parent(self) -> object:
+        """The step's folder, for people."""
+
+    def info(self) -> ObjectInfo | None:
+        """Return the lease's version and age in seconds; None where there is none."""
+
+    def read_bytes(self) -> bytes:
+        """Return what is written there; raises FileNotFoundError where there is none."""
+
+    def create(self, data: bytes) -> str | None:
+        """Write it, unless it is there; return its version."""
+
+    def replace(self, data: bytes, etag: str) -> str | None:
+        """Write over version ``etag`` alone; return the new one."""
+
+    def unlink(self) -> None:
+        """Delete it."""
+
+
 @contextmanager
-def lease(path: ObjectPath, *, warned: Callable[[str], None]) -> Iterator[None]:
+def lease(path: LeasePlace, *, warned: Callable[[str], None]) -> Iterator[None]:
     """Hold the one right to write beside ``path``; raises StoreError when another run has it.
 
     A lock that is there is watched until its holder renews it, or does not in time. ``warned`` is
@@ -37,13 +60,21 @@ def lease(path: ObjectPath, *, warned: Callable[[str], None]) -> Iterator[None]:
         keeper.end()
 
 
-def is_leased(path: ObjectPath) -> bool:
-    """Whether a run has this lock and goes on renewing it."""
-    info = path.info()
-    return info is not None and info.age_s <= LEASE_S
+def is_leased(path: LeasePlace) -> bool:
+    """Whether a run has this lock and goes on renewing it.
+
+    The age of an object is known at once; a file is looked at until its version changes.
+    """
+    first = info = path.info()
+    while info is not None and info.age_s <= LEASE_S:
+        if isinstance(path, ObjectPath) or first is None or info.etag != first.etag:
+            return True
+        time.sleep(RENEW_S / 10)
+        info = path.info()
+    return False
 
 
-def _acquire(path: ObjectPath, holder: bytes, warned: Callable[[str], None]) -> str:
+def _acquire(path: LeasePlace, holder: bytes, warned: Callable[[str], None]) -> str:
     """Return the version of the lock that is now ours."""
     seen = ""
     while True:
@@ -71,27 +102,31 @@ def _acquire(path: ObjectPath, holder: bytes, warned: Callable[[str], None]) -> 
         time.sleep(RENEW_S / 10)
 
 
-def _version_if_ours(path: ObjectPath, holder: bytes) -> str | None:
+def _version_if_ours(path: LeasePlace, holder: bytes) -> str | None:
     """Return the lock's version if it is ours after all: a PUT whose reply was lost is sent anew.
 
     The second then finds what the first wrote.
     """
-    info, found = path.info(), read_if_there(path)
-    return info.etag if info is not None and (found or b"").startswith(holder) else None
+    info, found = path.info(), _read(path)
+    return info.etag if info is not None and found.startswith(holder) else None
 
 
-def _name_in(path: ObjectPath) -> str:
+def _name_in(path: LeasePlace) -> str:
+    return _read(path).decode(errors="replace").split(", ")[0] or "another process"
+
+
+def _read(path: LeasePlace) -> bytes:
     try:
-        return path.read_text().split(", ")[0] or "another process"
+        return path.read_bytes()
     except FileNotFoundError:
-        return "another process"
+        return b""
 
 
 class _Keeper:
     """Renews a lease in a thread until told to end, then gives it back."""
 
     def __init__(
-        self, path: ObjectPath, holder: bytes, etag: str, warned: Callable[[str], None]
+        self, path: LeasePlace, holder: bytes, etag: str, warned: Callable[[str], None]
     ) -> None:
         self.path, self.holder, self.etag, self.warned = path, holder, etag, warned
         self.ended = threading.Event()

@@ -5,7 +5,6 @@ The trainer saves checkpoints into its working folder. Each is uploaded when it 
 there, and the one before is deleted.
 """
 
-import fcntl
 import json
 import shutil
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import StoreError
+from schemas.storage.file_locks import NoLocks, locked
 from schemas.storage.files import read_if_there, sha256_of
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import CHECKPOINTS, RUN, last_checkpoint
@@ -37,18 +37,26 @@ class SavedCheckpoints:
             return
         here = self.local / CHECKPOINTS
         here.mkdir(parents=True, exist_ok=True)
-        with (self.local / ".fetch").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            found = last_checkpoint(here)
-            if found is not None and _step_of(found.name) >= _step_of(latest["name"]):
-                return
-            arriving = here / ".arriving"
-            shutil.rmtree(arriving, ignore_errors=True)
-            for name, sha256 in latest["files"].items():
-                _download(self._place(latest["name"]) / name, arriving / name, sha256)
-            _download(self.folder / CHECKPOINTS / RUN, here / RUN, latest["run"])
-            shutil.rmtree(here / latest["name"], ignore_errors=True)
-            arriving.rename(here / latest["name"])
+        try:
+            with locked(self.local / ".fetch"):
+                self._bring(latest, here)
+        except NoLocks as error:
+            raise StoreError(
+                f"cannot work in {self.local}: its file system has no file locks "
+                f"({error.strerror}); set TEACHERCACHE_CACHE to a folder on a disk of this machine"
+            ) from error
+
+    def _bring(self, latest: dict[str, Any], here: Path) -> None:
+        found = last_checkpoint(here)
+        if found is not None and _step_of(found.name) >= _step_of(latest["name"]):
+            return
+        arriving = here / ".arriving"
+        shutil.rmtree(arriving, ignore_errors=True)
+        for name, sha256 in latest["files"].items():
+            _download(self._place(latest["name"]) / name, arriving / name, sha256)
+        _download(self.folder / CHECKPOINTS / RUN, here / RUN, latest["run"])
+        shutil.rmtree(here / latest["name"], ignore_errors=True)
+        arriving.rename(here / latest["name"])
 
     def save(self, checkpoint: Path) -> None:
         """Upload a whole checkpoint, then say so, then delete the one before."""

@@ -1,4 +1,8 @@
-"""Who may write a step: one whole run, or runs of different shards; locks die with their holder."""
+"""Who may write a step: one whole run, or runs of different shards; locks die with their holder.
+
+On a disk they are locks of the file system. Where it has none (some NFS mounts), and in an object
+store, they are leases (``lease_lock.py``).
+"""
 
 import fcntl
 import os
@@ -8,13 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from pipeline.state.lease_lock import is_leased, lease
+from pipeline.state.lease_file import LeaseFile
+from pipeline.state.lease_lock import LeasePlace, is_leased, lease
 from schemas.errors import StoreError
+from schemas.storage.file_locks import NoLocks, try_lock
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
 
 LOCK_FILE = ".lock"
 SHARDS_LOCK_FILE = ".lock-shards"  # byte i of it stands for shard i
+LEASE_FILE = ".lease"
 _NAME_WITHIN_S = 1.0  # a holder writes its name right after it has the lock
 
 
@@ -24,17 +31,20 @@ def step_lock(
 ) -> Iterator[None]:
     """Hold the one right to write a step; raises StoreError when another process has it.
 
-    In an object store it is a lease, and ``warned`` is told should it be lost.
+    ``warned`` is told of a file system without locks, and of a lease that is waited for or lost.
     """
     if isinstance(folder, ObjectPath):
         with lease(folder / LOCK_FILE, warned=warned):
             yield
         return
     with _lock_file(folder) as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _taken(folder, _holder(stream)) from error
+        with _without_locks(folder, warned) as missing:
+            if not _lock(stream, fcntl.LOCK_EX, folder):
+                raise _taken(folder, _holder(stream))
+        if missing:
+            with lease(LeaseFile(folder / LEASE_FILE), warned=warned):
+                yield
+            return
         _write_name(stream, "")
         try:
             yield
@@ -49,29 +59,65 @@ def shards_lock(
 ) -> Iterator[None]:
     """Hold the right to write some shards of a step; others may hold other shards meanwhile.
 
-    Raises StoreError when a whole run has the step, or another process one of these shards. In an
-    object store it is a lease of exactly these shards, and a whole run that begins later is not
+    Raises StoreError when a whole run has the step, or another process one of these shards. Where
+    it is a lease it is one of exactly these shards, and a whole run that begins later is not
     held up: both would write the same bytes.
     """
     if isinstance(folder, ObjectPath):
-        with lease(folder / f"{LOCK_FILE}-{shards.start}-{shards.stop}", warned=warned):
-            if is_leased(folder / LOCK_FILE):
-                raise _taken(folder, "a run of the whole step")
+        name = f"{LOCK_FILE}-{shards.start}-{shards.stop}"
+        with _shards_lease(folder / name, folder / LOCK_FILE, folder, warned):
             yield
         return
     with _lock_file(folder) as stream, _lock_file(folder, SHARDS_LOCK_FILE) as bytes_of_shards:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _taken(folder, _holder(stream)) from error
-        try:
-            mode = fcntl.LOCK_EX | fcntl.LOCK_NB
-            fcntl.lockf(bytes_of_shards, mode, len(shards), shards.start)
-        except OSError as error:
-            those = f"another run of shards {shards.start}:{shards.stop} or some of them"
-            raise _taken(folder, those) from error
+        with _without_locks(folder, warned) as missing:
+            if not _lock(stream, fcntl.LOCK_SH, folder):
+                raise _taken(folder, _holder(stream))
+            if not _lock(bytes_of_shards, fcntl.LOCK_EX, folder, shards):
+                those = f"another run of shards {shards.start}:{shards.stop} or some of them"
+                raise _taken(folder, those)
+        if missing:
+            ours = LeaseFile(folder / f"{LEASE_FILE}-{shards.start}-{shards.stop}")
+            with _shards_lease(ours, LeaseFile(folder / LEASE_FILE), folder, warned):
+                yield
+            return
         _write_name(stream, "runs of some of its shards, the last one ")
         yield
+
+
+@contextmanager
+def _shards_lease(
+    ours: LeasePlace, whole: LeasePlace, folder: Folder, warned: Callable[[str], None]
+) -> Iterator[None]:
+    with lease(ours, warned=warned):
+        if is_leased(whole):
+            raise _taken(folder, "a run of the whole step")
+        yield
+
+
+def _lock(stream: IO[str], mode: int, folder: Path, part: range | None = None) -> bool:
+    try:
+        return try_lock(stream, mode, part)
+    except NoLocks:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"cannot lock {stream.name}: {error.strerror or error}; mend the file system of "
+            f"{folder}, or give this run another execution.root"
+        ) from error
+
+
+@contextmanager
+def _without_locks(folder: Path, warned: Callable[[str], None]) -> Iterator[list[NoLocks]]:
+    """Give a list that holds the file system's answer, once the block has met one without locks."""
+    met: list[NoLocks] = []
+    try:
+        yield met
+    except NoLocks as error:
+        met.append(error)
+        warned(
+            f"the file system of {folder} has no file locks ({error.strerror}): this run holds the "
+            f"step by a file there that it goes on renewing"
+        )
 
 
 def _taken(folder: Folder, holder: str) -> StoreError:

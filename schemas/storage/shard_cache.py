@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import ConfigError, StoreError
+from .file_locks import NoLocks, locked, try_lock, wait_for_lock
 from .files import Folder
 from .object_path import ObjectPath
 
@@ -122,7 +123,7 @@ def hold(path: ObjectPath, sha256: str, *, spare_from_s: float | None = None) ->
             held = _held(target)
             if held is not None:
                 return held
-            with _lock(folder / f"{sha256[:2]}.lock"):
+            with locked(folder / f"{sha256[:2]}.lock"):
                 if target.exists():
                     continue
                 part = target.with_suffix(_PART)
@@ -131,10 +132,15 @@ def hold(path: ObjectPath, sha256: str, *, spare_from_s: float | None = None) ->
                     return None
                 try:
                     _fetch(path, part, num_bytes, sha256)
-                    with _lock(folder / "room.lock"):  # who counts sees it under one name
+                    with locked(folder / "room.lock"):  # who counts sees it under one name
                         os.replace(part, target)
                 finally:
                     part.unlink(missing_ok=True)
+    except NoLocks as error:
+        raise StoreError(
+            f"cannot keep a copy of {path} in {folder}: its file system has no file locks "
+            f"({error.strerror}); set TEACHERCACHE_CACHE to a folder on a disk of this machine"
+        ) from error
     except OSError as error:
         raise StoreError(
             f"cannot keep a copy of {path} in {folder}: {error.strerror or error}; free or open "
@@ -169,7 +175,7 @@ def _held(target: Path) -> HeldFile | None:
         stream = target.open("rb")
     except FileNotFoundError:
         return None
-    fcntl.flock(stream, fcntl.LOCK_SH)
+    wait_for_lock(stream, fcntl.LOCK_SH)
     if os.fstat(stream.fileno()).st_nlink == 0:  # deleted between the two
         stream.close()
         return None
@@ -180,7 +186,7 @@ def _held(target: Path) -> HeldFile | None:
 def _reserve(part: Path, num_bytes: int, spare_from_s: float | None) -> bool:
     """Make room for ``part`` and take it at once, at its whole size."""
     limit = cache_limit()
-    with _lock(part.parent / "room.lock"):
+    with locked(part.parent / "room.lock"):
         files = {}
         for path in part.parent.iterdir():
             with suppress(FileNotFoundError):  # a part that has just got its name
@@ -209,25 +215,14 @@ def _reserve(part: Path, num_bytes: int, spare_from_s: float | None) -> bool:
 def _is_abandoned(part: Path) -> bool:
     """Whether nobody is fetching this part, so that whoever began was killed."""
     with (part.parent / f"{part.name[:2]}.lock").open("a+b") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return try_lock(stream, fcntl.LOCK_EX)
 
 
 def _remove_unused(path: Path) -> bool:
-    with suppress(FileNotFoundError), path.open("rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    # NFS gives a lock that keeps others out to those alone who may write.
+    with suppress(FileNotFoundError, PermissionError), path.open("r+b") as stream:
+        if not try_lock(stream, fcntl.LOCK_EX):
             return False
         path.unlink()
-    return True
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("a+b") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        return True
+    return not path.exists()

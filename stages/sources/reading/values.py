@@ -24,6 +24,7 @@ import datasets
 import pyarrow as pa
 
 from schemas.errors import ConfigError
+from schemas.storage.file_locks import NO_LOCKS
 from stages.sources.reading.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
 
 ROWS_PER_READ = 128
@@ -222,6 +223,12 @@ def readable(where: str, kind: str) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in NO_LOCKS:
+            raise ConfigError(
+                f"{where}: `datasets` locks files in {datasets.config.HF_DATASETS_CACHE}, whose "
+                f"file system has no file locks ({error.strerror}): set HF_HOME to a folder on a "
+                f"disk of this machine"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{where}: cannot be read as {kind}: {reason}") from error
     finally:
