@@ -3,7 +3,7 @@
 import datetime
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from airflow.sdk import (
     CronTriggerTimetable,
     DeadlineAlert,
     DeadlineReference,
-    Metadata,
     Param,
+    PartitionedAssetTimetable,
     SyncCallback,
     TaskGroup,
     TriggerRule,
@@ -127,11 +127,17 @@ def cache_dag(recipe: Recipe) -> DAG:
 
 
 def train_dag(recipe: Recipe) -> DAG:
-    """Make the DAG of all steps about students; the asset of the tables starts it."""
+    """Make the DAG of all steps about students: a run for each date whose tables are published.
+
+    Airflow's queue for a plain asset holds one waiting event, and drops the dates of the others.
+    A date is a partition of the asset: its run is there at once, and waits for its turn. What is
+    published while a DAG is paused starts nothing, so this one is not paused to begin with.
+    """
     with DAG(
         dag_id=f"{recipe.name}__train",
-        schedule=[_asset(recipe)],
+        schedule=PartitionedAssetTimetable(assets=_asset(recipe)),
         catchup=False,
+        is_paused_upon_creation=False,
         description=f"Students of recipe {recipe.name}",
         auto_register=False,
         **_options(recipe, f"{recipe.name}__train"),
@@ -242,10 +248,13 @@ def _groups(path: str, step: str, runner: str) -> list[str]:
 
 def _publish(path: str, asset: Asset) -> BaseOperator:
     @task(task_id="publish", outlets=[asset])
-    def publish() -> Iterator[Metadata]:
-        """Tell whoever waits for the tables which they are and where."""
-        (call,) = calls(get_current_context(), path)
-        yield Metadata(asset, extra=extra_of(call, read_plan(call)))
+    def publish() -> None:
+        """Tell whoever waits for the tables which they are and where: an event for their date."""
+        context = get_current_context()
+        (call,) = calls(context, path)
+        event = context["outlet_events"][asset]
+        event.extra = extra_of(call, read_plan(call))
+        event.add_partitions(call.date)
 
     return publish().operator
 

@@ -6,10 +6,12 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 from airflow.sdk import BaseOperator, Context
+from airflow.sdk.exceptions import AirflowFailException
 from teachercache_command import Call, calls, raise_for
 from teachercache_tasks import TeachercacheOperator
 
@@ -87,9 +89,50 @@ class RayJobOperator(TeachercacheOperator):
     @staticmethod
     def _client() -> httpx.Client:
         address = os.environ.get("TEACHERCACHE_RAY_ADDRESS", "http://127.0.0.1:8265")
-        token = os.environ.get("RAY_AUTH_TOKEN")
+        token = ray_token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.Client(base_url=address, headers=headers, timeout=60.0)
+
+        def let_in(answer: httpx.Response) -> None:
+            if answer.status_code in (401, 403):
+                raise AirflowFailException(_no_entry(address, token))
+
+        hooks = {"response": [let_in]}
+        return httpx.Client(base_url=address, headers=headers, timeout=60.0, event_hooks=hooks)
+
+
+def ray_token() -> str | None:
+    """Return the token to show a Ray cluster, from where Ray itself looks, in its order."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return None
+    if told := os.environ.get("RAY_AUTH_TOKEN"):
+        return told.strip() or None
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    if named and not token:
+        raise AirflowFailException(
+            f"the file that RAY_AUTH_TOKEN_PATH names, {named}, is empty or cannot be read"
+        )
+    return token or None
+
+
+def _no_entry(address: str, token: str | None) -> str:
+    """Return why a cluster that asks for a token does not answer."""
+    asks = f"the Ray cluster at {address} asks for a token"
+    if token is not None:
+        return (
+            f"{asks}, and the one here is another: it is looked for in RAY_AUTH_TOKEN, the file "
+            f"that RAY_AUTH_TOKEN_PATH names, and ~/.ray/auth_token, in this order"
+        )
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return f"{asks}, and RAY_AUTH_MODE is disabled here: unset it, or set it to token"
+    return (
+        f"{asks} and there is none here: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that "
+        f"holds it, or copy ~/.ray/auth_token from the cluster's head"
+    )
 
 
 def kubernetes_operator() -> type[BaseOperator]:

@@ -36,7 +36,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
-sys.path.append(str(DAGS))  # as Airflow does
+sys.path.extend([str(DAGS), str(Path(__file__).parent)])  # the first as Airflow does
 
 
 def pytest_sessionfinish() -> None:
@@ -65,12 +65,16 @@ class World:
         path.write_text(yaml.safe_dump(body, sort_keys=False))
         return path
 
+    @property
+    def table_steps(self) -> dict[str, Any]:
+        """The steps that make tables."""
+        return {name: self.body["steps"][name] for name in ("documents", "signals")}
+
     def plain_run(self, day: str) -> dict[str, dict[str, bytes]]:
         """Make a day's tables without Airflow, once for all tests; return every byte of them."""
         if day not in self._plain:
-            steps = {name: self.body["steps"][name] for name in ("documents", "signals")}
             root = self.folder / f"plain-{day}"
-            path = self.write(root.with_suffix(".yaml"), root, steps=steps)
+            path = self.write(root.with_suffix(".yaml"), root, steps=self.table_steps)
             teachercache("run", str(path), DS=day)
             self._plain[day] = tables(root)
         return self._plain[day]

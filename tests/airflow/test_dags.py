@@ -96,8 +96,8 @@ def test_the_schedule_of_a_recipe_is_that_of_its_dags(recipes: Path, world: Worl
     assert deadline.interval.total_seconds() == 240 * 60
     asset = cache.get_task("publish").outlets[0]
     assert asset.uri == "teachercache://tiny/"
-    (awaited,) = train.timetable.asset_condition.objects
-    assert awaited.uri == asset.uri
+    assert train.timetable.asset_condition.uri == asset.uri
+    assert cache.is_paused_upon_creation is None and train.is_paused_upon_creation is False
 
 
 @pytest.mark.parametrize(

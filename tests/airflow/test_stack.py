@@ -1,199 +1,20 @@
 """A whole Airflow on loopback: scheduled runs, killed tasks, time-outs, assets, backfills."""
 
-import http.server
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-from conftest import HOME, World, tables
+import yaml
+from conftest import World, tables
+from running_airflow import WITHIN_S, Stack, Webhook, wait_for
 
-START_WITHIN_S, WITHIN_S = 900.0, 1200.0  # where nothing comes; a fifth of it is enough
 RETRY = {"retries": 6, "retry_delay_s": 2}
-
-
-class Webhook:
-    """A server that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        lines = self.lines
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                lines.append(json.loads(body)["text"])
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-
-class Stack:
-    """``airflow standalone`` and its REST interface."""
-
-    def __init__(self, recipes: Path, webhook: Webhook) -> None:
-        self.recipes, self.webhook = recipes, webhook
-        ports = [free_port() for _ in range(3)]
-        address = f"http://127.0.0.1:{ports[0]}"
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "TEACHERCACHE_RECIPES": str(recipes),
-            "TEACHERCACHE_WEBHOOK": webhook.address,
-            "AIRFLOW__API__HOST": "127.0.0.1",
-            "AIRFLOW__API__PORT": str(ports[0]),
-            "AIRFLOW__API__BASE_URL": address,
-            "AIRFLOW__API__WORKERS": "1",
-            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
-            "AIRFLOW__CORE__PARALLELISM": "3",
-            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(ports[1]),
-            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(ports[2]),
-            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
-        }
-        self.log = (HOME / "standalone.log").open("wb")
-        self.process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("airflow")), "standalone"],
-            env=environment,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.client = httpx.Client(base_url=address, trust_env=False, timeout=60)
-
-    def wait_until_healthy(self) -> None:
-        def healthy() -> bool:
-            try:
-                found = self.client.get("/api/v2/monitor/health").json()
-            except (httpx.HTTPError, ValueError):
-                return False
-            parts = ("metadatabase", "scheduler", "triggerer", "dag_processor")
-            return all(found.get(part, {}).get("status") == "healthy" for part in parts)
-
-        wait_for(healthy, START_WITHIN_S, self.why)
-        passwords = HOME / "simple_auth_manager_passwords.json.generated"
-        login = {"username": "admin", "password": json.loads(passwords.read_text())["admin"]}
-        token = self.client.post("/auth/token", json=login).raise_for_status().json()
-        self.client.headers["Authorization"] = f"Bearer {token['access_token']}"
-
-    def why(self) -> str:
-        return (HOME / "standalone.log").read_text(errors="replace")[-3000:]
-
-    def get(self, path: str, **params: Any) -> Any:
-        return self.client.get(f"/api/v2/{path}", params=params).raise_for_status().json()
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        answer = self.client.post(f"/api/v2/{path}", json=body)
-        assert answer.is_success, answer.text
-        return answer.json()
-
-    def backfill(self, dag: str, first: str, last: str) -> None:
-        """Ask for a backfill. SQLite may be locked just then: what was half begun is cancelled."""
-        asked = {
-            "dag_id": dag,
-            "from_date": f"{first}T00:00:00Z",
-            "to_date": f"{last}T00:00:00Z",
-            "max_active_runs": 2,
-            "reprocess_behavior": "failed",
-        }
-
-        def accepted() -> bool:
-            answer = self.client.post("/api/v2/backfills", json=asked)
-            if answer.status_code not in (409, 503):
-                assert answer.is_success, answer.text
-                return True
-            for begun in self.get("backfills", dag_id=dag)["backfills"]:
-                if begun["completed_at"] is None:
-                    self.client.put(f"/api/v2/backfills/{begun['id']}/cancel")
-            return False
-
-        wait_for(accepted, START_WITHIN_S, self.why)
-
-    def unpause(self, dag: str) -> None:
-        wait_for(lambda: dag in self.dags(), START_WITHIN_S, self.why)
-        self.client.patch(f"/api/v2/dags/{dag}", json={"is_paused": False}).raise_for_status()
-
-    def dags(self) -> list[str]:
-        return [dag["dag_id"] for dag in self.get("dags", limit=100)["dags"]]
-
-    def runs(self, dag: str) -> list[dict[str, Any]]:
-        return list(self.get(f"dags/{dag}/dagRuns", limit=100)["dag_runs"])
-
-    def tasks(self, dag: str, run: str) -> list[dict[str, Any]]:
-        found = self.get(f"dags/{dag}/dagRuns/{run}/taskInstances", limit=100)
-        return list(found["task_instances"])
-
-    def wait_for_runs(self, dag: str, number: int = 1) -> list[dict[str, Any]]:
-        """Wait until so many runs of a DAG have ended, and well."""
-
-        def ended() -> bool:
-            states = [run["state"] for run in self.runs(dag)]
-            assert "failed" not in states, self.what_failed(dag)
-            return states.count("success") >= number
-
-        wait_for(ended, WITHIN_S, lambda: str(self.runs(dag)) + self.why())
-        return self.runs(dag)
-
-    def what_failed(self, dag: str) -> str:
-        return "\n".join(
-            f"{task['task_id']} {task['map_index']}: {task['state']}\n"
-            + self.log_of(dag, run["dag_run_id"], task)[-2000:]
-            for run in self.runs(dag)
-            for task in self.tasks(dag, run["dag_run_id"])
-            if task["state"] in ("failed", "up_for_retry")
-        )
-
-    def log_of(self, dag: str, run: str, task: dict[str, Any], number: int | None = None) -> str:
-        path = f"dags/{dag}/dagRuns/{run}/taskInstances/{task['task_id']}/logs"
-        tries = number or task["try_number"]
-        found: dict[str, Any] = self.get(
-            f"{path}/{tries}", map_index=task["map_index"], full_content=True
-        )
-        return "\n".join(str(line.get("event", line)) for line in found["content"])
-
-    def stop(self) -> None:
-        """End the whole group; what a task was doing ends with it."""
-        for how, within_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-            try:
-                os.killpg(self.process.pid, how)
-                self.process.wait(within_s)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        self.client.close()
-        self.log.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], within_s: float, why: Callable[[], str]) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +24,22 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(world: World, roots: Path) -> Iterator[Stack]:
-    """A running Airflow with four recipes of which one cannot be read; all DAGs are paused."""
+    """A running Airflow with four recipes of which one cannot be read and one trains.
+
+    Its DAG that trains waits for tables; all others are paused.
+    """
     recipes = roots / "recipes"
     today = datetime.now(UTC)
     for day in (today, today - timedelta(days=1)):
         texts = world.folder / "text"
         shutil.copy(texts / "long.jsonl", texts / f"{day:%Y-%m-%d}.jsonl")
 
-    def add(name: str, **schedule: Any) -> None:
+    def add(name: str, steps: dict[str, Any] = world.table_steps, **schedule: Any) -> None:
         path = recipes / f"{name}.yaml"
-        world.write(path, roots / name, name=name, schedule={**RETRY, **schedule})
+        changes = {"name": name, "steps": steps, "schedule": {**RETRY, **schedule}}
+        world.write(path, roots / name, **changes)
 
-    add("nightly", cron="@daily", start_date=datetime(2026, 1, 5).date())
+    add("nightly", world.body["steps"], cron="@daily", start_date=datetime(2026, 1, 5).date())
     began = time.monotonic()
     world.plain_run(f"{today:%Y-%m-%d}")
     plain_s = time.monotonic() - began  # of which a try does a part, on this machine just now
@@ -240,6 +65,15 @@ def commands(root: Path, word: str) -> list[psutil.Process]:
     return found
 
 
+def wait_for_command(root: Path, word: str) -> psutil.Process:
+    """Wait until a command with this word works below a root."""
+    deadline = time.monotonic() + WITHIN_S
+    while not (found := commands(root, word)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found[0]
+
+
 def finished_shards(root: Path) -> dict[Path, int]:
     found = (root / "teacher_logits").glob("*/shard-*.json")
     return {path: path.with_suffix(".arrow").stat().st_mtime_ns for path in found}
@@ -262,7 +96,7 @@ def wait_for_first_shards(root: Path) -> psutil.Process:
 
 
 def test_a_recipe_that_cannot_be_read_is_shown_and_the_others_are_there(stack: Stack) -> None:
-    names = [f"{name}__{what}" for name in ("nightly", "timed", "twice") for what in WHAT]
+    names = {"nightly__cache", "nightly__train", "timed__cache", "twice__cache"}
     wait_for(lambda: set(stack.dags()) == {*names, "teachercache_audit"}, WITHIN_S, stack.why)
     wait_for(lambda: stack.get("importErrors")["import_errors"], WITHIN_S, stack.why)
     (error,) = stack.get("importErrors")["import_errors"]
@@ -270,14 +104,10 @@ def test_a_recipe_that_cannot_be_read_is_shown_and_the_others_are_there(stack: S
     assert f"{stack.recipes}/broken.yaml, line 4: " in error["stack_trace"]
 
 
-WHAT = ("cache", "train")
-
-
 def test_a_scheduled_run_whose_task_is_killed_gives_the_same_bytes_and_students(
     stack: Stack, world: World, roots: Path
 ) -> None:
     root = roots / "nightly"
-    stack.unpause("nightly__train")
     stack.unpause("nightly__cache")
     command = wait_for_first_shards(root)
     before = finished_shards(root)
@@ -301,9 +131,7 @@ def test_a_scheduled_run_whose_task_is_killed_gives_the_same_bytes_and_students(
     assert "shards are finished already" in log, log
     assert "Traceback" not in log, log
     # The asset, and what it started.
-    events = stack.get("assets/events")["asset_events"]  # other tests leave some there, too
-    ours = ("nightly__cache", run["dag_run_id"])
-    (event,) = (e for e in events if (e["source_dag_id"], e["source_run_id"]) == ours)
+    (event,) = stack.events_of("nightly__cache", run["dag_run_id"])
     assert event["extra"]["date"] == day and event["extra"]["overrides"] == []
     for name, group in (("documents", "documents"), ("signals", "teacher_logits")):
         told = event["extra"]["tables"][name]
@@ -313,23 +141,63 @@ def test_a_scheduled_run_whose_task_is_killed_gives_the_same_bytes_and_students(
         totals = manifest["totals"]
         assert (told["rows"], told["bytes"]) == (totals["num_rows"], totals["num_bytes"])
     (trained,) = stack.wait_for_runs("nightly__train")
-    assert trained["run_type"] == "asset_triggered"
+    assert (trained["run_type"], trained["partition_key"]) == ("asset_triggered", day)
     assert len(list((root / "checkpoints").glob("*/checkpoint.json"))) == 2
 
 
-def test_a_backfill_over_two_days_makes_two_partitions(
+def test_days_that_a_backfill_publishes_while_one_trains_are_each_trained(
     stack: Stack, world: World, roots: Path
 ) -> None:
-    root, days = roots / "nightly", ("2026-01-05", "2026-01-06")
+    """Airflow's own queue for a plain asset holds one waiting event; the others lie there."""
+    root, days = roots / "nightly", ("2026-01-05", "2026-01-06", "2026-01-07")
     before = tables(root)
-    stack.backfill("nightly__cache", *days)
-    runs = stack.wait_for_runs("nightly__cache", 3)
+    students = set((root / "checkpoints").glob("*/checkpoint.json"))
+    stack.backfill("nightly__cache", days[0], days[-1])
+    training = wait_for_command(root, "distilled")
+    training.suspend()  # of whichever day is published first
+    runs = stack.wait_for_runs("nightly__cache", 4)
+    training.resume()
     assert sorted(r["logical_date"][:10] for r in runs if r["run_type"] == "backfill") == [*days]
     after = tables(root)
     assert {folder: after[folder] for folder in before} == before
     made = {folder: after[folder] for folder in after.keys() - before.keys()}
     expected = {name: body for day in days for name, body in world.plain_run(day).items()}
-    assert made == expected and len(made) == 4
+    assert made == expected and len(made) == 6
+    trained = stack.wait_for_runs("nightly__train", 4)
+    assert {run["partition_key"] for run in trained} > {*days}
+    assert len(set((root / "checkpoints").glob("*/checkpoint.json")) - students) == 3
+
+
+def test_a_step_whose_groups_become_fewer_hands_on_what_is_there(
+    stack: Stack, world: World, roots: Path
+) -> None:
+    """Two groups, then one, then none: Airflow keeps what it knows of the tasks that are gone."""
+    dag, root = "nightly__cache", roots / "nightly"
+    (scheduled,) = (run for run in stack.runs(dag) if run["run_type"] == "scheduled")
+    run, made = scheduled["dag_run_id"], tables(root)
+    (event,) = stack.events_of(dag, run)
+    stack.pause("nightly__train")
+    world.write(
+        stack.recipes / "nightly.yaml",
+        root,
+        name="nightly",
+        schedule=yaml.safe_load((stack.recipes / "nightly.yaml").read_text())["schedule"],
+        execution__group_size=1000,
+    )
+    signals = Path(event["extra"]["tables"]["signals"]["manifest"]).parent
+    (signals / "manifest.json").unlink()
+    max(signals.glob("shard-*.json")).unlink()
+    for states in (["success", "removed"], ["removed", "removed"]):
+        instances = {
+            (task["task_id"], task["map_index"]): task
+            for task in stack.run_again(dag, run, "signals.groups")
+        }
+        shards = [instances["signals.shards", index] for index in range(2)]
+        assert [task["state"] for task in shards] == states
+        assert instances["signals.finish", -1]["state"] == "success"
+        assert tables(root) == made
+    first, *others = (found["extra"] for found in stack.events_of(dag, run))
+    assert len(others) == 2 and all(other == first for other in others)
 
 
 def test_a_hung_task_is_timed_out_with_its_command_and_a_late_run_is_told(

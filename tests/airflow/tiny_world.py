@@ -8,8 +8,13 @@ import yaml
 from tests.conftest import PARAGRAPHS, save_tiny_model
 from tests.fixtures.tiny_recipe import make_recipe, write_jsonl
 
-# Short texts of two days, and a long one for whatever day it is.
-TEXTS = {"2026-01-05": (0, 60), "2026-01-06": (60, 120), "long": (120, 500)}
+# Short texts of three days, and a long one for whatever day it is.
+TEXTS = {
+    "2026-01-05": (0, 60),
+    "2026-01-06": (60, 120),
+    "2026-01-07": (500, 520),
+    "long": (120, 500),
+}
 
 
 def main(folder: Path) -> None:

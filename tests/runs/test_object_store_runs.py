@@ -29,6 +29,7 @@ from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainStage
 from tests.fixtures.machine_speed import slowness
 from tests.fixtures.tiny_recipe import TinyRecipe, finish, make_recipe, start, teachercache
+from tests.servers.ray_cluster import ENVIRONMENT as RAY_ENVIRONMENT
 from tests.servers.s3_server import (
     CUT_REPLY,
     CUT_REQUEST,
@@ -481,7 +482,8 @@ def test_students_in_two_processes_and_by_a_model_of_the_store(
 def test_a_store_is_the_root_of_a_run_on_ray(
     local: TinyRecipe, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     recipe = on_store(local, root, tmp_path, "documents", "signals", "student", "trained")
     recipe.run("execution.executor=ray", "execution.workers=2")
     assert tables(recipe) == tables(local)

@@ -18,8 +18,10 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-# No token is asked for on loopback, and nothing is sent anywhere.
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# Every cluster asks for this token, as one does where a Ray has been started before; with it no Ray
+# writes one into the home folder. Nothing is sent anywhere.
+ENVIRONMENT = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "RAY_USAGE_STATS_ENABLED": "0"}
+ASKING = {"RAY_AUTH_MODE": "token"}
 BIN = Path(sys.executable).parent
 # The head's own server of a client: it has 30 s to start, and on a busy machine takes longer.
 SLOW_START = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
@@ -124,7 +126,7 @@ def _ray_start(arguments: list[str], env: Mapping[str, str]) -> subprocess.Popen
     path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.Popen(
         [str(BIN / "ray"), "start", "--block", "--object-store-memory=100000000", *arguments],
-        env={**os.environ, **ENVIRONMENT, **SLOW_START, **env, **path},
+        env={**os.environ, **ENVIRONMENT, **SLOW_START, **ASKING, **env, **path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -137,6 +139,8 @@ def _wait_for(head: subprocess.Popen[bytes], url: str) -> None:
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
+        except urllib.error.HTTPError:  # an answer, to who has no token
+            return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.3)
 

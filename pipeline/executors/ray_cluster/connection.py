@@ -16,8 +16,11 @@ from schemas.errors import ConfigError, EngineError
 try:
     import grpc
     import ray
-    from ray.exceptions import RayError
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
+
+    from pipeline.executors.ray_cluster.authentication import refuses_us, show_token
 except ImportError as missing:
     raise ConfigError(
         f"Ray cannot be imported ({missing}): install teachercache[ray], or use execution.executor "
@@ -33,7 +36,7 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
 
     Ray puts the folder it is called from on the workers' path, where a user's own ``schemas`` or
     ``stages`` would be found before ours: so it is called from the step's ``folder``. Raises
-    EngineError where no cluster answers.
+    EngineError where no cluster answers, ConfigError where the one that does knows us not.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # An error that two workers have is raised once: Ray would print the other's traceback.
@@ -57,9 +60,16 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
 
 
 def _require_answer(address: str | None) -> None:
-    """Raise EngineError where nothing listens: Ray would ask for minutes, and fill the log."""
-    if address is not None and _has_port(address) and (why := refusal(address)):
-        raise EngineError(_no_ray(address, why))
+    """Raise where nobody listens, or who listens refuses us: Ray would ask on, and fill the log."""
+    try:  # "auto" is a Ray of this machine, or RAY_ADDRESS
+        found = canonicalize_bootstrap_address(address) if address == "auto" else address
+    except (ConnectionError, ValueError) as error:
+        raise EngineError(_no_ray(address, first_line(error))) from error
+    if found is not None and _has_port(found):
+        if why := refusal(found):
+            raise EngineError(_no_ray(address, why))
+        cluster = f"the Ray cluster at execution.address {address}"
+        show_token(cluster, lambda: refuses_us(found, CONNECT_TIMEOUT_S))
 
 
 def _has_port(address: str) -> bool:
@@ -102,8 +112,17 @@ def _no_ray(address: str | None, why: str) -> str:
 
 
 def job_client(address: str) -> JobSubmissionClient:
-    """Reach the Jobs API of a cluster; raises EngineError where there is none."""
+    """Reach the Jobs API of a cluster; raises EngineError where there is none, as ``connected``."""
+
+    def is_refused() -> bool:
+        try:
+            JobSubmissionClient(address)
+        except AuthenticationError:
+            return True
+        return False
+
     try:
+        show_token(f"the Ray cluster at {address}", is_refused)
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(

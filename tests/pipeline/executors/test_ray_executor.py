@@ -384,6 +384,72 @@ def test_a_worker_with_another_version_of_a_table_is_refused(
     assert not list(shards.marks.iterdir())
 
 
+# The token that the cluster asks for.
+
+
+@pytest.fixture
+def token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a home without a token would have it; nothing else tells one."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = tmp_path / "home" / ".ray" / "auth_token"
+    file.parent.mkdir(parents=True)
+    return file
+
+
+MISSING = "asks for a token and there is none here: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to"
+WRONG = "asks for a token, and the one here is another: it is looked for in RAY_AUTH_TOKEN, the"
+UNREAD = "asks for a token, and the file that RAY_AUTH_TOKEN_PATH names, /none, is empty or cannot"
+DISABLED = "asks for a token, and RAY_AUTH_MODE is disabled here: unset it, or set it to token"
+
+
+@pytest.mark.parametrize(
+    ("how", "token", "env", "problem"),
+    [
+        ("driver", None, {"RAY_AUTH_MODE": "token"}, MISSING),
+        ("driver", "right", {"RAY_AUTH_MODE": "disabled"}, DISABLED),
+        ("driver", "right", {"RAY_AUTH_TOKEN_PATH": "/none"}, UNREAD),
+        ("driver", "right", {"RAY_AUTH_TOKEN": "wrong"}, WRONG),
+        ("client", None, {}, MISSING),
+        ("submit", "wrong", {}, WRONG),
+    ],
+)
+def test_a_token_that_is_not_here_is_one_line(
+    again: TinyRecipe,
+    cluster: Cluster,
+    token_file: Path,
+    how: str,
+    token: str | None,
+    env: dict[str, str],
+    problem: str,
+) -> None:
+    if token is not None:
+        token_file.write_text(ENVIRONMENT["RAY_AUTH_TOKEN"] if token == "right" else token)
+    place = cluster.jobs_address
+    arguments = ["submit", str(again.path), "--address", place]
+    if how != "submit":
+        address = cluster.client_address if how == "client" else cluster.address
+        place = f"execution.address {address}"
+        sets = settings("execution.executor=ray", f"execution.address={address}")
+        arguments = ["run", str(again.path), *sets]
+    said = finish(start(*arguments, **env))
+    assert said.code == ConfigError.exit_code == 2, said.err
+    assert said.error.startswith(f"the Ray cluster at {place} {problem}"), said.error
+    assert "Traceback" not in said.err and token_file.exists() == (token is not None)
+
+
+def test_a_token_in_the_home_folder_is_shown_unasked(
+    finished: TinyRecipe, again: TinyRecipe, cluster: Cluster, token_file: Path
+) -> None:
+    """Ray's own driver shows none to an address that it is given, unless RAY_AUTH_MODE says so."""
+    token_file.write_text(f"{ENVIRONMENT['RAY_AUTH_TOKEN']}\n")
+    sets = settings("execution.executor=ray", f"execution.address={cluster.address}")
+    said = finish(start("run", again.path, *sets))
+    assert said.code == 0, said.err
+    assert signals(again) == signals(finished)
+
+
 # A run as a job of the cluster.
 
 
