@@ -12,14 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
 from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.chat_template import ChatTemplate, TemplateRefusal
 
 _GENERATION_CONFIG = "generation_config.json"
-_ANSWER = "0123456789"
 
 
 def stop_tokens_of(folder: Path) -> tuple[int, ...]:
@@ -53,20 +52,18 @@ def _ids(value: Any) -> set[int]:
 
 
 def _end_of_turn(tokenizer: Any, folder: Path) -> set[int]:
-    """Return the first token of its own kind that the template puts behind an answer."""
-    if not tokenizer.chat_template:
+    """Return the token that ends the assistant's turn in the chat template, if there is one."""
+    template = ChatTemplate(tokenizer)
+    if not template.is_there:
         return set()
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError as error:
+        closing = template.closing_text
+    except TemplateRefusal as error:
         raise ConfigError(
             f"the chat template of {folder} fails on a question and an answer ({error}): correct "
             f"it, or give stop_token_ids in the recipe"
         ) from error
-    behind = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False)
-    added = set(tokenizer.added_tokens_decoder)
-    return set([token for token in behind if token in added][:1])
+    return set() if closing is None else {int(tokenizer.convert_tokens_to_ids(closing))}
 
 
 def _of_generation_config(folder: Path) -> set[int]:
