@@ -31,7 +31,12 @@ from schemas.tables.preference_pairs import PreferencePair
 from stages.sources.dialogues.beside_text import Tools, as_read, tools_of
 from stages.sources.dialogues.dialogue import USER, Message, UnusablePair, parts_of
 from stages.sources.dialogues.wording import ChatWording, PlainWording, Wording
-from stages.sources.preference_pairs.pairs import Branch, RawPair, require_usable
+from stages.sources.preference_pairs.pairs import (
+    Branch,
+    RawPair,
+    require_one_speaker,
+    require_usable,
+)
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.sources.reading.cleaning import digest_of, normalise
 from stages.sources.reading.tokens import IdArray, TextTokenizer
@@ -92,6 +97,8 @@ class PairBuilder:
         tools = tools_of(pair.tools)
         chosen, rejected = self._as_read(pair.chosen, tools), self._as_read(pair.rejected, tools)
         require_usable(RawPair(pair.place, chosen, rejected, tools), self.wording.marks)
+        if self._is_transcript:
+            require_one_speaker(pair.responses)
         prompt, text, prompt_ids_T = self._fitting(chosen.prompt, tools)
         chosen_ids_C, chosen_finished = self._response(prompt, chosen.response, tools)
         rejected_ids_R, rejected_finished = self._response(prompt, rejected.response, tools)

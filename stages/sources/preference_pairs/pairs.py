@@ -5,6 +5,7 @@ the tools answered that the assistant called for it.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stages.sources.dialogues.dialogue import (
@@ -19,6 +20,7 @@ from stages.sources.dialogues.dialogue import (
 
 _LETTERS = {USER: "u", ASSISTANT: "a", TOOL: "t"}
 _ROLES = re.compile("(u(at+)*a)*u(at+)*")  # closed exchanges, then one that is open
+_SPEAKER = re.compile(r"(?<!\w)Human:|^\s*Assistant:", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,16 @@ def require_usable(pair: RawPair, marks: re.Pattern[str]) -> None:
     for reason, is_so in checks.items():
         if is_so:
             raise UnusablePair(reason)
+
+
+def require_one_speaker(responses: Iterable[Message]) -> None:
+    """Raise UnusablePair (``speaker_in_response``) where a response names who speaks in it.
+
+    In a transcript that is a turn without the empty line that parts turns: 1 in 100 chosen
+    responses of HH-RLHF begin with ``Human:`` or run on into what the human would say.
+    """
+    if any(_SPEAKER.search(response.words) for response in responses):
+        raise UnusablePair("speaker_in_response")
 
 
 def _is_empty(response: Message) -> bool:

@@ -371,3 +371,28 @@ def test_a_start_that_the_tokenizer_joins_costs_its_row(tmp_path: Path, make: Ma
     tokenizer.save_pretrained(folder)
     rows, rejects = make([record("q", "\nyes", "no"), KEPT], folder, template="plain")
     assert len(rows) == 1 and rejects == {"joined_by_tokenizer": 1}
+
+
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_a_response_that_names_who_speaks_costs_its_row(
+    form: str, folders: Folders, make: Make
+) -> None:
+    def transcript(chosen: str, rejected: str = "No.", prompt: str = "Hi") -> dict[str, str]:
+        before = f"\n\nHuman: {prompt}\n\nAssistant: "
+        return {"chosen": before + chosen, "rejected": before + rejected}
+
+    bad = [
+        transcript("Human: What do you mean?"),
+        transcript("Yes.", "That is a good question.  Human: I am sure."),
+        transcript("Yes.\nHuman: Then why?\nAssistant: So."),
+        transcript("Let us end here.\nAssistant: By the way"),
+    ]
+    good = [
+        transcript("He is human: so am I."),
+        transcript("Pay of a Medical Assistant: low."),
+        transcript("A NonHuman: no.", prompt="Is this by a Human: or not?"),
+    ]
+    rows, rejects = make([*bad, *good], folders.make(CHATML), format="hh_rlhf", template=form)
+    assert len(rows) == len(good) and rejects == {"speaker_in_response": len(bad)}
+    rows, _ = make([record("q", "Human: I am.", "b")], folders.make(CHATML), template=form)
+    assert len(rows) == 1
