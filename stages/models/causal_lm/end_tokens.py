@@ -9,6 +9,7 @@ is not used: a folder that names more there is refused, and the recipe has to sa
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ def stop_tokens_of(folder: Path) -> tuple[int, ...]:
     """
     tokenizer = load_tokenizer(folder)
     config = read_config(folder).get_text_config()
-    found = {*end_tokens(config, tokenizer)}
-    found |= _end_of_turn(tokenizer, folder)
+    try:
+        found = {*end_tokens(config, tokenizer), *end_of_turn(tokenizer)}
+    except TemplateRefusal as error:
+        raise ConfigError(
+            f"the chat template of {folder} fails on a question and an answer ({error}): correct "
+            f"it, or give stop_token_ids in the recipe"
+        ) from error
     if not found:
         raise ConfigError(
             f"{folder} names no token that ends a text, in config.json, tokenizer or chat "
@@ -51,18 +57,24 @@ def _ids(value: Any) -> set[int]:
     return {int(token) for token in (value if isinstance(value, list) else [value])}
 
 
-def _end_of_turn(tokenizer: Any, folder: Path) -> set[int]:
-    """Return the token that ends the assistant's turn in the chat template, if there is one."""
+def answer_ends(tokenizer: Any, *configs: Any) -> list[int]:
+    """Return the ids that end an answer: an end of text, or of the assistant's turn.
+
+    A chat template that cannot write an answer ends none.
+    """
+    ends = set(end_tokens(*configs, tokenizer))
+    with suppress(TemplateRefusal):
+        ends |= end_of_turn(tokenizer)
+    return sorted(ends)
+
+
+def end_of_turn(tokenizer: Any) -> set[int]:
+    """Return the token that ends the assistant's turn in the chat template, if there is one.
+
+    Raises TemplateRefusal for a template that cannot write a question and its answer.
+    """
     template = ChatTemplate(tokenizer)
-    if not template.is_there:
-        return set()
-    try:
-        closing = template.closing_text
-    except TemplateRefusal as error:
-        raise ConfigError(
-            f"the chat template of {folder} fails on a question and an answer ({error}): correct "
-            f"it, or give stop_token_ids in the recipe"
-        ) from error
+    closing = template.closing_text if template.is_there else None
     return set() if closing is None else {int(tokenizer.convert_tokens_to_ids(closing))}
 
 
