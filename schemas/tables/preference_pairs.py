@@ -1,9 +1,9 @@
 """Table ``preference_pairs``: a prompt and two responses to it, the better one first named.
 
 Prompt and responses are token ids as the models see them: the prompt ends with the header that
-opens the assistant's turn, a finished response ends with the token that closes it, and that token
-is a position like any other. All three were tokenised apart, so a response has the same tokens
-whatever is done to its prompt.
+opens the assistant's turn, but for spaces at its end, which the responses begin with; a finished
+response ends with the token that closes it, and that token is a position like any other. All three
+were tokenised apart, so a response has the same tokens whatever is done to its prompt.
 
 Dimensions: T = tokens of the prompt, C = of the chosen response, R = of the rejected one.
 """

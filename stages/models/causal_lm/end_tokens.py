@@ -9,17 +9,16 @@ is not used: a folder that names more there is refused, and the recipe has to sa
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from schemas.errors import ConfigError
 from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.chat_template import ChatTemplate, TemplateRefusal
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
-_ANSWER = "0123456789"
 
 
 def stop_tokens_of(folder: Path) -> tuple[int, ...]:
@@ -29,8 +28,13 @@ def stop_tokens_of(folder: Path) -> tuple[int, ...]:
     """
     tokenizer = open_tokenizer(folder)
     config = read_config(folder).get_text_config()
-    found = {*end_tokens(config, tokenizer)}
-    found |= _end_of_turn(tokenizer, folder)
+    try:
+        found = {*end_tokens(config, tokenizer), *end_of_turn(tokenizer)}
+    except TemplateRefusal as error:
+        raise ConfigError(
+            f"the chat template of {folder} fails on a question and an answer ({error}): correct "
+            f"it, or give stop_token_ids in the recipe"
+        ) from error
     if not found:
         raise ConfigError(
             f"{folder} names no token that ends a text, in config.json, tokenizer or chat "
@@ -52,21 +56,25 @@ def _ids(value: Any) -> set[int]:
     return {int(token) for token in (value if isinstance(value, list) else [value])}
 
 
-def _end_of_turn(tokenizer: Any, folder: Path) -> set[int]:
-    """Return the first token of its own kind that the template puts behind an answer."""
-    if not tokenizer.chat_template:
-        return set()
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError as error:
-        raise ConfigError(
-            f"the chat template of {folder} fails on a question and an answer ({error}): correct "
-            f"it, or give stop_token_ids in the recipe"
-        ) from error
-    behind = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False)
-    added = set(tokenizer.added_tokens_decoder)
-    return set([token for token in behind if token in added][:1])
+def answer_ends(tokenizer: Any, *configs: Any) -> list[int]:
+    """Return the ids that end an answer: an end of text, or of the assistant's turn.
+
+    A chat template that cannot write an answer ends none.
+    """
+    ends = set(end_tokens(*configs, tokenizer))
+    with suppress(TemplateRefusal):
+        ends |= end_of_turn(tokenizer)
+    return sorted(ends)
+
+
+def end_of_turn(tokenizer: Any) -> set[int]:
+    """Return the token that ends the assistant's turn in the chat template, if there is one.
+
+    Raises TemplateRefusal for a template that cannot write a question and its answer.
+    """
+    template = ChatTemplate(tokenizer)
+    closing = template.closing_text if template.is_there else None
+    return set() if closing is None else {int(tokenizer.convert_tokens_to_ids(closing))}
 
 
 def _of_generation_config(folder: Path) -> set[int]:

@@ -28,7 +28,7 @@ class StudentResponsesStage(TableStage):
     likeliest tokens are kept at each position, whatever is sampled.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (PREFERENCE_PAIRS,)
 
     stage: Literal["student_responses"]

@@ -2,108 +2,152 @@
 
 The template is applied to text and tokenised here, without the tokenizer's own special tokens: a
 BOS is there where the template writes one, and never twice. Prompt and response are tokenised
-apart; the prompt ends with the header that opens the assistant's turn.
+apart. The prompt is what a model is given to go on from: the dialogue and the header that opens
+the assistant's turn, an opened or an empty thought included; the response is what the template
+writes of the whole dialogue after that. Spaces at the prompt's end go with the response.
 
-What closes a response is read off the template: the first special token it writes after the
-response's text. What it writes after that (a line break, say) belongs to no response: the model
-stops at that token. A template that closes with no special token is given the EOS.
+What closes a response is read off the template (``checkpoints.chat_template``). What it writes
+after that (a line break, say) belongs to no response: the model stops at that token. A template
+that closes with no token of its own is given the EOS.
+
+A response that is not what the model would have to write is none: where the whole dialogue does not
+begin with the header (``not_after_header``), where the template puts an empty thought into it that
+nobody thought (``empty_reasoning``), or leaves it open (``unclosed_by_template``).
 """
 
 import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.chat_template import TemplateRefusal, any_of
+from stages.sources.dialogues.beside_text import REASONING, Tools, names_of
 from stages.sources.dialogues.dialogue import ASSISTANT, USER, Message, UnusablePair
-from stages.sources.reading.tokens import IdArray, TemplateRefusal, TextTokenizer
+from stages.sources.reading.boundary import at_spaces
+from stages.sources.reading.tokens import IdArray, TextTokenizer
 
 _TRANSCRIPT_NAMES = {USER: "Human", ASSISTANT: "Assistant"}
 _SHORTEST = (Message(USER, "a"), Message(ASSISTANT, "b"))
+_EMPTY_BLOCK = re.compile(r"([<\[◁])([^\s<>\[\]◁▷/]+)([>\]▷])\s*\1/\2\3")  # <think> </think>
+_HEADER_CHARS = 200  # of a prompt, in which a header may have opened such a block
 
 
 class Wording(Protocol):
     """Text of a prompt, and ids of it and of a finished response to it."""
 
-    def prompt_text(self, prompt: Sequence[Message]) -> str:
+    marks: re.Pattern[str]  # what no text may spell: it could end its own turn
+
+    def reads(self, key: str, *, with_tools: bool) -> bool:
+        """Return whether a key of a message has any effect on what is written."""
+
+    def prompt_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
         """Return all that stands before a response."""
 
     def prompt_ids(self, text: str) -> IdArray:
         """Return the ids of a prompt's text, BOS included where the model wants one."""
 
-    def response_ids(self, prompt: Sequence[Message], response: str) -> IdArray:
+    def response_ids(
+        self, prompt: Sequence[Message], response: Message, tools: Tools = ()
+    ) -> IdArray:
         """Return the ids of a response that ends by itself: its last token closes the turn."""
-
-
-def special_pattern(tokenizer: TextTokenizer) -> re.Pattern[str]:
-    """Return what matches the spelling of any special token; its one group is all of it."""
-    spelled = "|".join(map(re.escape, tokenizer.special_texts))
-    return re.compile(f"({spelled or '(?!)'})")
 
 
 class ChatWording:
     """The tokenizer's own chat template; raises ConfigError where it cannot serve."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Try the template on the shortest dialogue."""
-        if not tokenizer.has_chat_template:
+    def __init__(self, tokenizer: TextTokenizer, settings: Mapping[str, Any]) -> None:
+        """Try the template, with ``settings``, on the shortest dialogue."""
+        self.tokenizer = tokenizer
+        self._template = tokenizer.chat_template(settings)
+        if not self._template.is_there:
             raise ConfigError(
                 f"template: the tokenizer in {tokenizer.folder} has no chat template; save one "
                 f"there as chat_template.jinja, or use template: plain"
             )
-        self.tokenizer = tokenizer
-        self._special = special_pattern(tokenizer)
         try:
             for header in (True, False):
-                tokenizer.render_chat(_as_dicts(_SHORTEST[: 2 - header]), header=header)
+                shortest = [message.as_dict() for message in _SHORTEST[: 2 - header]]
+                self._template.write(shortest, header=header)
+                self._template.reads("content", with_tools=header)
+            self._closing = self._template.closing_text
+            unread = self._template.unread_settings
         except TemplateRefusal as error:
             raise ConfigError(
                 f"template: the chat template in {tokenizer.folder} cannot write a question and "
                 f"its answer: {error}; repair it, or use template: plain"
             ) from error
+        if unread:
+            raise ConfigError(
+                f"chat_template_kwargs: the chat template in {tokenizer.folder} reads no "
+                f"{', '.join(unread)}; correct the name, or leave it out"
+            )
+        self.marks = any_of((*tokenizer.special_texts, *self._template.turn_texts))
 
-    def prompt_text(self, prompt: Sequence[Message]) -> str:
+    def reads(self, key: str, *, with_tools: bool) -> bool:
+        """Return whether the template names this key."""
+        return self._template.reads(key, with_tools=with_tools)
+
+    def prompt_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
         """Return the dialogue with the header of the assistant's turn; raises UnusablePair."""
-        return self._written(prompt, header=True)
+        written = self._written(prompt, header=True, tools=tools)
+        if tools and written == self._written(prompt, header=True):
+            raise UnusablePair("unread_tools")
+        return at_spaces(written)[0]
 
     def prompt_ids(self, text: str) -> IdArray:
         """Return the ids of a prompt's text: the template has written any BOS."""
         return self.tokenizer.encode([text])[0]
 
-    def response_ids(self, prompt: Sequence[Message], response: str) -> IdArray:
+    def response_ids(
+        self, prompt: Sequence[Message], response: Message, tools: Tools = ()
+    ) -> IdArray:
         """Return the ids of what the template writes after the header, up to the closing token.
 
-        Raises UnusablePair where the template refuses or rewrites the response, ConfigError where
-        what it writes of the dialogue does not begin with what it writes of the prompt.
+        Raises UnusablePair where that is not what the response says.
         """
-        before = self.prompt_text(prompt)
-        whole = self._written((*prompt, Message(ASSISTANT, response)), header=False)
+        before = self._written(prompt, header=True, tools=tools)
+        whole = self._written((*prompt, response), header=False, tools=tools)
         if not whole.startswith(before):
-            raise ConfigError(
-                f"template: the chat template in {self.tokenizer.folder} writes a dialogue that "
-                f"does not begin with its prompt and header; repair it, or use template: plain"
-            )
-        text, is_closed = self._until_closed(whole[len(before) :], response)
-        ids_A = self.tokenizer.encode_part(text)
-        return ids_A if is_closed else np.append(ids_A, eos_of(self.tokenizer))
+            raise UnusablePair("not_after_header")
+        written = whole[len(before) :]
+        _require_all_said(before, written, response)
+        text = at_spaces(before)[1] + self._until_closed(written)
+        ids_A = _part_ids(self.tokenizer, text)
+        return ids_A if self._closing else np.append(ids_A, eos_of(self.tokenizer))
 
-    def _written(self, messages: Sequence[Message], *, header: bool) -> str:
+    def _written(self, messages: Sequence[Message], *, header: bool, tools: Tools = ()) -> str:
+        said = [message.as_dict() for message in messages]
         try:
-            return self.tokenizer.render_chat(_as_dicts(messages), header=header)
+            return self._template.write(said, header=header, tools=tools)
         except TemplateRefusal as error:
             raise UnusablePair("refused_by_template") from error
 
-    def _until_closed(self, text: str, response: str) -> tuple[str, bool]:
+    def _until_closed(self, text: str) -> str:
         """Cut after the closing token; where there is none, drop the blanks at the end."""
-        bare = response.strip()  # as most templates write it
-        pieces = self._special.split(text)  # plain text and special tokens in turn
-        holding = [index for index in range(0, len(pieces), 2) if bare in pieces[index]]
-        if not holding:
-            raise UnusablePair("changed_by_template")
-        if holding[-1] + 1 < len(pieces):
-            return "".join(pieces[: holding[-1] + 2]), True
-        return text.rstrip(), False
+        if self._closing is None:
+            return text.rstrip()
+        end = text.rfind(self._closing)
+        if end < 0:
+            raise UnusablePair("unclosed_by_template")
+        return text[: end + len(self._closing)]
+
+
+def _require_all_said(before: str, written: str, response: Message) -> None:
+    """Raise UnusablePair where a template lost a part of the response, or put a thought into it."""
+    thoughts = [response.more.get(key, "").strip() for key in REASONING]
+    calls = names_of(response.more.get("tool_calls") or ())
+    said = (*thoughts, response.words.strip(), *calls)
+    if any(part not in written for part in said):
+        raise UnusablePair("changed_by_template")
+    if any(thoughts):
+        return
+    start = max(0, len(before) - _HEADER_CHARS)
+    for block in _EMPTY_BLOCK.finditer(before[start:] + written):
+        in_header = start + block.end() <= len(before)
+        if not in_header and not any(block.group() in text for text in response.strings):
+            raise UnusablePair("empty_reasoning")
 
 
 class PlainWording:
@@ -117,27 +161,44 @@ class PlainWording:
         self.tokenizer = tokenizer
         self.is_transcript = is_transcript
         self.eos_id = eos_of(tokenizer)
+        self.marks = any_of(tokenizer.special_texts)
 
-    def prompt_text(self, prompt: Sequence[Message]) -> str:
-        """Return the text as it is; raises ConfigError where there is more than one."""
-        if self.is_transcript:
-            turns = (f"\n\n{_TRANSCRIPT_NAMES[turn.role]}: {turn.text}" for turn in prompt)
-            return f"{''.join(turns)}\n\n{_TRANSCRIPT_NAMES[ASSISTANT]}:"
-        if len(prompt) != 1:
-            raise ConfigError(
-                f"template: plain takes prompts that are one text, got {len(prompt)} messages; "
-                f"use template: chat"
-            )
-        return prompt[0].text
+    def reads(self, key: str, *, with_tools: bool) -> bool:
+        """Return False: texts alone are written."""
+        return False
+
+    def prompt_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
+        """Return the text as it is, but for spaces at its end; raises UnusablePair."""
+        if tools:
+            raise UnusablePair("unread_tools")
+        return at_spaces(self._text(prompt))[0]
 
     def prompt_ids(self, text: str) -> IdArray:
         """Return the ids of a prompt's text after what the tokenizer itself puts first."""
         return np.concatenate([self.tokenizer.prefix_ids, *self.tokenizer.encode([text])])
 
-    def response_ids(self, prompt: Sequence[Message], response: str) -> IdArray:
-        """Return the ids of the text, and EOS."""
-        text = f" {response}" if self.is_transcript else response
-        return np.append(self.tokenizer.encode_part(text), self.eos_id)
+    def response_ids(
+        self, prompt: Sequence[Message], response: Message, tools: Tools = ()
+    ) -> IdArray:
+        """Return the ids of the text, and EOS; raises UnusablePair."""
+        spaces = at_spaces(self._text(prompt))[1]
+        return np.append(_part_ids(self.tokenizer, spaces + response.words), self.eos_id)
+
+    def _text(self, prompt: Sequence[Message]) -> str:
+        """Return what stands before a response, spaces included; raises UnusablePair."""
+        if self.is_transcript:
+            turns = (f"\n\n{_TRANSCRIPT_NAMES[turn.role]}: {turn.words}" for turn in prompt)
+            return f"{''.join(turns)}\n\n{_TRANSCRIPT_NAMES[ASSISTANT]}: "
+        if len(prompt) != 1:
+            raise UnusablePair("several_messages")
+        return prompt[0].words
+
+
+def _part_ids(tokenizer: TextTokenizer, text: str) -> IdArray:
+    try:
+        return tokenizer.encode_part(text)
+    except ConfigError as error:  # a sentencepiece tokenizer that joins it with a line break before
+        raise UnusablePair("joined_by_tokenizer") from error
 
 
 def eos_of(tokenizer: TextTokenizer) -> np.uint32:
@@ -148,7 +209,3 @@ def eos_of(tokenizer: TextTokenizer) -> np.uint32:
             f"end-of-sequence token; set its eos_token"
         )
     return np.uint32(tokenizer.eos_id)
-
-
-def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.text} for message in messages]

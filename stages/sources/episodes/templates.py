@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stages.sources.reading.boundary import at_spaces
 from stages.stage import StageConfig
 
 _INPUT, _OUTPUT = "{input}", "{output}"
@@ -34,13 +35,12 @@ class EpisodeTemplate(StageConfig):
 
     def query_part(self, text: str) -> str:
         """Return all up to the answer."""
-        before, after = self._head.rstrip(" ").split(_INPUT)
+        before, after = at_spaces(self._head)[0].split(_INPUT)
         return f"{before}{text}{after}"
 
     def answer_part(self, output: str) -> str:
         """Return the answer with the spaces that stand before it."""
-        spaces = len(self._head) - len(self._head.rstrip(" "))
-        return " " * spaces + output
+        return at_spaces(self._head)[1] + output
 
     @property
     def _head(self) -> str:

@@ -5,26 +5,38 @@ A prompt of more than ``max_prompt_length`` tokens loses whole turns from the fr
 response of more than ``max_response_length`` tokens costs its row, or is cut and then has no token
 that closes it (counted as ``responses_truncated``).
 
-Rejected and counted, beside what ``pairs`` finds: ``prompt_too_long`` (its last turn
+Rejected and counted, beside what ``pairs`` finds: ``prompt_too_long`` (its last exchange
 alone), ``response_too_long``, ``same_response`` (as token ids), ``duplicate_pair`` (a row with
-these very tokens is there), ``token_outside_vocabulary``, and ``refused_by_template`` and
-``changed_by_template`` (roles or texts that the chat template will not have).
+these very tokens is there), ``token_outside_vocabulary``, ``joined_by_tokenizer`` (the response's
+first character with what stands before it), and what the template would lose or garble:
+
+- ``unread_tools``, ``unread_tool_calls``, ``unread_reasoning_content`` and the like, where the chat
+  template does not read what the row holds, ``bad_tools``, ``bad_tool_calls``, ``bad_reasoning``
+  where they are not what templates read, ``several_messages`` where ``plain`` writes one text;
+- ``refused_by_template`` and ``changed_by_template`` (roles or texts that it will not have);
+- ``not_after_header``, ``empty_reasoning``, ``unclosed_by_template`` (see ``dialogues.wording``).
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from schemas.errors import ConfigError
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import SPLITS
 from schemas.tables.preference_pairs import PreferencePair
-from stages.sources.dialogues.dialogue import Message, UnusablePair, parts_of
-from stages.sources.dialogues.wording import ChatWording, PlainWording, Wording, special_pattern
-from stages.sources.preference_pairs.pairs import Branch, RawPair, require_usable
+from stages.sources.dialogues.beside_text import Tools, as_read, tools_of
+from stages.sources.dialogues.dialogue import USER, Message, UnusablePair, parts_of
+from stages.sources.dialogues.wording import ChatWording, PlainWording, Wording
+from stages.sources.preference_pairs.pairs import (
+    Branch,
+    RawPair,
+    require_one_speaker,
+    require_usable,
+)
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.sources.reading.cleaning import digest_of, normalise
 from stages.sources.reading.tokens import IdArray, TextTokenizer
@@ -56,15 +68,15 @@ class PairBuilder:
         self.stage = stage
         self.tokenizer = tokenizer
         self.counts = counts
+        self._is_transcript = stage.source.format == "hh_rlhf"
         self.wording: Wording = (
-            ChatWording(tokenizer)
+            ChatWording(tokenizer, stage.chat_template_kwargs)
             if stage.template == "chat"
-            else PlainWording(tokenizer, is_transcript=stage.source.format == "hh_rlhf")
+            else PlainWording(tokenizer, is_transcript=self._is_transcript)
         )
-        self._special = special_pattern(tokenizer)
 
     def build_all(self, pairs: Iterable[RawPair]) -> list[PreferencePair]:
-        """Return distinct rows; raises ConfigError, with its place, for what no wording takes."""
+        """Return distinct rows; what cannot be one is counted by its reason."""
         rows: dict[str, PreferencePair] = {}
         for pair in pairs:
             try:
@@ -72,8 +84,6 @@ class PairBuilder:
             except UnusablePair as error:
                 self.counts[error.reason] += 1
                 continue
-            except ConfigError as error:
-                raise ConfigError(f"{pair.place}: {error}") from error
             if built.row.sample_id in rows:
                 self.counts["duplicate_pair"] += 1
                 continue
@@ -84,10 +94,14 @@ class PairBuilder:
 
     def build(self, pair: RawPair) -> BuiltPair:
         """Return the row; raises UnusablePair with the reason why there is none."""
-        require_usable(pair, self._special)
-        prompt, text, prompt_ids_T = self._fitting(pair.chosen.prompt)
-        chosen_ids_C, chosen_finished = self._response(prompt, pair.chosen)
-        rejected_ids_R, rejected_finished = self._response(prompt, pair.rejected)
+        tools = tools_of(pair.tools)
+        chosen, rejected = self._as_read(pair.chosen, tools), self._as_read(pair.rejected, tools)
+        require_usable(RawPair(pair.place, chosen, rejected, tools), self.wording.marks)
+        if self._is_transcript:
+            require_one_speaker(pair.responses)
+        prompt, text, prompt_ids_T = self._fitting(chosen.prompt, tools)
+        chosen_ids_C, chosen_finished = self._response(prompt, chosen.response, tools)
+        rejected_ids_R, rejected_finished = self._response(prompt, rejected.response, tools)
         if np.array_equal(chosen_ids_C, rejected_ids_R):
             raise UnusablePair("same_response")
         parts = (prompt_ids_T, chosen_ids_C, rejected_ids_R)
@@ -106,20 +120,30 @@ class PairBuilder:
         dropped = len(pair.chosen.prompt) - len(prompt)
         return BuiltPair(row, dropped, 2 - chosen_finished - rejected_finished)
 
-    def _fitting(self, prompt: tuple[Message, ...]) -> tuple[tuple[Message, ...], str, IdArray]:
+    def _as_read(self, branch: Branch, tools: Tools) -> Branch:
+        """Return a branch with what the wording reads of each message; raises UnusablePair."""
+        reads = partial(self.wording.reads, with_tools=bool(tools))
+        prompt = tuple(as_read(message, reads) for message in branch.prompt)
+        return Branch(prompt, as_read(branch.response, reads))
+
+    def _fitting(
+        self, prompt: tuple[Message, ...], tools: Tools
+    ) -> tuple[tuple[Message, ...], str, IdArray]:
         """Return what is kept of a prompt, as messages, text and ids."""
         system, turns = parts_of(prompt)
-        for start in range(0, len(turns), 2):  # a user's turn is followed by an assistant's
+        for start in (index for index, turn in enumerate(turns) if turn.role == USER):
             kept = (*system, *turns[start:])
-            text = self.wording.prompt_text(kept)
+            text = self.wording.prompt_text(kept, tools)
             ids_T = self.wording.prompt_ids(text)
             if len(ids_T) <= self.stage.max_prompt_length:
                 return kept, text, ids_T
         raise UnusablePair("prompt_too_long")
 
-    def _response(self, prompt: tuple[Message, ...], branch: Branch) -> tuple[IdArray, bool]:
+    def _response(
+        self, prompt: tuple[Message, ...], response: Message, tools: Tools
+    ) -> tuple[IdArray, bool]:
         """Return the ids of a response, and whether they end it."""
-        ids_A = self.wording.response_ids(prompt, branch.response.text)
+        ids_A = self.wording.response_ids(prompt, response, tools)
         limit = self.stage.max_response_length
         if len(ids_A) <= limit:
             return ids_A, True

@@ -1,6 +1,7 @@
 """Records of the three formats -> pairs of dialogues, nothing of them judged yet.
 
 Text is kept as it stands, but for HH-RLHF transcripts, whose spaces around a turn are punctuation.
+What else a message holds (tool calls, thoughts) goes with it, and ``tools`` with the row.
 """
 
 import re
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from schemas.errors import ConfigError
-from stages.sources.dialogues.dialogue import ASSISTANT, SYSTEM, USER, Message
+from stages.sources.dialogues.dialogue import ASSISTANT, SYSTEM, USER, Message, strings_of
 from stages.sources.preference_pairs.pairs import Branch, RawPair
 from stages.sources.preference_pairs.stage import HubPairs, PairColumns, PairFiles
 from stages.sources.reading.lines import text_of
@@ -25,11 +26,12 @@ def read_pairs(source: PairFiles | HubPairs) -> Iterator[RawPair]:
     """Yield the pairs in order; raises ConfigError for a record that lacks or misspells a part."""
     branch_of = {"standard": _standard, "hh_rlhf": _transcript, "sharegpt": _sharegpt}
     read = branch_of[source.format]
-    for place, record in read_records(source):
+    for place, row in read_records(source):
+        record = row if source.kind == "jsonl" else _without_nulls(row)
         chosen, rejected = (
             read(source, record, column, place) for column in (source.chosen, source.rejected)
         )
-        yield RawPair(place, chosen, rejected)
+        yield RawPair(place, chosen, rejected, record.get("tools"))
 
 
 def _standard(source: PairColumns, record: _Record, column: str, place: str) -> Branch:
@@ -82,14 +84,32 @@ def _messages(value: object, column: str, place: str, keys: tuple[str, str]) -> 
 
 
 def _message(item: object, column: str, place: str, keys: tuple[str, str]) -> Message:
-    """Return a message whose role and text lie under ``keys``."""
+    """Return a message whose role and text lie under ``keys``; all else it has goes with it.
+
+    A text may be null where there is something else.
+    """
     role, text = (item.get(key) if isinstance(item, dict) else None for key in keys)
-    if not isinstance(role, str) or not isinstance(text, str):
+    others = {} if not isinstance(item, dict) else {k: v for k, v in item.items() if k not in keys}
+    more = {key: value for key, value in others.items() if value is not None}
+    if not isinstance(role, str) or not (isinstance(text, str) or (text is None and more)):
         raise ConfigError(
             f"{place}: expected texts '{keys[0]}' and '{keys[1]}' in a message of '{column}', "
             f"got {_shown(item)}"
         )
-    return Message(_SPEAKERS.get(role, role), _valid(text, column, place))
+    for string in strings_of([text, more]):
+        _valid(string, column, place)
+    return Message(_SPEAKERS.get(role, role), text, more)
+
+
+def _without_nulls(row: _Record) -> _Record:
+    """Return a row of a columnar file, whose structs have the fields of all rows, as it was."""
+    return {name: _bare(value) for name, value in row.items()}
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _bare(item) for key, item in value.items() if item is not None}
+    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def _valid(text: str, column: str, place: str) -> str:

@@ -6,14 +6,24 @@ applied once, to text, and ids are kept, so no model sees a second BOS; the toke
 assistant's turn is part of a finished response; a response cut to length is marked as such.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 
 from schemas.table import Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.sources.reading.source import HubData, RowFiles
 from stages.stage import SourceStage, StageConfig
+
+_OF_THE_STAGE = frozenset(  # what it gives a chat template itself, or asks of transformers
+    (
+        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "tokenizer_kwargs", "strftime_now"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        "return_assistant_tokens_mask",
+    )
+)
 
 
 class PairColumns(StageConfig):
@@ -24,7 +34,8 @@ class PairColumns(StageConfig):
     prompt is all of them but the last message, and a column of prompts is not read. ``hh_rlhf``:
     ``chosen`` and ``rejected`` are transcripts of ``Human:`` and ``Assistant:``. ``sharegpt``:
     ``conversations`` of ``{from, value}`` is the prompt, with ``system`` before it if there is one;
-    ``chosen`` and ``rejected`` are such messages.
+    ``chosen`` and ``rejected`` are such messages. In all, ``tools`` is the column of what a row
+    offers to be called, and what a message holds beside its text goes to the chat template.
     """
 
     format: Literal["standard", "hh_rlhf", "sharegpt"] = "standard"
@@ -53,22 +64,39 @@ class PreferencePairsStage(SourceStage):
     """Read pairs, check them, apply the chat template, tokenise, split by content of the prompt.
 
     ``template`` is the tokenizer's own (``chat``), or none at all (``plain``: the prompt's text,
-    then the response's, then EOS). Lengths are in tokens. A prompt that is too long loses its
+    then the response's, then EOS). ``chat_template_kwargs`` are given to it for every row, such as
+    ``enable_thinking: false``. Lengths are in tokens. A prompt that is too long loses its
     earliest turns; ``long_responses`` says whether a response that is too long costs its row or its
     end. ``max_rows`` keeps a sample of that many rows, train and held-out in proportion.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     stage: Literal["preference_pairs"]
     source: PairSource
     template: Literal["chat", "plain"] = "chat"
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     max_prompt_length: int = Field(ge=1)
     max_response_length: int = Field(ge=1)
     long_responses: Literal["reject", "truncate"] = "reject"
     heldout_fraction: float = Field(ge=0.0, lt=1.0)
     rows_per_shard: int = Field(default=256, ge=1)
     max_rows: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _settings_of_a_template(self) -> "PreferencePairsStage":
+        if self.chat_template_kwargs and self.template == "plain":
+            raise ValueError("chat_template_kwargs: template: plain has none; leave them out")
+        if taken := _OF_THE_STAGE.intersection(self.chat_template_kwargs):
+            raise ValueError(
+                f"chat_template_kwargs: {', '.join(sorted(taken))} is given by the stage itself, "
+                f"expected what the template alone reads, such as enable_thinking"
+            )
+        try:
+            json.dumps(self.chat_template_kwargs, allow_nan=False)
+        except ValueError:
+            raise ValueError("chat_template_kwargs: a number is not finite") from None
+        return self
 
     @property
     def table(self) -> Table[Any]:

@@ -62,6 +62,22 @@ def _require_rows(stage: PreferencePairsStage, there: dict[str, int], counts: Co
             reasons = ", ".join(f"{why} {count}" for why, count in sorted(counts.items()) if count)
             raise ConfigError(
                 f"no {split} row is left of the preference pairs ({reasons or 'none was rejected'})"
-                f"; give more pairs, or change max_prompt_length, max_response_length or "
-                f"heldout_fraction ({stage.heldout_fraction})"
+                f"; {_advice(stage, counts)}"
             )
+
+
+def _advice(stage: PreferencePairsStage, counts: Counter[str]) -> str:
+    """Return what may keep rows, by what most of them were rejected for."""
+    reason = max(counts, key=lambda why: counts[why], default="")
+    if reason in ("not_after_header", "empty_reasoning"):
+        return (
+            f"the chat template in {stage.tokenizer} opens an answer with what these responses do "
+            f"not hold (a thought, say): give chat_template_kwargs (such as enable_thinking: "
+            f"false) with which the answer follows its header, or save another chat_template.jinja"
+        )
+    if reason == "several_messages" or (reason.startswith("unread_") and stage.template == "plain"):
+        return "template: plain takes prompts that are one text; use template: chat"
+    return (
+        f"give more pairs, or change max_prompt_length, max_response_length or heldout_fraction "
+        f"({stage.heldout_fraction})"
+    )

@@ -2,32 +2,25 @@
 
 No special token is added unasked. Text that spells one (``<|im_end|>``) becomes that token, as
 everywhere in transformers; ids at or above the model's vocabulary are reported, never kept.
-Chat templates that print today's date are given one fixed date, or every day would make other ids.
 
 Cost: 1.5 MB of English a CPU second (SmolLM2's tokenizer, 2026-11); all cores are used.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.chat_template import ChatTemplate
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 IdArray = npt.NDArray[np.uint32]
 _BREAK = "\n"
-_TODAY = date(2024, 7, 26)  # as Llama 3.2's template says where it knows no date
 _NO_LIMIT = 10**12  # transformers writes 1e30 where a tokenizer states no maximum
-
-
-class TemplateRefusal(Exception):
-    """A chat template that will not write these messages; the message is its own first line."""
 
 
 class TextTokenizer:
@@ -75,27 +68,9 @@ class TextTokenizer:
         texts.update(self._tokenizer.all_special_tokens)
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether ``render_chat`` can be called."""
-        template = self._tokenizer.chat_template
-        return "default" in template if isinstance(template, dict) else template is not None
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, header: bool) -> str:
-        """Return the text that the model's chat template makes of ``role`` and ``content``.
-
-        ``header`` adds what opens the assistant's turn. Raises TemplateRefusal.
-        """
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=header,
-                strftime_now=_TODAY.strftime,
-            )
-        except TemplateError as error:
-            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else "") from error
-        return text
+    def chat_template(self, settings: Mapping[str, Any]) -> ChatTemplate:
+        """Return the tokenizer's chat template, to be written with ``settings``."""
+        return ChatTemplate(self._tokenizer, settings)
 
     @property
     def prefix_ids(self) -> IdArray:

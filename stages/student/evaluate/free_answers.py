@@ -2,8 +2,8 @@
 
 Decoded greedily. An answer is the first line of what comes after the prompt, white space around it
 and special tokens taken away; the answer of the data is cut the same way. Decoding stops at the end
-of text or ``SPARE_TOKENS`` after the longest answer of its batch, so a student that rambles is not
-cut to fit.
+of text or of a turn, or ``SPARE_TOKENS`` after the longest answer of its batch, so a student that
+rambles is not cut to fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from stages.models.causal_lm.end_tokens import end_tokens
+from stages.models.causal_lm.end_tokens import answer_ends
 from stages.models.causal_lm.greedy_decoding import decode_greedily
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
@@ -35,7 +35,7 @@ def generate_answers(
 ) -> list[FreeAnswer]:
     """Decode an answer for each ``episodes`` row, in order; call it in eval and inference mode."""
     tokenizer = open_tokenizer(tokenizer_folder)
-    ends = end_tokens(model.generation_config, model.config.get_text_config(), tokenizer)
+    ends = answer_ends(tokenizer, model.generation_config, model.config.get_text_config())
     answers: list[FreeAnswer | None] = [None] * len(rows)
     longest_first = sorted(range(len(rows)), key=lambda i: -int(rows[i]["answer_start"]))
     for start in range(0, len(rows), batch_size):

@@ -35,7 +35,7 @@ class PreferenceEvaluationStage(FolderStage):
     """
 
     KIND: ClassVar[Kind] = "report"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "baseline", "data", "judge")
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students", "baseline", "judge.teacher", "judge.reference")

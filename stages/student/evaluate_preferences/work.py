@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
-from stages.models.causal_lm.end_tokens import end_tokens
+from stages.models.causal_lm.end_tokens import answer_ends
 from stages.models.causal_lm.greedy_decoding import decode_greedily
 from stages.models.causal_lm.implicit_rewards import implicit_rewards
 from stages.models.causal_lm.model import load_student, student_vocab_size
@@ -195,7 +195,7 @@ class _Run:
     ) -> Answered:
         pairs, size = self.held_out.pairs, self.options.batch_size
         # Not by generation_config.json, which is no part of a model's identity.
-        named = end_tokens(model.config.get_text_config(), open_tokenizer(folder))
+        named = answer_ends(open_tokenizer(folder), model.config.get_text_config())
         ends = sorted({*named, *self.held_out.turn_ends})
         by_pair: dict[int, Array] = {}
         for batch in batches_by_length([len(pair.prompt_T) for pair in pairs], size):

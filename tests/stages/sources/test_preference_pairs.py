@@ -359,7 +359,7 @@ def test_a_template_may_refuse_or_rewrite_a_row(folders: Folders, make: Make) ->
         ("{% for m in %}", "cannot write a question and its answer: Expected an expression"),
         (
             template("", "{{ m.role + m.content + eos_token }}", "{{ 'Assistant' }}"),
-            "pairs-1.jsonl:1: template: the chat template in",
+            "is left of the preference pairs (not_after_header 1); the chat template in",
         ),
     ],
 )
@@ -378,10 +378,11 @@ def test_settings_that_do_not_fit_the_model(
         f"max_prompt_length + max_response_length: got 300, but the model in {tiny_model} takes at "
         f"most 256 tokens" in make.refusal([record("q")], tiny_model, template="plain")
     )
-    line = make.refusal([record("q"), record(chat("q", "a", "p"))], chatml, template="plain")
-    assert (
-        "pairs-2.jsonl:2: template: plain takes prompts that are one text, got 3 messages" in line
-    )
+    dialogue = record(chat("q", "a", "p"))
+    rows, rejects = make([record("q"), dialogue], chatml, template="plain")
+    assert len(rows) == 1 and rejects == {"several_messages": 1}
+    line = make.refusal([dialogue], chatml, template="plain")
+    assert line.endswith("template: plain takes prompts that are one text; use template: chat")
     folder = folders.make(CHATML)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None

@@ -13,7 +13,7 @@ from schemas.tables.episodes import Episode
 from stages.models.causal_lm.model import load_student
 from stages.student.evaluate.free_answers import SPARE_TOKENS, FreeAnswer, generate_answers
 from stages.student.evaluate.icl_tasks import generation_numbers
-from tests.fixtures.answered_episodes import VOCAB_SIZE, Parts, make_episodes, save_student
+from tests.fixtures.answered_episodes import Parts, make_episodes, save_student
 
 Free = list[tuple[Episode, Parts]]
 
@@ -102,6 +102,27 @@ def test_an_answer_ends_with_the_text_and_with_the_line(
         assert (answer.gold, answer.predicted) == ("the the", expected)
 
 
+def test_an_answer_ends_with_the_turn_of_the_chat_template(
+    model: PreTrainedModel, folder: Path, tmp_path: Path
+) -> None:
+    """By a token that is neither the end of text nor marked as special."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|stop|>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    (the,), stop = tokenizer.encode(" the"), tokenizer.convert_tokens_to_ids("<|stop|>")
+    rows = [{"input_ids_T": np.array([300, 301, the]), "answer_start": 2}]
+    turns = "{% for m in messages %}{{ m.content + '<|stop|>\n' }}{% endfor %}"
+    for template, expected in ((turns, "the"), ("{{ raise_exception('no') }}", "the<|stop|>")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        said = Parrot([the, stop, *[0] * SPARE_TOKENS])
+        handle = model.get_output_embeddings().register_forward_hook(said)
+        with torch.inference_mode():
+            (answer,) = generate_answers(model, rows, tokenizer_folder=tmp_path, batch_size=8)
+        handle.remove()
+        assert answer.predicted == expected
+
+
 class Parrot:
     """Says its tokens in turn, whatever the model computes."""
 
@@ -113,7 +134,7 @@ class Parrot:
         token = self.tokens[self.said % len(self.tokens)]
         self.said += 1
         ids = torch.full(logits.shape[:-1], token)
-        return torch.nn.functional.one_hot(ids, VOCAB_SIZE).float()
+        return torch.nn.functional.one_hot(ids, logits.shape[-1]).float()
 
 
 def test_a_prompt_that_fills_the_context_still_gets_an_answer(
