@@ -1,7 +1,9 @@
 """Every reader of records passes over every kind of bad record, counts it, and keeps all others."""
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,11 @@ from stages.sources.tasks.readers import read_tasks
 from stages.sources.tasks.sources import TaskSource
 
 Record = dict[str, Any]
+OPENERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def read_documents(rejects: Rejects, **settings: Any) -> int:
@@ -366,10 +373,26 @@ def test_labels_without_a_name_are_counted(tmp_path: Path) -> None:
     assert rejects.malformed == {"not_a_string": 1, "missing_text": 1}
 
 
-def test_compressed_lines(tmp_path: Path) -> None:
-    lines = b'{"text": "a"}\n{"text": \n{"text": ["b"]}\n\n{"text": "c"}\n'
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+@pytest.mark.parametrize("ending", sorted(OPENERS))
+def test_compressed_lines(ending: str, tmp_path: Path) -> None:
+    lines = b'\xef\xbb\xbf{"text": "a"}\r\n{"text": \n{"text": ["b"]}\n\n{"text": "\xff"}\n'
+    lines += b'{"text": "c"}'
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(OPENERS[ending](lines))
     rejects = Rejects()
-    assert read_documents(rejects, kind="jsonl", paths=[str(tmp_path / "a.jsonl.gz")]) == 2
-    assert rejects.malformed == {"broken_json": 1, "not_a_string": 1}
-    assert [row["place"][-2:] for row in rejects.listed] == [":2", ":3"]
+    assert read_documents(rejects, kind="jsonl", paths=[str(path)]) == 2
+    assert rejects.malformed == {"broken_json": 1, "not_a_string": 1, "invalid_unicode": 1}
+    assert [row["place"][-2:] for row in rejects.listed] == [":2", ":3", ":5"]
+    rejects = Rejects()
+    assert read_documents(rejects, kind="text", paths=[str(path)], sample_by="line") == 4
+    assert rejects.malformed == {"invalid_unicode": 1}
+
+
+@pytest.mark.parametrize("ending", sorted(OPENERS))
+def test_a_compressed_file_that_is_damaged_is_one_line(ending: str, tmp_path: Path) -> None:
+    body = OPENERS[ending](b"".join(b'{"text": "number %d"}\n' % i for i in range(5_000)))
+    for number, harmed in enumerate((body[: len(body) // 2], body[:400] + b"\0" * 99 + body[499:])):
+        path = tmp_path / f"a{number}.jsonl{ending}"
+        path.write_bytes(harmed)
+        with pytest.raises(ConfigError, match=rf"a{number}.jsonl{ending}: cannot be read as jsonl"):
+            read_documents(Rejects(), kind="jsonl", paths=[str(path)])
