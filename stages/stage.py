@@ -139,13 +139,23 @@ class Prepared(Protocol):
     def rejects(self) -> Mapping[str, int]:
         """What was read and not kept, by reason."""
 
+    @property
+    def rejected(self) -> Sequence[Mapping[str, str]]:
+        """The first of the records that were not kept: ``place``, ``reason`` and ``detail``."""
+
 
 class SourceStage(Stage):
-    """Files -> the shards of a table. ``tokenizer`` is a model's name or folder."""
+    """Files -> the shards of a table. ``tokenizer`` is a model's name or folder.
+
+    Of the records read, ``max_rejected_fraction`` may be malformed: broken JSON, a missing column,
+    a value of another type.
+    """
 
     KIND: ClassVar[Kind] = "source"
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("max_rejected_fraction",)
 
     tokenizer: str
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """Make a table: the shards that an earlier run did not finish, then its manifest, last."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.state.kept_shards import kept_shards
 from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
 from pipeline.steps.reporter import Reporter
-from schemas.storage.files import Folder, sha256_of
+from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
@@ -24,6 +25,7 @@ from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.stage import SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
+SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
 
 
 def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
@@ -45,6 +47,9 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
             yield index, record
 
     shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
+    if prepared.rejected:
+        lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
+        write_text(step.place / SOURCE_REJECTS, "".join(lines))
     fingerprint = tokenizer_fingerprint(tokenizer)
     _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
     remove_source_work(step)

@@ -19,11 +19,13 @@ class SourceShard:
 class PreparedShards:
     """What any source hands on: all shards, train before held-out, and what was left out and why.
 
-    ``rejects`` counts by reason.
+    ``rejects`` counts by reason; ``rejected`` has ``place``, ``reason`` and ``detail`` of the
+    first records of each reason that a record can have.
     """
 
     shards: tuple[SourceShard, ...]
     rejects: dict[str, int]
+    rejected: tuple[dict[str, str], ...] = ()
 
 
 def cut_shards(rows: dict[str, int], rows_per_shard: int) -> tuple[SourceShard, ...]:

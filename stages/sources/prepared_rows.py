@@ -26,7 +26,7 @@ def identity_of(stage: SourceStage) -> dict[str, Any]:
     folder = Path(stage.tokenizer).expanduser()
     return {
         "version": stage.VERSION,
-        "stage": stage.model_dump(mode="json"),
+        "stage": stage.model_dump(mode="json", exclude=set(stage.NOT_HASHED)),
         "tokenizer": tokenizer_fingerprint(folder),
         "limits": list(model_limits(folder, 0)),
     } | stage.source_identity()
@@ -65,7 +65,8 @@ class PreparedRows:
         if body is None or body["identity"] != identity:
             return None
         shards = tuple(SourceShard(**shard) for shard in body["shards"])
-        return PreparedShards(shards=shards, rejects=body["rejects"])
+        rejected = tuple(body["rejected"])
+        return PreparedShards(shards=shards, rejects=body["rejects"], rejected=rejected)
 
     def clear(self) -> None:
         """Remove whatever was made before."""

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from examples import fetch_pairs
 from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PairSource
+from stages.sources.reading.rejects import Rejects
 
 PAIR = {
     "conversations": [{"from": "human", "value": "Caf\u00e9\u2028or tea?"}],
@@ -25,7 +26,7 @@ def test_a_list_becomes_lines_that_are_read(
     text.write_text(json.dumps([PAIR, PAIR], indent=2))
     assert fetch_pairs.main(["--cache", str(tmp_path)]) == 0
     settings = {"kind": "jsonl", "paths": [str(made)], "format": "sharegpt"}
-    pairs = list(read_pairs(TypeAdapter(PairSource).validate_python(settings)))
+    pairs = list(read_pairs(TypeAdapter(PairSource).validate_python(settings), Rejects()))
     assert [pair.chosen.prompt[0].text for pair in pairs] == ["Caf\u00e9\u2028or tea?"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs", "text"]
     before = made.stat()

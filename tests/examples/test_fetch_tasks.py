@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from examples import fetch_tasks
 from examples.fact_relations import TEMPLATES
 from examples.fetch_assets import FetchError
+from stages.sources.reading.rejects import Rejects
 from stages.sources.tasks.readers import read_tasks
 from stages.sources.tasks.sources import TaskSource
 from stages.sources.tasks.task import Task
@@ -27,7 +28,7 @@ def wheel(path: Path, files: dict[str, bytes]) -> zipfile.ZipFile:
 
 
 def read(**settings: Any) -> list[Task]:
-    return read_tasks([TypeAdapter(TaskSource).validate_python(settings)], Counter())
+    return read_tasks([TypeAdapter(TaskSource).validate_python(settings)], Rejects())
 
 
 def test_a_pickle_that_names_a_function_is_refused_and_not_run(tmp_path: Path) -> None:

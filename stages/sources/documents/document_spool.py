@@ -15,6 +15,7 @@ from stages.sources.documents.spool import KEY, Spool, key_columns
 from stages.sources.documents.stage import IngestStage
 from stages.sources.documents.tally import Tally
 from stages.sources.reading.cleaning import CleanText, clean
+from stages.sources.reading.rejects import MalformedRecord
 from stages.sources.reading.values import read_rows
 from stages.stage import OnProgress
 
@@ -33,8 +34,11 @@ def spool_documents(
     file, row = state["file"], state["row"]
     for rows in read_rows(stage.source, file=file, row=row):
         file, row = rows.file, rows.next_row
-        for value in rows.values:
-            _sort_out(value, stage, segment, tally)
+        for number, value in zip(rows.numbers, rows.values, strict=True):
+            tally.rejects.num_read += 1
+            segment.num_read += 1
+            with tally.rejects.passing(f"{rows.where}:{number}"):
+                _sort_out(value, stage, segment, tally)
         if segment.is_full:
             spool.write_segment(segment.frame(), _state(tally, file, row, finished=False))
             segment = _Segment(segment_bytes)
@@ -44,12 +48,10 @@ def spool_documents(
 
 
 def _sort_out(value: object, stage: IngestStage, segment: "_Segment", tally: Tally) -> None:
-    tally.documents_read += 1
-    segment.num_read += 1
+    if isinstance(value, MalformedRecord):
+        raise value
     cleaned = clean(value, min_chars=stage.min_chars, max_chars=stage.max_chars)
-    if isinstance(cleaned, str):
-        tally.reject(cleaned)
-    elif not segment.add(cleaned):
+    if not segment.add(cleaned):
         tally.reject("duplicate")
 
 

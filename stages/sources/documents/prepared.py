@@ -47,7 +47,8 @@ def read_prepared(work_dir: Path) -> PreparedSource | None:
     body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     shards = tuple(SourceShard(**shard) for shard in body.pop("shards"))
     rows_by_range = {name: tuple(rows) for name, rows in body.pop("rows_by_range").items()}
-    return PreparedSource(shards=shards, rows_by_range=rows_by_range, **body)
+    rejected = tuple(body.pop("rejected"))
+    return PreparedSource(shards=shards, rows_by_range=rows_by_range, rejected=rejected, **body)
 
 
 def read_shard_rows(work_dir: Path, index: int) -> Iterator[Document]:

@@ -1,34 +1,38 @@
 """What became of every document: counts that survive an interruption with the work they count."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+from stages.sources.reading.rejects import Rejects
 
 
 @dataclass(slots=True)
 class Tally:
-    """Documents read, documents cut short, rows made, and rejects by reason."""
+    """Documents read and rejected, documents cut short, rows made."""
 
-    documents_read: int = 0
     truncated: int = 0
     rows_made: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
+    rejects: Rejects = field(default_factory=Rejects)
+
+    @property
+    def documents_read(self) -> int:
+        """All documents of the source, and the rows that hold none."""
+        return self.rejects.num_read
 
     def reject(self, reason: str, count: int = 1) -> None:
-        """Count rejects; a count of zero leaves no entry."""
+        """Count documents or rows that are left out; a count of zero leaves no entry."""
         if count:
-            self.rejects[reason] += count
+            self.rejects.counts[reason] += count
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts as JSON values; ``from_json`` reads them back."""
         return {
-            "documents_read": self.documents_read,
             "truncated": self.truncated,
             "rows_made": self.rows_made,
-            "rejects": dict(sorted(self.rejects.items())),
+            "rejects": self.rejects.as_json(),
         }
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Tally":
         """Return the counts that ``as_json`` wrote."""
-        return cls(**(body | {"rejects": Counter(body["rejects"])}))
+        return cls(**(body | {"rejects": Rejects.from_json(body["rejects"])}))

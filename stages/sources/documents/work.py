@@ -92,7 +92,11 @@ class Preparation:
         self._require_room()
 
     def run(self) -> PreparedSource:
-        """Do what is not done yet; raises ConfigError where no row is left in a split."""
+        """Do what is not done yet.
+
+        Raises ConfigError where no row is left in a split, RejectLimitError where too many records
+        are malformed: raising the limit goes on with what was read.
+        """
         self._claim()
         prepared = read_prepared(self.work_dir)
         if prepared is None:
@@ -128,7 +132,7 @@ class Preparation:
         stats = [(path, path.stat()) for path in self.files]
         return {
             "version": self.stage.VERSION,
-            "stage": self.stage.model_dump(mode="json"),
+            "stage": self.stage.model_dump(mode="json", exclude=set(self.stage.NOT_HASHED)),
             "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
             "tokenizer": tokenizer_fingerprint(self.tokenizer.folder),
             "ranges": self.ranges,
@@ -141,6 +145,7 @@ class Preparation:
             return sequences
         documents = Spool(self.work_dir / DOCUMENTS, self.ranges)
         tally = spool_documents(documents, self.stage, self.segment_bytes, self.on_progress)
+        tally.rejects.require_within(self.stage.max_rejected_fraction)
         # The spooled text is now known: far less than the source where most of it is duplicates.
         ranges = min(documents.ranges, num_ranges(documents.num_segments, 1))
         sequences = Spool(self.work_dir / SEQUENCES, ranges)
@@ -166,7 +171,8 @@ class Preparation:
         tally.reject("beyond_max_rows", sum(rows.values()) - sum(kept.values()))
         return PreparedSource(
             shards=cut_shards(kept, self.stage.rows_per_shard),
-            rejects=dict(sorted(tally.rejects.items())),
+            rejects=dict(sorted(tally.rejects.counts.items())),
+            rejected=tuple(tally.rejects.listed),
             documents_read=tally.documents_read,
             truncated=tally.truncated,
             rows_by_range=by_range,
@@ -190,7 +196,7 @@ class Preparation:
         wanted = SPLITS if self.stage.heldout_fraction > 0 else SPLITS[:1]
         for split in wanted:
             if rows[split] == 0:
-                reasons = ", ".join(f"{why} {n}" for why, n in sorted(tally.rejects.items()))
+                reasons = ", ".join(f"{why} {n}" for why, n in sorted(tally.rejects.counts.items()))
                 raise ConfigError(
                     f"no {split} row is left of {tally.documents_read} documents "
                     f"(rejected: {reasons or 'none'}); give more text, or lower length or "

@@ -4,7 +4,8 @@ A row too long for ``max_length`` loses whole demonstrations from the front (cou
 ``demonstrations_dropped``); an answer or a query is never cut. Its length is that with its longest
 candidate in the place of the answer, so that every candidate can be scored. Rejected and counted:
 ``too_long`` (not one of its demonstrations fits), ``duplicate_episode`` (a row with these very
-tokens and spans is there), ``token_outside_vocabulary``.
+tokens and spans is there), ``token_outside_vocabulary``, ``options_of_same_tokens`` (two candidates
+that the tokenizer cannot tell apart), ``answer_without_tokens``.
 """
 
 from collections import Counter
@@ -23,6 +24,10 @@ from stages.sources.reading.tokens import IdArray, TextTokenizer
 from stages.sources.tasks.task import Example, Task
 
 _NO_IDS = np.zeros(0, np.uint32)
+
+
+class _UnusableEpisode(Exception):
+    """An episode that cannot become a row; its text is what it is counted under."""
 
 
 class EpisodeBuilder:
@@ -59,6 +64,13 @@ class EpisodeBuilder:
 
     def build(self, drawn: DrawnEpisode) -> Episode | None:
         """Return the row, or None where it is rejected (and counted)."""
+        try:
+            return self._built(drawn)
+        except _UnusableEpisode as error:
+            self.counts[str(error)] += 1
+            return None
+
+    def _built(self, drawn: DrawnEpisode) -> Episode:
         task, query = drawn.task, drawn.query
         options = task.options_of(query)
         candidates = self.candidate_ids(task, options)
@@ -66,29 +78,29 @@ class EpisodeBuilder:
         demonstrations = [self.parts(task, d, drawn.wording) for d in drawn.demonstrations]
         kept = self._within_length(demonstrations, query_parts, candidates)
         if kept is None:
-            self.counts["too_long"] += 1
-            return None
+            raise _UnusableEpisode("too_long")
         row = self._row(drawn, kept, query_parts, candidates)
         top = max(int(ids.max(initial=0)) for ids in (row.input_ids_T, row.candidate_ids_C))
         if top >= self.tokenizer.vocab_size:
-            self.counts["token_outside_vocabulary"] += 1
-            return None
+            raise _UnusableEpisode("token_outside_vocabulary")
         self.counts["demonstrations_dropped"] += len(demonstrations) - len(kept)
         return row
 
     def parts(self, task: Task, example: Example, wording: int) -> tuple[IdArray, IdArray]:
         """Return the ids of an example's query part and of its answer part."""
         query = self._part_ids(self.template.query_part(example.inputs[wording]))
-        return query, self._answer_ids(task, example.output)
+        return query, self._answer_ids(example.output)
 
     def candidate_ids(self, task: Task, options: tuple[str, ...]) -> list[IdArray]:
-        """Return the ids of each option; raises ConfigError where two have the same."""
+        """Return the ids of each option; raises ConfigError where two of a task have the same."""
         found = self._candidates.get(options)
         if found is None:
-            found = [self._answer_ids(task, option) for option in options]
+            found = [self._answer_ids(option) for option in options]
             seen: dict[bytes, str] = {}
             for option, ids in zip(options, found, strict=True):
                 other = seen.setdefault(ids.tobytes(), option)
+                if other != option and not task.options:
+                    raise _UnusableEpisode("options_of_same_tokens")
                 if other != option:
                     raise ConfigError(
                         f"task '{task.name}': options '{other}' and '{option}' have the same "
@@ -97,10 +109,10 @@ class EpisodeBuilder:
             self._candidates[options] = found
         return found
 
-    def _answer_ids(self, task: Task, output: str) -> IdArray:
+    def _answer_ids(self, output: str) -> IdArray:
         ids = self._part_ids(self.template.answer_part(output))
         if not len(ids):
-            raise ConfigError(f"task '{task.name}': answer {output!r} has no tokens; remove it")
+            raise _UnusableEpisode("answer_without_tokens")
         return ids
 
     def _part_ids(self, text: str) -> IdArray:

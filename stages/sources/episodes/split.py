@@ -1,8 +1,10 @@
 """Which examples of each task train, which demonstrate and which ask: nothing is on both sides.
 
 Two examples overlap when any wording of one's input is any of the other's, whatever their case and
-spacing. (A phrase that is part of another's sentence is not found: keep sets that were cut from one
-text, such as sst2 and rotten_tomatoes, on one side.)
+spacing. Within one multiple-choice task, where the question may stand in the options ("Which is
+true?"), their options or their answers have to be equal too. (A phrase that is part of another's
+sentence is not found: keep sets that were cut from one text, such as sst2 and rotten_tomatoes, on
+one side.)
 
 1. An example of a training task that overlaps any example of any target is left out.
 2. Each task is cut to ``max_examples_per_task``; of a target, the first ``support`` demonstrate.
@@ -28,6 +30,7 @@ _SCHEMA = {
     "index": pl.Int64,
     "order": pl.String,
     "inputs": pl.List(pl.String),
+    "questions": pl.List(pl.String),
     "target": pl.Boolean,
 }
 
@@ -52,7 +55,7 @@ def split_tasks(
     _check_targets(stage, tasks)
     examples = _frame(stage, tasks)
     of_targets = examples.filter("target")
-    others = _without(examples.filter(~pl.col("target")), of_targets)
+    others = _without(examples.filter(~pl.col("target")), of_targets, "inputs")
     counts["overlaps_target"] += examples.height - of_targets.height - others.height
     pool = pl.concat([of_targets, others])
     sampled = _first(pool, stage.max_examples_per_task)
@@ -61,7 +64,7 @@ def split_tasks(
     support = sampled.filter(pl.col("target") & (place < stage.support))
     train = sampled.filter(~pl.col("target"))
     asking = sampled.filter(pl.col("target") & (place >= stage.support))
-    apart = _without(asking, support)
+    apart = _without(_without(asking, support, "questions"), support, "inputs", other_tasks=True)
     counts["overlaps_demonstration"] += asking.height - apart.height
     queries = _first(apart, stage.queries_per_task)
     counts["beyond_queries_per_task"] += apart.height - queries.height
@@ -116,7 +119,8 @@ def _frame(stage: EpisodesStage, tasks: Sequence[Task]) -> pl.DataFrame:
             task.name,
             index,
             digest_of("order", stage.seed, task.name, example.content),
-            [normalise(text).casefold() for text in example.inputs],
+            [_compared(text) for text in example.inputs],
+            _questions(task, example),
             task.name in stage.targets,
         )
         for task in tasks
@@ -125,11 +129,34 @@ def _frame(stage: EpisodesStage, tasks: Sequence[Task]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row").sort("task", "order", "index")
 
 
-def _without(examples: pl.DataFrame, others: pl.DataFrame) -> pl.DataFrame:
-    """Return the examples, in order, that share no input with any of ``others``."""
-    taken = others.select(pl.col("inputs").explode())
-    overlapping = examples.explode("inputs").join(taken, on="inputs", how="semi")
-    return examples.join(overlapping, on=["task", "index"], how="anti", maintain_order="left")
+def _questions(task: Task, example: Example) -> list[str]:
+    """Return what two examples of one task must not share."""
+    inputs = [_compared(text) for text in example.inputs]
+    if task.kind != "multiple_choice":
+        return [digest_of(task.name, text) for text in inputs]
+    parts: tuple[object, ...] = (
+        sorted(map(_compared, example.options)),
+        _compared(example.output),
+    )
+    return [digest_of(task.name, text, part) for text in inputs for part in parts]
+
+
+def _compared(text: str) -> str:
+    return normalise(text).casefold()
+
+
+def _without(
+    examples: pl.DataFrame, others: pl.DataFrame, column: str, *, other_tasks: bool = False
+) -> pl.DataFrame:
+    """Return the examples, in order, that share nothing of ``column`` with any of ``others``.
+
+    ``other_tasks`` looks at those of other tasks alone.
+    """
+    taken = others.select(column, other="task").explode(column).unique()
+    shared = examples.explode(column).join(taken, on=column)
+    if other_tasks:
+        shared = shared.filter(pl.col("task") != pl.col("other"))
+    return examples.join(shared, on=["task", "index"], how="anti", maintain_order="left")
 
 
 def _first(examples: pl.DataFrame, limit: int | None) -> pl.DataFrame:

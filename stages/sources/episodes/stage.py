@@ -46,7 +46,7 @@ class EpisodesStage(SourceStage):
     draws per query.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     stage: Literal["episodes"]
     sources: tuple[TaskSource, ...] = Field(min_length=1)

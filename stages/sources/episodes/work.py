@@ -8,7 +8,6 @@ there is nothing to do.
 Cost: 5,526 episodes of 8 demonstrations (1.6 M tokens) took 5 CPU seconds (one core, 2026-11).
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.episodes.templates import template_of
 from stages.sources.prepared import PreparedShards, cut_shards
 from stages.sources.prepared_rows import PreparedRows, prepare_rows
+from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.tasks.readers import read_tasks
 from stages.stage import OnProgress
@@ -30,7 +30,8 @@ from stages.stage import OnProgress
 def prepare(stage: EpisodesStage, work_dir: Path, on_progress: OnProgress) -> PreparedShards:
     """Return the shards, made before or now; tasks are held in memory.
 
-    Raises ConfigError for a bad row, a task with too few examples or where no row can be made.
+    Raises ConfigError for a source of which every record is malformed, a task with too few examples
+    or where no row can be made, RejectLimitError where too many records are malformed.
     """
     return prepare_rows(EPISODES, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
@@ -43,10 +44,12 @@ def read(work_dir: Path, index: int) -> Iterator[Episode]:
 def _make(
     stage: EpisodesStage, tokenizer: TextTokenizer, on_progress: OnProgress
 ) -> tuple[list[Episode], PreparedShards]:
-    counts: Counter[str] = Counter()
+    read = Rejects()
+    counts = read.counts
     template = template_of(stage.template)
     builder = EpisodeBuilder(tokenizer, template, stage.max_length, counts)
-    tasks = read_tasks(stage.sources, counts)
+    tasks = read_tasks(stage.sources, read)
+    read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(tasks)} tasks, {sum(len(task.examples) for task in tasks):,} examples")
     splits = split_tasks(stage, tasks, counts)
     episodes = builder.build_all(draw_episodes(stage, splits, counts))
@@ -61,4 +64,4 @@ def _make(
     rows = [row for split in SPLITS for row in sorted(by_split[split], key=lambda r: r.sample_id)]
     shards = cut_shards({split: len(by_split[split]) for split in SPLITS}, stage.rows_per_shard)
     rejects = {why: count for why, count in sorted(counts.items()) if count}
-    return rows, PreparedShards(shards=shards, rejects=rejects)
+    return rows, PreparedShards(shards=shards, rejects=rejects, rejected=tuple(read.listed))

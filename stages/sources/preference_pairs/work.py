@@ -20,6 +20,7 @@ from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.sources.prepared import PreparedShards, cut_shards, within
 from stages.sources.prepared_rows import PreparedRows, prepare_rows
+from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
 
@@ -27,7 +28,8 @@ from stages.stage import OnProgress
 def prepare(stage: PreferencePairsStage, work_dir: Path, on_progress: OnProgress) -> PreparedShards:
     """Return the shards, made before or now; rows are held in memory.
 
-    Raises ConfigError for a malformed record or where a split has no row.
+    Raises ConfigError where every record is malformed or a split has no row, RejectLimitError where
+    too many records are malformed.
     """
     return prepare_rows(PREFERENCE_PAIRS, stage, work_dir, lambda t: _make(stage, t, on_progress))
 
@@ -40,8 +42,10 @@ def read(work_dir: Path, index: int) -> Iterator[PreferencePair]:
 def _make(
     stage: PreferencePairsStage, tokenizer: TextTokenizer, on_progress: OnProgress
 ) -> tuple[list[PreferencePair], PreparedShards]:
-    counts: Counter[str] = Counter()
-    found = PairBuilder(stage, tokenizer, counts).build_all(read_pairs(stage.source))
+    read = Rejects()
+    counts = read.counts
+    found = PairBuilder(stage, tokenizer, counts).build_all(read_pairs(stage.source, read))
+    read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} preference pairs")
     found.sort(key=lambda row: row.sample_id)
     by_split = {split: [row for row in found if row.split == split] for split in SPLITS}
@@ -52,7 +56,7 @@ def _make(
     rows = [row for split in SPLITS for row in by_split[split][: kept[split]]]
     rejects = {why: count for why, count in sorted(counts.items()) if count}
     shards = cut_shards(kept, stage.rows_per_shard)
-    return rows, PreparedShards(shards=shards, rejects=rejects)
+    return rows, PreparedShards(shards=shards, rejects=rejects, rejected=tuple(read.listed))
 
 
 def _require_rows(stage: PreferencePairsStage, there: dict[str, int], counts: Counter[str]) -> None:

@@ -10,6 +10,9 @@ import json
 import unicodedata
 from dataclasses import dataclass
 
+from stages.sources.reading.lines import decoded, shown, valid
+from stages.sources.reading.rejects import MalformedRecord, UnusableRecord
+
 KEY_BYTES = 16
 
 
@@ -26,42 +29,31 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
-def clean(value: object, *, min_chars: int, max_chars: int) -> CleanText | str:
-    """Return the text with its key, or the reason it is rejected.
+def clean(value: object, *, min_chars: int, max_chars: int) -> CleanText:
+    """Return the text with its key; ``value`` is a text, or the bytes of one.
 
-    Reasons: missing_text, not_a_string, invalid_unicode, empty_text, too_short, too_long.
-    Lengths are in characters of the normalised text.
+    Raises MalformedRecord (missing_text, not_a_string, invalid_unicode) and UnusableRecord
+    (empty_text, too_short, too_long). Lengths are in characters of the normalised text.
     """
-    text = _decoded(value)
-    if text is None:
-        return _unusable(value)
-    normalised = normalise(text)
-    try:
-        encoded = normalised.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
-        return "invalid_unicode"
+    text = _text(value)
+    normalised = normalise(valid(text, "text"))
     if not normalised:
-        return "empty_text"
+        raise UnusableRecord("empty_text", "the text is empty")
     if len(normalised) < min_chars:
-        return "too_short"
+        raise UnusableRecord("too_short", f"{len(normalised)} characters, fewer than min_chars")
     if len(normalised) > max_chars:
-        return "too_long"
-    return CleanText(text, hashlib.blake2b(encoded, digest_size=KEY_BYTES).digest())
+        raise UnusableRecord("too_long", f"{len(normalised)} characters, more than max_chars")
+    return CleanText(text, hashlib.blake2b(normalised.encode(), digest_size=KEY_BYTES).digest())
 
 
-def _decoded(value: object) -> str | None:
+def _text(value: object) -> str:
     if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return None
-    return value if isinstance(value, str) else None
-
-
-def _unusable(value: object) -> str:
+        return decoded(value)
     if value is None:
-        return "missing_text"
-    return "invalid_unicode" if isinstance(value, bytes) else "not_a_string"
+        raise MalformedRecord("missing_text", "the text is null")
+    if not isinstance(value, str):
+        raise MalformedRecord("not_a_string", f"the text is {shown(value)}")
+    return value
 
 
 def digest_of(*parts: object) -> str:

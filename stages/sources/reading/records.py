@@ -1,6 +1,7 @@
-"""Records out of any table that ``datasets`` reads, each with its place, one in memory at a time.
+"""Records out of any table that ``datasets`` reads, each with its place, few in memory at a time.
 
-Integers of a column that carries names for them (``ClassLabel``) come as those names.
+Integers of a column that carries names for them (``ClassLabel``) come as those names; one that has
+none (-1 stands for "no label" in published test sets) stays what it is.
 """
 
 import glob
@@ -10,15 +11,19 @@ from typing import Any
 
 import datasets
 
-from schemas.errors import ConfigError
+from stages.sources.reading.lines import json_object
+from stages.sources.reading.rejects import MalformedRecord, Rejects
 from stages.sources.reading.source import HubData, RowFiles
-from stages.sources.reading.values import json_object, raw_lines, readable
+from stages.sources.reading.values import ROWS_PER_READ, raw_lines, readable
 
 Record = tuple[str, dict[str, Any]]  # its place (``file:line``), and its columns
 
 
-def read_records(source: RowFiles | HubData) -> Iterator[Record]:
-    """Yield the records in order; raises ConfigError for a file or a line that cannot be read."""
+def read_records(source: RowFiles | HubData, rejects: Rejects) -> Iterator[Record]:
+    """Yield the records in order and count them, with those that cannot be read among the rejects.
+
+    Raises ConfigError for a file that cannot be read.
+    """
     if isinstance(source, HubData):
         source.files()  # refuses a folder of that name
         where = f"hub data set '{source.name}' at {source.revision[:12]}"
@@ -30,38 +35,64 @@ def read_records(source: RowFiles | HubData) -> Iterator[Record]:
                 revision=source.revision,
                 streaming=True,
             )
-            yield from _streamed(stream, where)
+            yield from _streamed(stream, where, rejects)
         return
     for path in source.files():
         with readable(str(path), source.kind):
-            yield from _json_rows(path) if source.kind == "jsonl" else _columnar(source.kind, path)
+            if source.kind == "jsonl":
+                yield from _json_rows(path, rejects)
+            else:
+                yield from _columnar(source.kind, path, rejects)
 
 
-def _json_rows(path: Path) -> Iterator[Record]:
+def _json_rows(path: Path, rejects: Rejects) -> Iterator[Record]:
     number = 0
     for lines in raw_lines(path, "line"):
         for line in lines:
             number += 1
-            if line.strip():
-                record = json_object(line, path, number)
-                if not isinstance(record, dict):
-                    raise ConfigError(f"{path}:{number}: not UTF-8; save the file as UTF-8")
+            if not line.strip():
+                continue
+            rejects.num_read += 1
+            try:
+                record = json_object(line)
+            except MalformedRecord as error:
+                rejects.add(f"{path}:{number}", error)
+            else:
                 yield f"{path}:{number}", record
 
 
-def _columnar(kind: str, path: Path) -> Iterator[Record]:
+def _columnar(kind: str, path: Path, rejects: Rejects) -> Iterator[Record]:
     name = glob.escape(str(path))
     stream = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True)
-    yield from _streamed(stream, str(path))
+    yield from _streamed(stream, str(path), rejects)
 
 
-def _streamed(stream: Any, where: str) -> Iterator[Record]:
+def _streamed(stream: Any, where: str, rejects: Rejects) -> Iterator[Record]:
     features = stream.features or {}
     labels = {name: kind for name, kind in features.items() if hasattr(kind, "int2str")}
-    for number, record in enumerate(stream, 1):
-        named = {
-            name: kind.int2str(record[name])
-            for name, kind in labels.items()
-            if record[name] is not None
-        }
-        yield f"{where}:{number}", record | named
+    number = 0
+    for table in stream.with_format("arrow").iter(batch_size=ROWS_PER_READ):
+        for row in range(table.num_rows):
+            number += 1
+            rejects.num_read += 1
+            try:
+                record = _record(table, row)
+            except UnicodeDecodeError:  # Arrow does not promise that a string column is valid
+                detail = "a text is not UTF-8; save the file as UTF-8"
+                rejects.add(f"{where}:{number}", MalformedRecord("invalid_unicode", detail))
+            else:
+                yield f"{where}:{number}", record | _named(record, labels)
+
+
+def _record(table: Any, row: int) -> dict[str, Any]:
+    columns = zip(table.column_names, table.columns, strict=True)
+    return {name: column[row].as_py() for name, column in columns}
+
+
+def _named(record: dict[str, Any], labels: dict[str, Any]) -> dict[str, str]:
+    """Return the names of the labels that have one."""
+    return {
+        name: kind.names[record[name]]
+        for name, kind in labels.items()
+        if isinstance(record[name], int) and 0 <= record[name] < len(kind.names)
+    }

@@ -1,22 +1,27 @@
 """Stream raw values out of a source with ``datasets``; nothing is ever read whole.
 
 Lines of jsonl and plain text go through the ``text`` builder decoded as latin-1, which loses no
-byte, and are decoded as UTF-8 here, line by line: so one bad byte costs one document and not the
-run, a malformed line is known by its number, and no type is guessed from the first rows (the
-``json`` builder infers a schema from its first 10 MB and fails on a later row that differs).
-Compressed files ``datasets`` decodes itself, with the locale's encoding whatever it is asked for
-(5.2, ``xopen`` drops ``encoding``): there a bad byte makes the file unreadable.
+byte, and are decoded as UTF-8 here, line by line: so a bad byte or a malformed line costs its own
+document and not the run, each is known by its number, and no type is guessed from the first rows
+(the ``json`` builder infers a schema from its first 10 MB and fails on a later row that differs).
+Of compressed files ``datasets`` decodes with the locale's encoding whatever it is asked for (5.2,
+``xopen`` drops ``encoding``), so lines of gz, bz2 and xz are read without it; in the others, and in
+compressed paragraphs, a bad byte makes the file unreadable.
 
 Cost: reading and decoding jsonl took 4 s for 200 MB (2 shared cores, 2026-11).
 """
 
+import bz2
 import glob
-import json
+import gzip
 import locale
 import logging
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +30,34 @@ import pyarrow as pa
 
 from schemas.errors import ConfigError
 from schemas.storage.file_locks import NO_LOCKS
+from stages.sources.reading.lines import field_of, json_object
+from stages.sources.reading.rejects import MalformedRecord
 from stages.sources.reading.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
 
 ROWS_PER_READ = 128
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_READ_ERRORS = (OSError, ValueError, EOFError, pa.ArrowException)
+_READ_ERRORS = (OSError, ValueError, EOFError, pa.ArrowException, zlib.error, lzma.LZMAError)
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TEXT_TYPES: tuple[Callable[[pa.DataType], bool], ...] = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_null,  # of a file in which every value is null
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RawRows:
     """Some values as they stood in the source (bytes where not yet decoded), and what follows.
 
-    ``next_row`` counts rows of file number ``file``: with both, reading goes on after these rows.
+    A value is a MalformedRecord where its row has none. ``numbers`` are those of the rows in the
+    file, from 1, ``where`` is the file's name. ``next_row`` counts rows of file number ``file``:
+    with both, reading goes on after these rows.
     """
 
     values: list[object]
+    numbers: list[int]
+    where: str
     file: int
     next_row: int
 
@@ -47,15 +65,16 @@ class RawRows:
 def read_rows(source: Source, *, file: int = 0, row: int = 0) -> Iterator[RawRows]:
     """Yield the rows of ``source`` in order, from row ``row`` of file ``file`` on.
 
-    Raises ConfigError for an unreadable file, a malformed line or a missing text column.
+    Raises ConfigError for an unreadable file, or a column that a file of columns does not have.
     """
     if isinstance(source, HubRows):
-        yield from _numbered(_hub_values(source), 0, row)
+        yield from _numbered(_hub_values(source), 0, row, _hub_name(source))
         return
     for index, path in enumerate(source.files()):
         if index >= file:
             with readable(str(path), source.kind):
-                yield from _numbered(_values(source, path), index, row if index == file else 0)
+                first_row = row if index == file else 0
+                yield from _numbered(_values(source, path), index, first_row, str(path))
 
 
 def _values(source: TableFiles | TextFiles, path: Path) -> Iterator[list[object]]:
@@ -67,15 +86,23 @@ def _values(source: TableFiles | TextFiles, path: Path) -> Iterator[list[object]
         yield from _columnar_values(source.kind, path, source.column)
 
 
-def _numbered(groups: Iterator[list[object]], file: int, first_row: int) -> Iterator[RawRows]:
+def _numbered(
+    groups: Iterator[list[object]], file: int, first_row: int, where: str
+) -> Iterator[RawRows]:
     """Drop the rows before ``first_row`` and the rows that are no document (None markers)."""
     row = 0
     for group in groups:
         skipped = min(max(first_row - row, 0), len(group))
+        numbers = range(row + 1 + skipped, row + 1 + len(group))
         row += len(group)
-        kept = [value for value in group[skipped:] if value is not _NO_DOCUMENT]
+        kept = [
+            (number, value)
+            for number, value in zip(numbers, group[skipped:], strict=True)
+            if value is not _NO_DOCUMENT
+        ]
         if skipped < len(group):
-            yield RawRows(kept, file, row)
+            values = [value for _, value in kept]
+            yield RawRows(values, [number for number, _ in kept], where, file, row)
 
 
 class _NoDocument:
@@ -91,43 +118,25 @@ def _text_values(path: Path, sample_by: str) -> Iterator[list[object]]:
 
 
 def _jsonl_values(path: Path, column: str) -> Iterator[list[object]]:
-    row, seen_first = 0, False
     for lines in raw_lines(path, "line"):
-        values: list[object] = []
-        for line in lines:
-            row += 1
-            record = json_object(line, path, row) if line.strip() else _NO_DOCUMENT
-            if isinstance(record, dict) and not seen_first:
-                _require_column(column, list(record), f"{path} line {row}")
-                seen_first = True
-            values.append(record.get(column) if isinstance(record, dict) else record)
-        yield values
+        yield [_field(line, column) if line.strip() else _NO_DOCUMENT for line in lines]
 
 
-def json_object(line: bytes, path: Path, number: int) -> object:
-    """Return the line's object, or the line itself where it is not UTF-8 (rejected later)."""
+def _field(line: bytes, column: str) -> object:
     try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return line
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path} line {number}: not valid JSON ({error.msg} at character {error.pos + 1}); "
-            f"jsonl holds one object a line: repair or remove the line"
-        ) from error
-    if not isinstance(record, dict):
-        raise ConfigError(
-            f"{path} line {number}: got a JSON {type(record).__name__}, expected an object "
-            f'such as {{"text": "..."}}'
-        )
-    return record
+        return field_of(json_object(line), column, "a text")
+    except MalformedRecord as error:
+        return error
 
 
 def raw_lines(path: Path, sample_by: str) -> Iterator[list[bytes]]:
     """Yield the undecoded lines (or paragraphs) of a file that may be compressed, in groups."""
+    _require_honest_name(path)
+    if sample_by == "line" and path.suffix in _OPENERS:
+        yield from _decompressed_lines(path)
+        return
     compressed = path.suffix in COMPRESSIONS
     encoding = locale.getpreferredencoding(False) if compressed else "latin-1"
-    _require_honest_name(path)
     stream = datasets.load_dataset(
         "text",
         data_files=[glob.escape(str(path))],  # unescaped, "a[1].txt" reads as a pattern: no rows
@@ -143,6 +152,15 @@ def raw_lines(path: Path, sample_by: str) -> Iterator[list[bytes]]:
             lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
             first = False
         yield lines
+
+
+def _decompressed_lines(path: Path) -> Iterator[list[bytes]]:
+    with _OPENERS[path.suffix](path) as stream:
+        first = stream.readline().removeprefix(_BYTE_ORDER_MARK)
+        lines = [first] if first else []
+        while lines := [*lines, *islice(stream, ROWS_PER_READ - len(lines))]:
+            yield [line.rstrip(b"\r\n") for line in lines]
+            lines = []
 
 
 def _require_honest_name(path: Path) -> None:
@@ -166,8 +184,12 @@ def _columnar_values(kind: str, path: Path, column: str) -> Iterator[list[object
     yield from _column_bytes(load(pushed_down), column)
 
 
+def _hub_name(source: HubRows) -> str:
+    return f"hub data set '{source.name}' at {source.revision[:12]}"
+
+
 def _hub_values(source: HubRows) -> Iterator[list[object]]:
-    where = f"hub data set '{source.name}' at {source.revision[:12]}"
+    where = _hub_name(source)
     with readable(where, "hub"):
         stream = datasets.load_dataset(
             source.name,
@@ -190,14 +212,6 @@ def _tables(stream: Any) -> Iterator[Any]:
     yield from stream.with_format("arrow").iter(batch_size=ROWS_PER_READ)
 
 
-def _require_column(column: str, found: list[str], where: str) -> None:
-    if column not in found:
-        raise ConfigError(
-            f"{where}: no column '{column}'; it has {', '.join(map(repr, found)) or 'none'}: "
-            f"set `source.column` to the one that holds the text"
-        )
-
-
 def _schema(stream: Any) -> pa.Schema:
     """Return the columns of a stream; some only tell with their first rows."""
     if stream.features is not None:
@@ -207,10 +221,14 @@ def _schema(stream: Any) -> pa.Schema:
 
 
 def _require_text(schema: pa.Schema, column: str, where: str) -> None:
-    _require_column(column, schema.names, where)
+    if column not in schema.names:
+        columns = ", ".join(map(repr, schema.names)) or "none"
+        raise ConfigError(
+            f"{where}: no column '{column}'; it has {columns}: "
+            f"set `source.column` to the one that holds the text"
+        )
     dtype = schema.field(column).type
-    is_text: Callable[[pa.DataType], bool] = pa.types.is_string
-    if not (is_text(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
+    if not any(is_text(dtype) for is_text in _TEXT_TYPES):
         raise ConfigError(f"{where}: column '{column}' holds {dtype}, expected strings")
 
 

@@ -238,8 +238,9 @@ class Lowercase:
 def test_options_with_the_same_tokens_are_named(tmp_path: Path, tiny_model: Path) -> None:
     tokenizer = TextTokenizer(Lowercase(tmp_path, tiny_model).folder)
     builder = EpisodeBuilder(tokenizer, TEMPLATES["metaicl"], 100, Counter())
+    options = ("us", "them", "US")
     with pytest.raises(ConfigError, match="task 't': options 'us' and 'US' have the same tokens"):
-        builder.candidate_ids(Task("t", "classification", ()), ("us", "them", "US"))
+        builder.candidate_ids(Task("t", "classification", (), options), options)
 
 
 def inputs_in(row: Episode, tiny: Opened) -> list[str]:
@@ -343,6 +344,53 @@ def test_what_overlaps_a_target_is_not_trained_on(
     rejects = stage.prepare(tmp_path / "work").rejects
     assert rejects["overlaps_target"] == 2
     assert len(heldout) + rejects["overlaps_demonstration"] == 22 - 5
+
+
+def test_questions_that_stand_in_their_options_are_told_apart(
+    tiny_model: Path, tiny: Opened, tmp_path: Path
+) -> None:
+    """One input for all: 20 questions by their options, 10 more with answers of the first ten."""
+    scores = [{f"this {i}": 1, f"that {i}": 0} for i in range(20)]
+    scores += [{f"this {i}": 1, f"else {i}": 0} for i in range(10)]
+    examples = [{"input": "Which is so?", "target_scores": score} for score in scores]
+    file = tmp_path / "task.json"
+    file.write_text(json.dumps({"name": "options", "examples": examples}))
+    stage = stage_for(
+        tmp_path,
+        tiny_model,
+        sources=[{"kind": "bigbench", "paths": [str(file)]}],
+        targets=["options"],
+    )
+    rows = rows_of(stage, tmp_path / "work")
+    rejects = dict(stage.prepare(tmp_path / "work").rejects)
+    assert len(rows) + rejects.pop("overlaps_demonstration") == 30 - 5 and not rejects
+    assert len(rows) >= 20 - 5
+    for row in rows:
+        starts, ends = row.demonstrations_M3[:, 1], row.demonstrations_M3[:, 2]
+        shown = {tiny.decode(row.input_ids_T[a:b]) for a, b in zip(starts, ends, strict=True)}
+        assert tiny.decode(row.input_ids_T[row.answer_start :]) not in shown
+    first = sum(int(row.gold == 0) for row in rows)
+    assert 0.2 * len(rows) <= first <= 0.8 * len(rows)
+
+
+def test_an_unusable_example_costs_its_own_episodes_alone(tmp_path: Path, tiny_model: Path) -> None:
+    folder = Lowercase(tmp_path / "lower", tiny_model).folder
+    examples = [
+        {"input": f"q {i}", "target_scores": {f"a {i}": 1, f"{'A' if i == 3 else 'b'} {i}": 0}}
+        for i in range(12)
+    ]
+    file = tmp_path / "task.json"
+    file.write_text(json.dumps({"name": "options", "examples": examples}))
+    stage = stage_for(
+        tmp_path,
+        folder,
+        sources=[{"kind": "bigbench", "paths": [str(file)]}],
+        targets=["options"],
+        seed=1,
+    )
+    rows = rows_of(stage, tmp_path / "work")
+    rejects = stage.prepare(tmp_path / "work").rejects
+    assert rejects == {"options_of_same_tokens": 1} and len(rows) == 12 - 5 - 1
 
 
 def test_limits_keep_a_sample(tasks: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, RejectLimitError, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import Document
 from stages.sources.documents.prepared import PreparedSource
@@ -141,7 +141,12 @@ def test_truncated_rows_and_every_document_accounted_for(
     path = write_jsonl(tmp_path / "a.jsonl", [*good, *bad, *again])
     with path.open("ab") as stream:
         stream.write(b'\n{"other": "no text here"}\n{"text": "bad \xff byte"}\n{"text": "a"}')
-    stage = stage_for(path, tokenizer, mode="truncate", min_chars=1, max_chars=1000)
+    settings: dict[str, Any] = {"mode": "truncate", "min_chars": 1, "max_chars": 1000}
+    strict = stage_for(path, tokenizer, **settings)
+    with pytest.raises(RejectLimitError, match="6 of 57 records are malformed, more than max_rej"):
+        strict.work.prepare(strict, tmp_path / "work", segment_bytes=segment_bytes)
+    stage = stage_for(path, tokenizer, **settings, max_rejected_fraction=0.2)
+    assert stage.hashed() == strict.hashed()
     prepared = stage.work.prepare(stage, tmp_path / "work", segment_bytes=segment_bytes)
     rows = all_rows(stage, tmp_path / "work", prepared)
     assert prepared.rejects == {
@@ -149,7 +154,8 @@ def test_truncated_rows_and_every_document_accounted_for(
         "duplicate_sequence": 1,
         "empty_text": 2,
         "invalid_unicode": 2,
-        "missing_text": 2,
+        "missing_column": 1,
+        "missing_text": 1,
         "not_a_string": 2,
         "too_few_tokens": 1,
         "too_long": 1,

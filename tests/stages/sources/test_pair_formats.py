@@ -1,4 +1,4 @@
-"""Pairs in every format and file give the same dialogues, and a bad record is said in one line."""
+"""Pairs in every format and file give the same dialogues, and a bad record is counted."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from stages.sources.dialogues.dialogue import Message
 from stages.sources.preference_pairs.pairs import RawPair
 from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PairSource, settings_of
+from stages.sources.reading.rejects import Rejects
 
 EARLIER = [("user", "What is 2 + 2?"), ("assistant", "Four."), ("user", "And twice that?")]
 GOOD, BAD = "Eight.", "Nine,\n\nI think."
@@ -30,7 +31,7 @@ def source(path: str, **settings: Any) -> Any:
 
 
 def read(path: str, **settings: Any) -> list[RawPair]:
-    return list(read_pairs(source(path, **settings)))
+    return list(read_pairs(source(path, **settings), Rejects()))
 
 
 def read_one(folder: Path, record: object, **settings: Any) -> RawPair:
@@ -160,51 +161,86 @@ TEXTS = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
-    ("form", "changes", "message"),
+    ("form", "changes", "reason", "message"),
     [
-        ("standard", {"prompt": None}, "expected 'prompt' as a text or chat messages, got 'None'"),
-        ("standard", {"chosen": 3}, "expected 'chosen' as a text or chat messages, got '3'"),
-        ("standard", {"rejected": []}, "expected 'rejected' as a text or chat messages, got '[]'"),
+        ("standard", {"rejected": None}, "missing_text", "'rejected' is null, expected a text or"),
+        (
+            "standard",
+            {"chosen": 3},
+            "bad_messages",
+            "'chosen' is a int: 3, expected a text or chat",
+        ),
+        ("standard", {"rejected": []}, "bad_messages", "'rejected' is a list: [], expected a text"),
         (
             "standard",
             {"chosen": [{"role": "assistant"}]},
-            "expected texts 'role' and 'content' in a message of 'chosen', got \"{'role': 'assis",
+            "bad_messages",
+            "expected texts 'role' and 'content' in a message of 'chosen', got a dict: {'role'",
         ),
-        ("standard", {"prompt": ["q"]}, "in a message of 'prompt', got 'q'"),
-        ("standard", {"chosen": "\ud800"}, "'chosen' is not valid Unicode; repair the row"),
-        ("hh_rlhf", {}, "'chosen' is 'a', expected a transcript that begins with 'Human:'"),
+        ("standard", {"prompt": ["q"]}, "bad_messages", "in a message of 'prompt', got a str: 'q'"),
+        ("standard", {"chosen": "\ud800"}, "invalid_unicode", "'chosen' is not valid Unicode"),
+        (
+            "hh_rlhf",
+            {"chosen": "a"},
+            "not_a_transcript",
+            "'chosen' is a str: 'a', expected a transcript that begins with 'Human:'",
+        ),
         (
             "hh_rlhf",
             {"chosen": "So.\n\nHuman: q\n\nAssistant: a"},
-            "'chosen' is 'So.\\n\\nHuman: q\\n\\nAssistant: a', expected a transcript",
+            "not_a_transcript",
+            "'chosen' is a str: 'So.\\n\\nHuman: q\\n\\nAssistant: a', expected a transcript",
         ),
-        ("hh_rlhf", {"chosen": ["q"]}, "expected a text 'chosen', got a list"),
-        ("sharegpt", {}, "expected 'conversations' as a list of messages, got 'None'"),
+        (
+            "hh_rlhf",
+            {"chosen": ["q"]},
+            "not_a_string",
+            "'chosen' is a list: ['q'], expected a text",
+        ),
         (
             "sharegpt",
-            {"conversations": shared(EARLIER[0])},
-            "expected texts 'from' and 'value' in a message of 'chosen', got 'a'",
+            {"conversations": None},
+            "missing_text",
+            "'conversations' is null, expected a",
+        ),
+        (
+            "sharegpt",
+            {"conversations": "q"},
+            "bad_messages",
+            "is a str: 'q', expected a list of me",
+        ),
+        ("sharegpt", {"system": 3}, "not_a_string", "'system' is a int: 3, expected a text"),
+        (
+            "sharegpt",
+            {"chosen": "a"},
+            "bad_messages",
+            "expected texts 'from' and 'value' in a message of 'chosen', got a str: 'a'",
         ),
     ],
 )
-def test_bad_records_are_named_with_their_line(
-    form: str, changes: dict[str, Any], message: str, tmp_path: Path
+def test_a_bad_record_is_counted_with_its_place_and_costs_itself_alone(
+    form: str, changes: dict[str, Any], reason: str, message: str, tmp_path: Path
 ) -> None:
-    good = FORMS["sharegpt"][1] if form == "sharegpt" else TEXTS
-    if form == "hh_rlhf":
-        good = FORMS["transcripts"][1]
-    path = write(tmp_path / "pairs.jsonl", good, TEXTS | changes)
-    with pytest.raises(ConfigError) as caught:
-        read(path, format=form)
-    assert "pairs.jsonl:2: " in str(caught.value) and message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    good = next((r for f, r in FORMS.values() if f == form != "standard"), TEXTS)
+    path = write(tmp_path / "pairs.jsonl", good, good | changes, good)
+    rejects = Rejects()
+    assert len(list(read_pairs(source(path, format=form), rejects))) == 2
+    assert (rejects.num_read, rejects.malformed) == (3, {reason: 1})
+    (row,) = rejects.listed
+    assert row["place"].endswith("pairs.jsonl:2") and message in row["detail"]
 
 
 def test_a_missing_column_is_said_with_those_there_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "pairs.jsonl", {"instruction": "q", "chosen": "a", "rejected": "b"})
-    expected = r"pairs.jsonl:1: expected 'prompt' .*, got only columns instruction, chosen, rejec"
-    with pytest.raises(ConfigError, match=expected):
-        read(path)
+    wrong = {"instruction": "q", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "pairs.jsonl", {"_about": 1}, wrong, wrong)
+    rejects = Rejects()
+    assert not list(read_pairs(source(path), rejects))
+    with pytest.raises(ConfigError) as caught:
+        rejects.require_within(1.0)
+    assert str(caught.value).endswith(
+        "pairs.jsonl:2: no column 'prompt'; it has 'instruction', 'chosen', 'rejected' "
+        "(so are all 3 records read)"
+    )
 
 
 def test_a_source_is_named_by_content_and_columns(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""Task files of every kind give the same checked examples, and a bad row is said in one line."""
+"""Task files of every kind give the same checked examples; a bad row is counted by its reason."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.errors import ConfigError
+from stages.sources.reading.rejects import Rejects
 from stages.sources.tasks.lama import wording_of
 from stages.sources.tasks.readers import read_tasks
 from stages.sources.tasks.sources import TaskSource
@@ -25,7 +25,7 @@ def source(**settings: Any) -> TaskSource:
 
 
 def read(**settings: Any) -> list[Task]:
-    return read_tasks([source(**settings)], Counter())
+    return read_tasks([source(**settings)], Rejects())
 
 
 def read_one(**settings: Any) -> Task:
@@ -50,6 +50,15 @@ def refusal(**settings: Any) -> str:
     return str(caught.value)
 
 
+def rejected(**settings: Any) -> tuple[list[Task], dict[str, int], list[str]]:
+    """Read tasks among bad rows: the tasks, counts by reason, and a line for each listed row."""
+    rejects = Rejects()
+    tasks = read_tasks([source(**settings)], rejects)
+    lines = [f"{row['place']}: {row['detail']}" for row in rejects.listed]
+    assert all("\n" not in line for line in lines)
+    return tasks, {why: count for why, count in rejects.counts.items() if count}, lines
+
+
 def crossfit(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:
     return write(folder / name, "".join(f"{a}\t{b}\n" for a, b in rows))
 
@@ -62,12 +71,12 @@ def test_crossfit_merges_seeds_and_splits_of_a_task(tmp_path: Path) -> None:
     rows = [("a [SEP] b", "yes"), ("c", " no"), ("d\u2028e", "yes")]
     for seed, split, part in ((13, "train", rows[:2]), (21, "dev", rows[1:]), (42, "test", rows)):
         crossfit(tmp_path / "glue-x", f"glue-x_16_{seed}_{split}.tsv", part)
-    counts: Counter[str] = Counter()
+    rejects = Rejects()
     chosen = source(kind="crossfit", paths=[str(tmp_path / "*")], task_kind="classification")
-    (task,) = read_tasks([chosen], counts)
+    (task,) = read_tasks([chosen], rejects)
     assert (task.name, task.kind, task.options) == ("glue-x", "classification", (" no", "yes"))
     assert texts(task) == rows
-    assert counts == {"duplicate_example": 1}
+    assert rejects.counts == {"duplicate_example": 1}
     assert task.examples[2].place.endswith("glue-x_16_21_dev.tsv:2")
     assert [entry["name"] for entry in chosen.identity()] == [
         "glue-x_16_13_train.tsv",
@@ -90,19 +99,41 @@ def test_crossfit_reads_the_seeds_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("row", "reason", "message"),
     [
-        ("a\tyes\nb no\n", ":2: got 1 columns, expected 2: input, a tab, output"),
-        ("a\tyes\tb\nb\tno\n", ":1: got 3 columns, expected 2"),
-        ("a\tyes\n\nb\tno\n", ":2: got 1 columns"),
-        ("a\tyes\n \tno\n", ":2: task 't': empty input; remove the row"),
-        ("a\tyes\nb\t \n", ":2: task 't': empty answer; remove the row"),
-        ("a\tyes\nb\tyes\n", "task 't': ['yes'] is its only label"),
-        ("a\tyes\nb\t\ud800\n", ":2: byte 3 is not UTF-8"),
-        ("", "is empty, expected one example a line"),
+        ("b no", "other_columns", ":2: got 1 columns, expected 2: input, a tab, output"),
+        ("a\tyes\tb", "other_columns", ":2: got 3 columns, expected 2"),
+        (" \tno", "empty_input", ":2: the input is empty"),
+        ("b\t ", "empty_answer", ":2: the answer is empty"),
+        ("b\t\ud800", "invalid_unicode", ":2: byte 3 is not UTF-8"),
     ],
 )
-def test_bad_crossfit_rows(body: str, message: str, tmp_path: Path) -> None:
+def test_bad_crossfit_rows(row: str, reason: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t_16_13_train.tsv", f"a\tyes\n{row}\n\nb\tno\n")
+    (task,), counts, lines = rejected(kind="crossfit", paths=[path], task_kind="classification")
+    assert texts(task) == [("a", "yes"), ("b", "no")]
+    assert counts == {reason: 1}
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_of_several_answers_the_first_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "t_16_13_test.tsv", "who?\tshe\ther\tMs. X\nwhat?\tit\n")
+    (task,), counts, _ = rejected(
+        kind="crossfit", paths=[path], task_kind="generation", splits=["test"]
+    )
+    assert texts(task) == [("who?", "she"), ("what?", "it")]
+    assert counts == {"further_answers": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("a\tyes\nb\tyes\n", "task 't': ['yes'] is its only label"),
+        ("", "sources: their files hold no example (rejected: task_without_examples 1)"),
+        ("a yes\nb no\n", "t_16_13_train.tsv:1: got 1 columns, expected 2: input, a tab, output"),
+    ],
+)
+def test_crossfit_files_that_are_wrong_as_a_whole(body: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "t_16_13_train.tsv", body)
     assert message in refusal(kind="crossfit", paths=[path], task_kind="classification")
 
@@ -127,42 +158,86 @@ def test_metaicl_tells_the_kind_by_the_options(tmp_path: Path) -> None:
         ("sum", "generation"),
     ]
     assert nli.options == ("yes", "no")
-    assert [quiz.options_of(example) for example in quiz.examples] == [
-        ("he", "she"),
-        ("it", "that", "this"),
+    assert [set(quiz.options_of(example)) for example in quiz.examples] == [
+        {"he", "she"},
+        {"it", "that", "this"},
     ]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason", "message"),
     [
-        ('{"task": "t", "input": "a"', ":2: not valid JSON (Expecting ',' delimiter at character"),
-        ("[1]", ":2: got a JSON list, expected an object"),
-        ('{"task": "t", "output": "a"}', ":2: expected a text 'input', got only task, output"),
-        ('{"task": "t", "input": 3, "output": "a"}', ":2: expected a text 'input', got a int"),
+        ('{"task": "t", "input": "a"', "broken_json", "not valid JSON (Expecting ',' delimiter at"),
+        ("[1]", "not_an_object", "got a JSON list, expected an object"),
+        (
+            '{"task": "t", "output": "a"}',
+            "missing_column",
+            "no column 'input'; it has 'task', 'out",
+        ),
+        (
+            '{"task": "t", "input": null, "output": "a"}',
+            "missing_text",
+            "'input' is null, expected",
+        ),
+        (
+            '{"task": "t", "input": 3, "output": "a"}',
+            "not_a_string",
+            "'input' is a int: 3, expecte",
+        ),
         (
             '{"task": "t", "input": "b", "output": "z", "options": ["x", "y", "w"]}',
-            ":2: task 't': answer 'z' is not among the options ['x', 'y', 'w']; repair",
+            "answer_not_an_option",
+            "answer 'z' is not among the options ['x', 'y', 'w']",
         ),
         (
             '{"task": "t", "input": "b", "output": "x", "options": ["x", "x", "y"]}',
-            ":2: task 't': option 'x' is there twice; remove one",
+            "repeated_option",
+            "option 'x' is there twice",
         ),
-        ('{"task": "t", "input": "b", "output": "x"}', ":2: task 't': no options, and a multiple"),
+        (
+            '{"task": "t", "input": "b", "output": "x", "options": ["x", " "]}',
+            "empty_option",
+            "an option of ['x', ' '] is empty",
+        ),
+        (
+            '{"task": "t", "input": "b", "output": "x"}',
+            "no_options",
+            "no options, and a multiple_c",
+        ),
         (
             '{"task": "t", "input": "b", "output": "x", "options": "x"}',
-            ":2: 'options' is 'x', expected a list of texts",
+            "not_a_list_of_texts",
+            "'options' is a str: 'x', expected a list of texts",
         ),
         (
             '{"task": "t", "input": "\\ud800", "output": "x", "options": ["x", "y"]}',
-            ":2: task 't': text is not valid Unicode",
+            "invalid_unicode",
+            "'input' is not valid Unicode",
         ),
     ],
 )
-def test_bad_metaicl_rows(line: str, message: str, tmp_path: Path) -> None:
-    good = json.dumps(metaicl("t", "a", "x", ["x", "y"]))
-    path = write(tmp_path / "t.jsonl", f"{good}\n{line}\n")
-    assert message in refusal(kind="metaicl", paths=[path])
+def test_bad_metaicl_rows(line: str, reason: str, message: str, tmp_path: Path) -> None:
+    good = [json.dumps(metaicl("t", "a", "x", ["x", other])) for other in ("y", "z")]
+    path = write(tmp_path / "t.jsonl", f"{good[0]}\n{line}\n{good[1]}\n")
+    (task,), counts, lines = rejected(kind="metaicl", paths=[path])
+    assert (task.kind, len(task.examples), counts) == ("multiple_choice", 2, {reason: 1})
+    assert len(lines) == 1 and f"t.jsonl:2: {message}" in lines[0]
+
+
+def test_one_row_does_not_change_what_a_task_is(tmp_path: Path) -> None:
+    rows = [metaicl("nli", f"p {number}", "yes", ["yes", "no"]) for number in range(9)]
+    bare = [metaicl("sum", f"long {number}", "short", []) for number in range(9)]
+    path = jsonl(
+        tmp_path / "t.jsonl",
+        *rows,
+        metaicl("nli", "q", "yes", []),
+        *bare,
+        metaicl("sum", "r", "short", ["short", "long"]),
+    )
+    (nli, summary), counts, _ = rejected(kind="metaicl", paths=[path])
+    assert (nli.kind, nli.options, len(nli.examples)) == ("classification", ("yes", "no"), 9)
+    assert (summary.kind, len(summary.examples)) == ("generation", 9)
+    assert counts == {"no_options": 1, "unexpected_options": 1}
 
 
 def bigbench(path: Path, *examples: object) -> str:
@@ -178,34 +253,89 @@ def test_bigbench_reads_targets_and_scores(tmp_path: Path) -> None:
     task = read_one(kind="bigbench", paths=[str(tmp_path)])
     assert (task.kind, task.heldout_only) == ("multiple_choice", True)
     assert texts(task) == [("q1", "b"), ("q2", "c")]
-    assert task.options_of(task.examples[1]) == ("c", "d")
+    assert set(task.options_of(task.examples[1])) == {"c", "d"}
     bigbench(Path(scored), {"input": "q", "target": ["one", "1"]}, {"input": "p", "target": "two"})
     task = read_one(kind="bigbench", paths=[scored])
     assert (task.kind, texts(task)) == ("generation", [("q", "one"), ("p", "two")])
 
 
 @pytest.mark.parametrize(
-    ("example", "message"),
+    ("example", "reason", "message"),
     [
-        ({"input": "q", "target_scores": {"a": 1, "b": 1}}, "example 2: 2 options share the highe"),
-        ({"input": "q", "target_scores": ["a"]}, "example 2: 'target_scores' has to give each"),
-        ({"input": "q", "target": []}, "example 2: expected 'target' (a text or a list)"),
-        ({"input": "q", "target": "a"}, "example 2: task 'riddles': no options, and a multiple"),
-        ({"target": "a"}, "example 2: expected a text 'input', got only target"),
-        ("q", "example 2: got a str, expected an object"),
+        (
+            {"input": "q", "target_scores": {"a": 1, "b": 1}},
+            "tied_best_options",
+            "2 options share the highest of 'target_scores'",
+        ),
+        ({"input": "", "target_scores": {"a": 1, "b": 0}}, "empty_input", "the input is empty"),
+        ({"input": "q", "target_scores": ["a"]}, "bad_scores", "'target_scores' is a list: ['a']"),
+        ({"input": "q", "target_scores": {}}, "bad_scores", "'target_scores' is a dict: {}"),
+        (
+            {"input": "q", "target_scores": {"a": float("nan"), "b": 0}},
+            "bad_scores",
+            "'target_scores' is a dict: {'a': nan, 'b': 0}, expected a number for each option",
+        ),
+        ({"input": "q", "target_scores": {"a": "1"}}, "bad_scores", "'target_scores' is a d"),
+        ({"input": "q", "target": []}, "not_a_string", "'target' is a list: [], expected a text"),
+        ({"input": "q", "target": "a"}, "no_options", "no options, and a multiple_choice row"),
+        ({"target": "a"}, "missing_column", "no column 'input'; it has 'target'"),
+        ("q", "not_an_object", "got a str: 'q', expected an object"),
+        (None, "not_an_object", "got a NoneType: None, expected an object"),
     ],
 )
-def test_bad_bigbench_examples(example: object, message: str, tmp_path: Path) -> None:
-    good = {"input": "q", "target_scores": {"a": 1, "b": 0}}
-    path = bigbench(tmp_path / "task.json", good, example)
-    assert message in refusal(kind="bigbench", paths=[path])
+def test_bad_bigbench_examples(example: object, reason: str, message: str, tmp_path: Path) -> None:
+    good = [{"input": text, "target_scores": {"a": 1, "b": 0}} for text in ("p", "r")]
+    path = bigbench(tmp_path / "task.json", good[0], example, good[1])
+    (task,), counts, lines = rejected(kind="bigbench", paths=[path])
+    assert (texts(task), counts) == ([("p", "a"), ("r", "a")], {reason: 1})
+    assert len(lines) == 1 and f"task.json: example 2: {message}" in lines[0]
 
 
-def test_bad_bigbench_files(tmp_path: Path) -> None:
-    path = write(tmp_path / "task.json", '{"name": "x",\n "examples": }')
-    assert "task.json: not valid JSON (Expecting value" in refusal(kind="bigbench", paths=[path])
-    path = write(tmp_path / "task.json", '{"name": "x"}')
-    assert "task.json: no 'examples'" in refusal(kind="bigbench", paths=[path])
+def test_a_bigbench_file_that_is_no_task_costs_itself_alone(tmp_path: Path) -> None:
+    bigbench(tmp_path / "good" / "task.json", {"input": "p", "target": "a"})
+    write(tmp_path / "broken" / "task.json", '{"name": "x",\n "examples": }')
+    write(tmp_path / "parent" / "task.json", '{"name": "arithmetic", "examples": []}')
+    write(tmp_path / "strange" / "task.json", '{"name": "x", "examples": {"input": "p"}}')
+    (task,), counts, lines = rejected(kind="bigbench", paths=[str(tmp_path)])
+    assert texts(task) == [("p", "a")]
+    assert counts == {"broken_json": 1, "parent_of_subtasks": 1, "bad_examples": 1}
+    assert any("task.json: not valid JSON (Expecting value" in line for line in lines)
+    assert "not valid JSON" in refusal(kind="bigbench", paths=[str(tmp_path / "broken")])
+    line = refusal(kind="bigbench", paths=[str(tmp_path / "parent")])
+    assert line == "sources: their files hold no example (rejected: parent_of_subtasks 1)"
+
+
+def test_where_an_option_stands_in_the_file_says_nothing(tmp_path: Path) -> None:
+    rows = [
+        {"input": f"q{number}", "target_scores": {f"a{number}": 1, "b": 0, "c": 0, "d": 0}}
+        for number in range(400)
+    ]
+    task = read_one(kind="bigbench", paths=[bigbench(tmp_path / "task.json", *rows)])
+    places = [task.options_of(example).index(example.output) for example in task.examples]
+    assert all(70 <= places.count(place) <= 130 for place in range(4))
+    turned = [
+        row | {"target_scores": dict(reversed(row["target_scores"].items()))}  # type: ignore[attr-defined]
+        for row in rows
+    ]
+    again = read_one(kind="bigbench", paths=[bigbench(tmp_path / "task.json", *turned)])
+    assert again.examples == task.examples
+
+
+def test_equal_questions_with_other_options_are_no_duplicates(tmp_path: Path) -> None:
+    path = bigbench(
+        tmp_path / "task.json",
+        {"input": "Which is so?", "target_scores": {"yes": 1, "no": 0}},
+        {"input": "Which is so?", "target_scores": {"yes": 1, "perhaps": 0}},
+        {"input": "Which is so?", "target_scores": {"perhaps": 0, "yes": 1}},
+        {"input": "Which is so?", "target_scores": {"perhaps": 1, "yes": 0}},
+    )
+    (task,), counts, _ = rejected(kind="bigbench", paths=[path])
+    assert [set(example.options) for example in task.examples] == [
+        {"yes", "no"},
+        {"yes", "perhaps"},
+        {"yes", "perhaps"},
+    ]
+    assert counts == {"duplicate_example": 1}
 
 
 def facts(path: Path, pairs: list[tuple[str, str]], relation: str | None = None) -> str:
@@ -249,13 +379,12 @@ def test_lama_words_every_fact_in_every_template(tmp_path: Path) -> None:
         ("continent", "[X] is in [Y]"),
         ("unused", "[X] [Y]"),
     )
-    counts: Counter[str] = Counter()
     settings = {"kind": "lama", "paths": [str(tmp_path)], "templates": file}
-    capital, continent = read_tasks([source(**settings)], counts)
+    (capital, continent), counts, _ = rejected(**settings)
     assert capital.examples[0].inputs == ("The capital of France is", "France:")
     assert capital.options == ("Lima", "N'Djamena", "Paris", "Rome")
     assert (continent.name, continent.examples[1].inputs) == ("continent", ("Peru $1 is in",))
-    assert counts["template_not_usable"] == 1
+    assert counts == {"template_not_usable": 1}
     shared = read(**settings, labels="shared")
     assert [task.options for task in shared] == [
         ("Americas", "Europe", "Lima", "N'Djamena", "Paris", "Rome")
@@ -264,16 +393,36 @@ def test_lama_words_every_fact_in_every_template(tmp_path: Path) -> None:
     assert names == ["capital.jsonl", "more.jsonl", "relations.jsonl"]
 
 
-def test_lama_refusals(tmp_path: Path) -> None:
-    path = facts(tmp_path / "capital.jsonl", COUNTRIES)
-    file = templates(tmp_path / "t.jsonl", ("capital", "[Y] is the capital of [X]"))
-    settings = {"kind": "lama", "paths": [path], "templates": file}
-    assert "relation 'capital' has no template that holds [X] once" in refusal(**settings)
-    templates(tmp_path / "t.jsonl", ("capital", "The capital of [X] is [Y]"))
-    facts(tmp_path / "capital.jsonl", [*COUNTRIES, ("Spain", " ")])
-    assert "capital.jsonl:5: task 'capital': empty answer" in refusal(**settings)
-    facts(tmp_path / "capital.jsonl", [*COUNTRIES, ("", "Madrid")])
-    assert "capital.jsonl:5: task 'capital': empty input" in refusal(**settings)
+def test_a_relation_without_a_template_is_left_out(tmp_path: Path) -> None:
+    capital = facts(tmp_path / "capital.jsonl", [*COUNTRIES, ("Spain", " "), ("", "Madrid")])
+    twins = facts(tmp_path / "twins.jsonl", COUNTRIES)
+    file = templates(
+        tmp_path / "t.jsonl",
+        ("capital", "The capital of [X] is [Y]"),
+        ("twins", "[X] and [Y] are twin cities ."),
+    )
+    settings = {"kind": "lama", "paths": [capital, twins], "templates": file}
+    (task,), counts, lines = rejected(**settings, labels="shared")
+    assert (task.name, task.options) == ("capital", ("Lima", "N'Djamena", "Paris", "Rome"))
+    assert counts == {
+        "empty_answer": 1,
+        "empty_input": 1,
+        "relation_without_template": 4,
+        "template_not_usable": 1,
+    }
+    assert any("capital.jsonl:5: 'obj_label' is empty" in line for line in lines)
+    line = refusal(**settings | {"paths": [twins]})
+    assert "no relation of these facts (such as 'twins') has a template that holds [X]" in line
+
+
+def test_lama_files_that_are_wrong_as_a_whole_are_said_with_their_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "facts.jsonl", {"sub": "France", "obj": "Paris"}, {"sub": "Peru"})
+    file = templates(tmp_path / "t.jsonl", ("facts", "The capital of [X] is [Y]"))
+    line = refusal(kind="lama", paths=[path], templates=file)
+    assert "facts.jsonl:1: no column 'sub_label'; it has 'sub', 'obj'" in line
+    jsonl(tmp_path / "t.jsonl", {"relation": "facts", "text": "The capital of [X] is [Y]"})
+    line = refusal(kind="lama", paths=[path], templates=file)
+    assert line.endswith("t.jsonl:1: no column 'template'; it has 'relation', 'text'")
 
 
 ROWS = {"premise": ["p1", "p2", "p3"], "hypothesis": ["h1", "h2", "h3"], "label": [0, 1, 0]}
@@ -330,18 +479,31 @@ def test_a_table_may_carry_its_label_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label_names": {0: "yes"}}, "rows.jsonl:2: label 1 has no name in label_names; it names"),
-        ({}, "rows.jsonl:1: expected a text 'label', got a int"),
-        ({"input": "text"}, "rows.jsonl:1: expected a text 'text', got only premise, hypothesis"),
+        ({}, "rows.jsonl:1: 'label' is a int: 0, expected a text (so are all 3 records read)"),
+        ({"input": "text"}, "rows.jsonl:1: no column 'text'; it has 'premise', 'hypothesis', 'lab"),
+        ({"label_names": {2: "yes"}}, "rows.jsonl:1: label 0 has no name in label_names; it names"),
         (
-            {"label_names": {0: "yes", 1: "no"}, "options": ["yes", "maybe"]},
-            "rows.jsonl:2: task 'pairs': answer 'no' is not among the options ['yes', 'maybe']",
+            {"label_names": {0: "yes", 1: "no"}, "options": ["true", "maybe"]},
+            "rows.jsonl:1: answer 'yes' is not among the options ['true', 'maybe'] (so are all 3",
+        ),
+        (
+            {"label_names": {0: "yes", 1: "no"}, "options": ["yes", "yes"]},
+            "task 'pairs': option 'yes' is there twice; remove one",
         ),
     ],
 )
-def test_bad_tables(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_tables_that_are_wrong_as_a_whole(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     settings = MAPPING | {"source": write_table(tmp_path, "jsonl")} | change
     assert message in refusal(**settings)
+
+
+def test_bad_rows_of_a_table(tmp_path: Path) -> None:
+    settings = MAPPING | {"source": write_table(tmp_path, "jsonl"), "label_names": {0: "yes"}}
+    (task,), counts, lines = rejected(**settings, options=["yes", "no"])
+    assert (len(task.examples), counts) == (2, {"unnamed_label": 1})
+    assert "rows.jsonl:2: label 1 has no name in label_names; it names [0]" in lines[0]
 
 
 def test_rows_of_one_classification_task_share_their_options(tmp_path: Path) -> None:
@@ -349,6 +511,7 @@ def test_rows_of_one_classification_task_share_their_options(tmp_path: Path) -> 
         tmp_path / "rows.jsonl",
         {"text": "a", "label": "x", "choices": ["x", "y"]},
         {"text": "b", "label": "z", "choices": ["z", "y"]},
+        {"text": "c", "label": "y", "choices": ["y", "x"]},
     )
     settings: dict[str, Any] = {
         "kind": "rows",
@@ -358,12 +521,14 @@ def test_rows_of_one_classification_task_share_their_options(tmp_path: Path) -> 
         "output": "label",
         "options": "choices",
     }
-    line = refusal(**settings, task_kind="classification")
-    assert (
-        line.startswith("task 't' mixes label spaces: ") and "rows.jsonl:2 has ['z', 'y']" in line
-    )
+    (task,), counts, lines = rejected(**settings, task_kind="classification")
+    assert (task.options, len(task.examples), counts) == (("x", "y"), 2, {"other_options": 1})
+    assert "rows.jsonl:2: its options are ['z', 'y'], and the task's are ['x', 'y']" in lines[0]
     task = read_one(**settings, task_kind="multiple_choice")
-    assert [task.options_of(example) for example in task.examples] == [("x", "y"), ("z", "y")]
+    assert [set(task.options_of(example)) for example in task.examples[:2]] == [
+        {"x", "y"},
+        {"z", "y"},
+    ]
     with pytest.raises(ValidationError, match="multiple_choice needs 'options'"):
         source(**(settings | {"task_kind": "multiple_choice", "options": None}))
 
@@ -372,6 +537,6 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", metaicl("t", "a", "b", []))
     chosen = source(kind="metaicl", paths=[path])
     with pytest.raises(ConfigError, match="task 't' comes from 2 sources; rename one"):
-        read_tasks([chosen, chosen], Counter())
+        read_tasks([chosen, chosen], Rejects())
     with pytest.raises(ConfigError, match="no file matches"):
         read(kind="metaicl", paths=[str(tmp_path / "none*")])

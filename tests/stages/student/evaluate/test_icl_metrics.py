@@ -31,6 +31,7 @@ from stages.student.evaluate.icl_metrics import (
     rank_of,
     token_f1,
 )
+from stages.student.evaluate.icl_tasks import STUDENT, TEACHER, choice_numbers, make_choice
 
 NAN = float("nan")
 
@@ -59,6 +60,32 @@ def test_ties_and_nan_never_help() -> None:
     assert predict(np.array([-1.0, NAN, -2.0]), 0) == 1
     assert predict(np.array([NAN, NAN]), 1) == 0
     assert rank_of(np.array([-3.0]), 0) == 1 and predict(np.array([-3.0]), 0) == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_model_of_equal_scores_has_nothing_right_wherever_the_right_one_stands(
+    place: int,
+) -> None:
+    choices = [
+        make_choice(
+            {
+                "sample_id": f"{query}-{draw}",
+                "query_id": str(query),
+                "draw": draw,
+                "candidate_ids_C": np.arange(4 * query, 4 * query + 4),
+                "candidate_lengths_N": np.ones(4, np.int32),
+                "gold": place,
+            },
+            {STUDENT: np.zeros(4), TEACHER: np.zeros(4)},
+        )
+        for query in range(5)
+        for draw in range(3)
+    ]
+    numbers = choice_numbers(choices)
+    for name in ("accuracy", "vote_accuracy", "teacher_accuracy", "teacher_vote_accuracy"):
+        assert numbers[name] == 0
+    assert numbers["candidate_agreement"] == 0
+    assert numbers["random_accuracy"] == 1 / 4
 
 
 def test_precision_at_k() -> None:
