@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from schemas.errors import ConfigError, RejectLimitError, StoreError
+from schemas.errors import RejectLimitError, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.tables.documents import Document
 from stages.sources.documents.prepared import PreparedSource
@@ -232,19 +232,24 @@ def test_done_work_is_not_done_again_and_another_config_never_meets_it(
 
 
 def test_interrupted_reading_goes_on_where_it_stopped(tokenizer: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", sentences(600))
+    path = write_jsonl(tmp_path / "a.jsonl", [3, *sentences(600)])
     work, stage = tmp_path / "work", stage_for(path, tokenizer)
-    good = path.read_bytes()
-    path.write_bytes(good[:-2] + b"]\n")  # same size; the last line breaks the run
-    stamp = path.stat().st_mtime_ns
-    with pytest.raises(ConfigError, match="line 600: not valid JSON"):
-        stage.work.prepare(stage, work, segment_bytes=20_000)
+    said: list[str] = []
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.work.prepare(stage, work, interrupt, segment_bytes=20_000)
     finished = {file: file.stat().st_mtime_ns for file in (work / "documents").iterdir()}
     assert len(finished) > 1
-    path.write_bytes(good)
-    os.utime(path, ns=(stamp, stamp))
-    prepared = stage.work.prepare(stage, work, segment_bytes=20_000)
-    assert prepared.documents_read == 600
+    prepared = stage.work.prepare(stage, work, said.append, segment_bytes=20_000)
+    read = [int(line.split()[0]) for line in said if line.endswith("documents read")]
+    assert read == sorted(set(read))  # no segment was read twice
+    assert prepared.documents_read == 601
+    assert [row["place"] for row in prepared.rejected] == [f"{path}:1"]
     fresh = stage.work.prepare(stage, tmp_path / "fresh", segment_bytes=20_000)
     assert prepared == fresh
     assert as_bytes(all_rows(stage, work, prepared)) == as_bytes(
