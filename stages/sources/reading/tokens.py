@@ -75,6 +75,16 @@ class TextTokenizer:
         texts.update(self._tokenizer.all_special_tokens)
         return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
+    def split_special_tokens(self) -> frozenset[str]:
+        """From now on encode what spells a special token as any other text.
+
+        Returns those that the tokenizer makes of their spelling all the same.
+        """
+        self._backend.encode_special_tokens = True
+        texts = self.special_texts
+        found = zip(texts, self.encode(texts), strict=True)
+        return frozenset(text for text, ids in found if self._backend.token_to_id(text) in ids)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether ``render_chat`` can be called."""
