@@ -40,7 +40,7 @@ def open_dataset(
     parts = [open_table(as_folder(folder), split=split, verify=verify) for folder in folders]
     first = parts[0]
     for part in parts[1:]:
-        if part.manifest.tokenizer != first.manifest.tokenizer:
+        if not part.manifest.has_ids_of(first.manifest.tokenizer, first.manifest.vocabulary):
             raise IdentityMismatch(
                 f"{part.folder} holds ids of tokenizer {part.manifest.tokenizer[:12]}, "
                 f"{first.folder} of {first.manifest.tokenizer[:12]}: make both with one tokenizer"

@@ -21,7 +21,10 @@ from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
 from stages.models.checkpoints.checkpoint import local_copy
-from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import (
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 from stages.models.spec import ModelSpec
 from stages.registry import Step
 from stages.stage import Kind, SourceStage, Stage, TableRef, TableStage
@@ -35,7 +38,7 @@ class Model:
     dtype: str
     engine: Literal["vllm", "transformers"]
     identity: Mapping[str, Any]
-    tokenizer: str
+    vocabulary: str
     adapter: Path | None = None
 
     @property
@@ -64,6 +67,7 @@ class PlannedStep:
     place: Folder
     inputs: "tuple[PlannedStep, ...]" = ()
     models: Mapping[str, Model] = field(default_factory=dict)
+    vocabulary: str = ""  # fingerprint of which ids text has in its rows or for its checkpoint
 
     @property
     def folder(self) -> Path:
@@ -86,13 +90,6 @@ class PlannedStep:
         """Whether a later step may use this one as its model."""
         return self.kind == "checkpoint"
 
-    @property
-    def tokenizer(self) -> str:
-        """The fingerprint of the tokenizer whose ids the step's rows or checkpoint are about."""
-        if isinstance(self.stage, SourceStage):
-            return str(self.identity["config"]["tokenizer"])
-        return next(iter(self.models.values())).tokenizer
-
 
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
     """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference."""
@@ -114,18 +111,21 @@ def _plan_step(
     if tokenizer is not None:
         identity["config"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
         identity["vocab_size"] = vocab_size_of(tokenizer)
+        vocabulary = vocabulary_fingerprint(tokenizer)
     inputs = tuple(
         _table_step(ref, planned, f"{place}.{setting}") for setting, ref in stage.named(stage.READS)
     )
     models = _models(stage, stage.RUNS, recipe, planned, place)
     _check(stage, inputs, models, place)
-    _refuse_other_tokenizer(models, inputs, place)
+    _refuse_other_vocabulary(models, inputs, place)
     models |= _models(stage, stage.ALSO_RUNS, recipe, planned, place)
     identity["inputs"] = [step.fingerprint for step in inputs]
     identity["models"] = [dict(model.identity) for model in models.values()]
     fingerprint = fingerprint_of(identity)
     folder = recipe.execution.root / _group(stage) / fingerprint[:ADDRESS_DIGITS]
-    return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models)
+    if tokenizer is None:
+        vocabulary = next(iter(models.values())).vocabulary
+    return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models, vocabulary)
 
 
 def _models(
@@ -173,15 +173,15 @@ def _tokenizer_folder(reference: str, recipe: Recipe, place: str) -> Path:
     return recipe.models[reference].folder
 
 
-def _refuse_other_tokenizer(
+def _refuse_other_vocabulary(
     models: Mapping[str, Model], inputs: Sequence[PlannedStep], place: str
 ) -> None:
     for name, model in models.items():
         for source in inputs:
-            if source.tokenizer != model.tokenizer:
+            if source.vocabulary != model.vocabulary:
                 raise IdentityMismatch(
-                    f"{place}: step '{source.name}' holds ids of tokenizer "
-                    f"{source.tokenizer[:12]}, model '{name}' has {model.tokenizer[:12]}: make "
+                    f"{place}: step '{source.name}' holds ids of vocabulary "
+                    f"{source.vocabulary[:12]}, model '{name}' has {model.vocabulary[:12]}: make "
                     f"the documents with that model's own tokenizer"
                 )
 
@@ -211,8 +211,8 @@ def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], p
         return _checkpoint_model(ref, planned, f"models.{reference}.step")
     adapter = None if ref.adapter is None else Path(ref.adapter).expanduser()
     identity = model_identity(ref.folder, dtype=ref.dtype, engine=ref.engine, adapter=adapter)
-    tokenizer = str(identity["tokenizer"])
-    return Model(ref.folder, ref.dtype, ref.engine, identity, tokenizer, adapter)
+    vocabulary = vocabulary_fingerprint(ref.folder)
+    return Model(ref.folder, ref.dtype, ref.engine, identity, vocabulary, adapter)
 
 
 def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: str) -> Model:
@@ -220,7 +220,7 @@ def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: 
     if step is None or not step.makes_model:
         raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
     identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
-    return Model(step.place, ref.dtype, ref.engine, identity, step.tokenizer)
+    return Model(step.place, ref.dtype, ref.engine, identity, step.vocabulary)
 
 
 def needs(plan: Sequence[PlannedStep], step: PlannedStep) -> list[PlannedStep]:

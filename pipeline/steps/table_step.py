@@ -189,6 +189,7 @@ def _write_manifest(
         variant=table.variant,
         fingerprint=step.fingerprint,
         tokenizer=tokenizer,
+        vocabulary=step.vocabulary,
         vocab_size=vocab_size,
         identity=step.identity,
         shards=shards,

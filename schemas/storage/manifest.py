@@ -29,7 +29,8 @@ class Manifest:
     """A complete table: what it is, what made it, and its shards in order (kept as columns).
 
     ``identity`` is the whole document whose hash is ``fingerprint``: stage, version, config, model
-    and inputs. ``tokenizer`` is the fingerprint of the tokenizer whose ids the table holds.
+    and inputs. ``tokenizer`` is the fingerprint of the tokenizer whose ids the table holds, and
+    ``vocabulary`` of what decides which ids a piece of text has ("" in tables of before 0.2.0).
     """
 
     table: str
@@ -40,6 +41,7 @@ class Manifest:
     vocab_size: int
     identity: Mapping[str, Any]
     shards: Sequence[ShardRecord]
+    vocabulary: str = ""
     source_rejects: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -53,6 +55,14 @@ class Manifest:
         """The shards, as columns."""
         assert isinstance(self.shards, ShardList)
         return self.shards
+
+    def has_ids_of(self, tokenizer: str, vocabulary: str) -> bool:
+        """Whether the rows' ids are those of a tokenizer, given its two fingerprints.
+
+        Tokenizers of one vocabulary may differ in chat template and special tokens, as those of an
+        instruct model and of its base model do.
+        """
+        return tokenizer == self.tokenizer or (vocabulary == self.vocabulary and vocabulary != "")
 
     @property
     def num_rows(self) -> int:
@@ -131,6 +141,7 @@ def manifest_if_there(folder: Folder) -> Manifest | None:
                 f"{path} has format {found}, this version reads format {FORMAT}: delete it and "
                 f"run the recipe again (finished shards are kept), or use the other version"
             )
+        body.setdefault("vocabulary", "")
         shards = ShardList.in_folder(folder, ShardTotals(**body["totals"]))
         return Manifest(shards=shards, **{name: body[name] for name in _OWN_FIELDS})
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -56,7 +56,7 @@ def top_k_row(of: Document) -> TopKLogits:
     )
 
 
-def write_documents(folder: Path, *, tokenizer: str = "t") -> Manifest:
+def write_documents(folder: Path, *, tokenizer: str = "t", vocabulary: str = "") -> Manifest:
     records = []
     for index in range(NUM_SHARDS):
         rows = [document(index * ROWS + row) for row in range(ROWS)]
@@ -79,6 +79,7 @@ def write_documents(folder: Path, *, tokenizer: str = "t") -> Manifest:
         variant="",
         fingerprint="f" * 64,
         tokenizer=tokenizer,
+        vocabulary=vocabulary,
         vocab_size=VOCAB_SIZE,
         identity={},
         shards=tuple(records),
@@ -87,7 +88,9 @@ def write_documents(folder: Path, *, tokenizer: str = "t") -> Manifest:
     return manifest
 
 
-def write_signals(folder: Path, documents: list[Document], *, tokenizer: str = "t") -> None:
+def write_signals(
+    folder: Path, documents: list[Document], *, tokenizer: str = "t", vocabulary: str = ""
+) -> None:
     bound = TOP_K.bind(vocab_size=VOCAB_SIZE, sizes={"K": 2})
     name = shard_name(0, 1)
     file = write_shard(folder / f"{name}.arrow", bound, map(top_k_row, documents))
@@ -106,6 +109,7 @@ def write_signals(folder: Path, documents: list[Document], *, tokenizer: str = "
         variant="top_k",
         fingerprint="e" * 64,
         tokenizer=tokenizer,
+        vocabulary=vocabulary,
         vocab_size=VOCAB_SIZE,
         identity={},
         shards=(record,),
@@ -262,6 +266,25 @@ def test_tables_of_two_tokenizers_are_refused(documents: Path, tmp_path: Path) -
     write_signals(tmp_path / "signals", [document(0)], tokenizer="other")
     with pytest.raises(IdentityMismatch, match=r"ids of tokenizer other.*of t"):
         open_dataset([documents, tmp_path / "signals"])
+    write_documents(tmp_path / "documents", vocabulary="v")
+    with pytest.raises(IdentityMismatch, match=r"ids of tokenizer other.*of t"):
+        open_dataset([tmp_path / "documents", tmp_path / "signals"])
+
+
+def test_tables_of_two_tokenizers_with_one_vocabulary_are_one_data_set(tmp_path: Path) -> None:
+    written = write_documents(tmp_path / "documents", vocabulary="v")
+    first = next(iter(open_dataset([tmp_path / "documents"])))["sample_id"]
+    assert written.vocabulary == "v"
+    write_signals(tmp_path / "signals", [document(0)], tokenizer="other", vocabulary="v")
+    assert open_dataset([tmp_path / "documents", tmp_path / "signals"])[0]["sample_id"] == first
+
+
+def test_a_manifest_of_before_vocabularies_is_read(documents: Path) -> None:
+    body = json.loads((documents / "manifest.json").read_text())
+    assert body.pop("vocabulary") == ""
+    (documents / "manifest.json").write_text(json.dumps(body))
+    assert read_manifest(documents).has_ids_of("t", "v")
+    assert not read_manifest(documents).has_ids_of("other", "")
 
 
 def test_rows_are_joined_by_key_whatever_the_order_and_missing_ones_counted(

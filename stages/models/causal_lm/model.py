@@ -14,9 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError, IdentityMismatch
+from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
-from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import (
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 
 _MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
@@ -37,19 +41,35 @@ def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
 
 def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None:
     """Raise IdentityMismatch unless the data's token ids are this student's."""
-    manifest = dataset.manifests[0]
-    found = tokenizer_fingerprint(folder)
-    if found != manifest.tokenizer:
-        raise IdentityMismatch(
-            f"student {folder} has tokenizer {found[:12]}, {dataset.folders[0]} was made with "
-            f"{manifest.tokenizer[:12]}: start from a student with the teacher's tokenizer"
-        )
+    require_vocabulary(
+        "student", folder, dataset, "start from a student with the teacher's tokenizer"
+    )
     largest = max(manifest.vocab_size for manifest in dataset.manifests)
     if vocab_size < largest:
         raise IdentityMismatch(
             f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {largest}: "
             f"use a student with at least as many embedding rows"
         )
+
+
+def require_vocabulary(role: str, folder: Path, dataset: CachedDataset, advice: str) -> None:
+    """Raise IdentityMismatch unless a model's tokenizer has the data's ids; names both.
+
+    A table of before 0.2.0 names its tokenizer alone, chat template and special tokens with it.
+    """
+    found, vocabulary = tokenizer_fingerprint(folder), vocabulary_fingerprint(folder)
+    if any(manifest.has_ids_of(found, vocabulary) for manifest in dataset.manifests):
+        return
+    manifest, place = dataset.manifests[0], dataset.folders[0]
+    if not manifest.vocabulary:
+        advice += (
+            f"; where they differ in chat template and special tokens alone, delete {MANIFEST} "
+            f"there and run the recipe again: what is finished is kept"
+        )
+    raise IdentityMismatch(
+        f"{role} {folder} has tokenizer {found[:12]}, {place} was made with "
+        f"{manifest.tokenizer[:12]}: {advice}"
+    )
 
 
 def student_vocab_size(model: PreTrainedModel) -> int:

@@ -97,6 +97,10 @@ def _own(folder: Path, tokenizer: Any, reference: Any) -> Any:
     return own
 
 
+def _text(backend: Any, ids: list[int]) -> str:
+    return str(backend.decode(ids, skip_special_tokens=False))
+
+
 def _difference(tokenizer: Any, reference: Any, folder: Path) -> str | None:
     """Return the first probe of which the two make something else, None where there is none."""
     if not tokenizer.is_fast:
@@ -109,7 +113,7 @@ def _difference(tokenizer: Any, reference: Any, folder: Path) -> str | None:
         except Exception:  # noqa: BLE001  tokenizers raises nothing more exact
             return text
         expected = reference.encode(text, add_special_tokens=False).ids
-        if found != expected or backend.decode(found) != reference.decode(expected):
+        if found != expected or _text(backend, found) != _text(reference, expected):
             return text
     whole = backend.encode(_PROBES[0], add_special_tokens=True)
     first = whole.tokens[: [*whole.special_tokens_mask, 0].index(0)]

@@ -1,8 +1,10 @@
-"""What a tokenizer is: a hash of all that decides how text becomes ids, and of nothing else.
+"""What a tokenizer is: a hash of all that decides how text becomes ids, and one of what ids mean.
 
 Two folders share a fingerprint when vocabulary, merges, added and special tokens, normaliser,
-pre-tokeniser, post-processor and chat template are the same, however the files spell it. Equal
-vocabulary sizes say nothing: a student fed another tokenizer's ids trains on noise without error.
+pre-tokeniser, post-processor and chat template are the same, however the files spell it. They share
+a vocabulary fingerprint when a piece of text has the same ids: an instruct model and its base model
+do, whatever they put around it. Equal vocabulary sizes say nothing: a student fed another
+tokenizer's ids trains on noise without error.
 
 Files are read as JSON, so this needs neither transformers nor tokenizers, and an upgrade of
 either moves no fingerprint.
@@ -57,6 +59,29 @@ def tokenizer_fingerprint(folder: Path) -> str:
     }
     if _lost_its_spaces(settings, body["vocabulary"]):
         body["ids"] = TOKENIZER_JSON
+    return _hash_of(body)
+
+
+def vocabulary_fingerprint(folder: Path) -> str:
+    """Return the sha256 of what decides which ids a piece of text has; raises as above.
+
+    That is vocabulary, merges, normaliser, pre-tokeniser and added tokens. What stands around it
+    (a BOS, an EOS, a chat template) is in the rows of a table already.
+    """
+    vocabulary = _vocabulary(folder)
+    if (folder / TOKENIZER_JSON).is_file():
+        body = {key: vocabulary.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+        body["added_tokens"] = [
+            {key: value for key, value in token.items() if key != "special"}
+            for token in sorted(vocabulary.get("added_tokens", ()), key=lambda token: token["id"])
+        ]
+    else:
+        added = _settings(folder).get("added_tokens_decoder", {})
+        body = vocabulary | {"added_tokens": {key: _token(added[key]) for key in added}}
+    return _hash_of(body)
+
+
+def _hash_of(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -25,8 +25,9 @@ class PreparedSource(PreparedShards):
     """All shards to be, with what became of every document that was read.
 
     In ``rejects``, ``duplicate_sequence`` and ``packing_remainder`` count rows, all
-    others documents. ``truncated`` documents were cut to the row length and kept.
-    ``rows_by_range`` counts, for each split, the rows of each file of rows.
+    others documents; those of ``control_tokens_kept`` and ``control_tokens_split`` were kept, as
+    ``truncated`` ones were, which were cut to the row length. ``rows_by_range`` counts, for each
+    split, the rows of each file of rows.
     """
 
     documents_read: int

@@ -19,6 +19,7 @@ from stages.sources.documents.sequences import SCHEMA
 from stages.sources.documents.spool import KEY, Spool, key_columns
 from stages.sources.documents.stage import IngestStage
 from stages.sources.documents.tally import Tally
+from stages.sources.reading.control_tokens import REJECTED, ControlTokenRule
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 from stages.stage import OnProgress
 
@@ -65,6 +66,7 @@ class _Cutter:
         self.stage = stage
         self.tokenizer = tokenizer
         self.tally = Tally.from_json(state["tally"]) if state else tally
+        self.rule = ControlTokenRule(tokenizer, stage.control_tokens)
         self.prefix_ids = tokenizer.first_ids(stage.bos)
         carry = state["carry"] if state else {split: [] for split in SPLITS}
         self.carry = {split: np.array(carry[split], np.uint32) for split in SPLITS}
@@ -97,7 +99,8 @@ class _Cutter:
                 yield split, batch.filter(pl.col("heldout") == heldout)["text"].to_list()
 
     def _rows_of(self, texts: list[str], split: str) -> list[IdArray]:
-        documents = [ids_T for ids_T in self.tokenizer.encode(texts) if self._is_usable(ids_T)]
+        usable = [text for text in texts if self._may_be_used(text)]
+        documents = [ids_T for ids_T in self.tokenizer.encode(usable) if self._is_usable(ids_T)]
         room = self.stage.length - len(self.prefix_ids)
         if self.stage.mode == "truncate":
             pieces, num_cut = truncate(documents, length=room)
@@ -109,6 +112,12 @@ class _Cutter:
             )
             pieces = list(pieces_BL)
         return [np.concatenate([self.prefix_ids, piece_T]) for piece_T in pieces]
+
+    def _may_be_used(self, text: str) -> bool:
+        outcome = self.rule.outcome([text])
+        if outcome is not None:
+            self.tally.reject(outcome)
+        return outcome != REJECTED
 
     def _is_usable(self, ids_T: IdArray) -> bool:
         fewest = 1 if self.stage.mode == "pack" or len(self.prefix_ids) else 2

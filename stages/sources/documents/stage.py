@@ -25,7 +25,9 @@ class IngestStage(SourceStage):
     ``tokenizer`` is a model folder. ``min_chars`` and ``max_chars`` bound a document's normalised
     text; ``max_chars`` also bounds memory, as a document is tokenised whole. ``bos`` says what rows
     begin with: what the ``tokenizer`` itself puts first, ``always`` its BOS token, or ``never``
-    either. ``max_rows`` keeps a sample of that many rows, train and held-out in proportion.
+    either. ``control_tokens`` is about text that spells a special token: ``keep`` it as that token,
+    ``split`` it into ordinary ones, or ``reject`` the document. ``max_rows`` keeps a sample of that
+    many rows, train and held-out in proportion.
     """
 
     VERSION: ClassVar[int] = 1
@@ -36,6 +38,7 @@ class IngestStage(SourceStage):
     mode: Literal["pack", "truncate"]
     bos: Literal["tokenizer", "always", "never"] = "tokenizer"
     heldout_fraction: float = Field(ge=0.0, lt=1.0)
+    control_tokens: Literal["keep", "split", "reject"] = "keep"
     min_chars: int = Field(default=1, ge=1)
     max_chars: int = Field(default=10_000_000, ge=1)
     rows_per_shard: int = Field(default=1024, ge=1)
@@ -47,8 +50,10 @@ class IngestStage(SourceStage):
         return DOCUMENTS
 
     def hashed(self) -> dict[str, Any]:
-        """Return what names the step by content: ``bos`` where it puts something first, alone."""
+        """Return what names the step by content: ``bos`` and ``control_tokens`` where they tell."""
         body = super().hashed()
+        if self.control_tokens == "keep":
+            del body["config"]["control_tokens"]
         folder = Path(self.tokenizer).expanduser()
         if self.bos == "never" or (self.bos == "tokenizer" and first_tokens(folder) == []):
             del body["config"]["bos"]

@@ -43,7 +43,8 @@ class EpisodesStage(SourceStage):
     episodes (and, in ``multitask``, as training data). ``queries_per_task`` bounds the held-out
     queries of a task, ``max_examples_per_task`` all its examples. ``distinct_labels`` draws only
     demonstrations whose label is not the query's. ``max_length`` is in tokens; ``draws`` counts
-    draws per query.
+    draws per query. ``control_tokens`` is about examples that spell a special token: ``keep`` it as
+    that token, ``split`` it into ordinary ones, or ``reject`` the example.
     """
 
     VERSION: ClassVar[int] = 2
@@ -59,6 +60,7 @@ class EpisodesStage(SourceStage):
     queries_per_task: int | None = Field(default=None, ge=1)
     max_examples_per_task: int | None = Field(default=None, ge=2)
     distinct_labels: bool = False
+    control_tokens: Literal["keep", "split", "reject"] = "keep"
     template: TemplateName | EpisodeTemplate = "metaicl"
     max_length: int = Field(ge=2)
     seed: int = 0
@@ -97,6 +99,13 @@ class EpisodesStage(SourceStage):
     def table(self) -> Table[Any]:
         """The table this stage writes."""
         return EPISODES
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content: ``control_tokens`` where they are not kept."""
+        body = super().hashed()
+        if self.control_tokens == "keep":
+            del body["config"]["control_tokens"]
+        return body
 
     def source_identity(self) -> dict[str, Any]:
         """Return each source's settings with name, size and sha256 of its files."""

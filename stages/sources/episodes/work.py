@@ -8,7 +8,9 @@ there is nothing to do.
 Cost: 5,526 episodes of 8 demonstrations (1.6 M tokens) took 5 CPU seconds (one core, 2026-11).
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from schemas.errors import ConfigError
@@ -21,9 +23,11 @@ from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.episodes.templates import template_of
 from stages.sources.prepared import PreparedShards, cut_shards
 from stages.sources.prepared_rows import PreparedRows, prepare_rows
+from stages.sources.reading.control_tokens import REJECTED, ControlTokenRule
 from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.tasks.readers import read_tasks
+from stages.sources.tasks.task import Task
 from stages.stage import OnProgress
 
 
@@ -50,6 +54,7 @@ def _make(
     builder = EpisodeBuilder(tokenizer, template, stage.max_length, counts)
     tasks = read_tasks(stage.sources, read)
     read.require_within(stage.max_rejected_fraction)
+    tasks = _without_rejected(tasks, _rule_of(stage, tokenizer), counts)
     on_progress(f"{len(tasks)} tasks, {sum(len(task.examples) for task in tasks):,} examples")
     splits = split_tasks(stage, tasks, counts)
     episodes = builder.build_all(draw_episodes(stage, splits, counts))
@@ -65,3 +70,30 @@ def _make(
     shards = cut_shards({split: len(by_split[split]) for split in SPLITS}, stage.rows_per_shard)
     rejects = {why: count for why, count in sorted(counts.items()) if count}
     return rows, PreparedShards(shards=shards, rejects=rejects, rejected=tuple(read.listed))
+
+
+def _rule_of(stage: EpisodesStage, tokenizer: TextTokenizer) -> ControlTokenRule:
+    """Return what is done with special tokens; a template's own ones cannot be split."""
+    rule = ControlTokenRule(tokenizer, stage.control_tokens)
+    template = template_of(stage.template)
+    if stage.control_tokens == "split" and rule.outcome(
+        (template.demonstration, template.separator)
+    ):
+        raise ConfigError(
+            "control_tokens: split would split those of the template too: take them out of it, or "
+            "use control_tokens: reject"
+        )
+    return rule
+
+
+def _without_rejected(
+    tasks: Sequence[Task], rule: ControlTokenRule, counts: Counter[str]
+) -> list[Task]:
+    """Return the tasks with the examples that may be used; all that spell such tokens count."""
+    found = []
+    for task in tasks:
+        outcomes = [rule.outcome((*e.inputs, e.output, *task.options_of(e))) for e in task.examples]
+        counts.update(outcome for outcome in outcomes if outcome)
+        kept = [e for e, why in zip(task.examples, outcomes, strict=True) if why != REJECTED]
+        found.append(replace(task, examples=tuple(kept)))
+    return found

@@ -72,6 +72,16 @@ class TextTokenizer:
         """Return the tokenizer's chat template, to be written with ``settings``."""
         return ChatTemplate(self._tokenizer, settings)
 
+    def split_special_tokens(self) -> frozenset[str]:
+        """From now on encode what spells a special token as any other text.
+
+        Returns those that the tokenizer makes of their spelling all the same.
+        """
+        self._backend.encode_special_tokens = True
+        texts = self.special_texts
+        found = zip(texts, self.encode(texts), strict=True)
+        return frozenset(text for text, ids in found if self._backend.token_to_id(text) in ids)
+
     @property
     def prefix_ids(self) -> IdArray:
         """The special tokens that the tokenizer itself puts before a text: a BOS, or none."""

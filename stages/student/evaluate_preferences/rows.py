@@ -21,7 +21,7 @@ from schemas.storage.manifest import read_manifest
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from stages.models.causal_lm.language_head import max_positions, read_config
-from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.causal_lm.model import require_vocabulary
 from stages.student.evaluate_preferences.stage import judge_tables_problem
 
 Array = npt.NDArray[Any]
@@ -154,12 +154,8 @@ def _expect_table(dataset: CachedDataset, place: int, table: str) -> None:
 
 def _check_model(folder: Path, pairs: CachedDataset) -> None:
     manifest = pairs.manifests[0]
-    tokenizer = tokenizer_fingerprint(folder)
-    if tokenizer != manifest.tokenizer:
-        raise IdentityMismatch(
-            f"model {folder} has tokenizer {tokenizer[:12]}, {pairs.folders[0]} was made with "
-            f"{manifest.tokenizer[:12]}: all models that are compared share the pairs' tokenizer"
-        )
+    advice = "all models that are compared share the pairs' tokenizer"
+    require_vocabulary("model", folder, pairs, advice)
     num_logits = int(read_config(folder).get_text_config().vocab_size)
     if num_logits < manifest.vocab_size:
         raise IdentityMismatch(

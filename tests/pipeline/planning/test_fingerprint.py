@@ -287,6 +287,20 @@ def test_sizes_come_from_the_text_part_of_a_nested_config(tmp_path: Path) -> Non
     assert (vocab_size_of(tmp_path), hidden_size_of(tmp_path)) == (50_257, 768)
 
 
+def test_an_instruct_teacher_and_a_base_student_share_their_vocabulary(
+    case: Case, tmp_path: Path
+) -> None:
+    """Chat template and end of text differ, ids do not."""
+    other = shutil.copytree(case.model, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    edit_json(other / "tokenizer_config.json", lambda b: b.update(eos_token="a"))
+    edit_recipe(case.recipe, "models", "other", value={"path": str(other)})
+    steps = {step.name: step for step in case.recipe.plan("steps.signals.model=other")}
+    assert steps["signals"].identity != case.recipe.step("signals").identity
+    student = {step.name: step for step in case.recipe.plan("steps.student.model=other")}
+    assert student["trained"].inputs[0].fingerprint == steps["documents"].fingerprint
+
+
 def test_a_teacher_with_another_tokenizer_is_refused_before_anything_runs(
     case: Case, tmp_path: Path
 ) -> None:
@@ -294,7 +308,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_anything_runs(
     edit_json(other / "tokenizer.json", swap_two_merges)
     edit_recipe(case.recipe, "models", "other", value={"path": str(other)})
     line = str(error_of(case.recipe, "steps.signals.model=other"))
-    assert line.startswith("steps.signals: step 'documents' holds ids of tokenizer ")
+    assert line.startswith("steps.signals: step 'documents' holds ids of vocabulary ")
     assert "model 'other' has" in line and "make the documents with" in line
     line = str(error_of(case.recipe, "steps.student.model=other"))
-    assert line.startswith("steps.trained: step 'documents' holds ids of tokenizer ")
+    assert line.startswith("steps.trained: step 'documents' holds ids of vocabulary ")

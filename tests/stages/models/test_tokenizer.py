@@ -53,6 +53,17 @@ def test_no_space_is_lost_in_a_folder_of_the_deepseek_kind(tmp_path: Path) -> No
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_an_end_of_text_that_its_file_does_not_call_special_is_no_difference(
+    tmp_path: Path,
+) -> None:
+    folder = save_kind(tmp_path, "byte_level", "LlamaTokenizerFast")
+    body = json.loads((folder / "tokenizer.json").read_text())
+    for token in body["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    assert open_tokenizer(folder).encode(f"hello{EOS}")[-1] == body["model"]["vocab"][EOS]
+
+
 def test_special_tokens_that_the_class_alone_names_are_kept(tmp_path: Path) -> None:
     folder = save_kind(tmp_path, "digit_by_digit", "GPT2Tokenizer")
     body = (folder / "tokenizer.json").read_text().replace(EOS, "<|endoftext|>")

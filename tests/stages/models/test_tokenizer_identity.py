@@ -9,7 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from schemas.errors import ConfigError
-from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import (
+    copy_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 from tests.fixtures.cached_data import save_model
 
 
@@ -68,6 +72,46 @@ def test_any_real_difference_shows(
     """Two ids swapped keep the vocabulary's size and still make another tokenizer."""
     before = tokenizer_fingerprint(folder)
     assert edited(folder, name, edit) != before
+
+
+AROUND: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
+    ("tokenizer_config.json", lambda b: b.update(chat_template="{{ messages }}")),
+    ("tokenizer_config.json", lambda b: b.update(eos_token="w1", bos_token="w2")),
+    ("tokenizer.json", lambda b: b.update(post_processor={"type": "BertProcessing"})),
+    ("tokenizer.json", lambda b: b.update(padding={"strategy": "BatchLongest"})),
+    ("tokenizer.json", lambda b: b["added_tokens"][0].update(special=False)),
+]
+OF_TEXT: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
+    ("tokenizer.json", lambda b: b["model"]["vocab"].update(w1=2, w2=1)),
+    ("tokenizer.json", lambda b: b["model"].update(merges=["a b"])),
+    ("tokenizer.json", lambda b: b.update(normalizer={"type": "Lowercase"})),
+    ("tokenizer.json", lambda b: b.update(pre_tokenizer=None)),
+    ("tokenizer.json", lambda b: b["added_tokens"][0].update(content="<other>")),
+    ("tokenizer.json", lambda b: b["added_tokens"][0].update(lstrip=True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("is_of_text", "change"),
+    [*((False, change) for change in AROUND), *((True, change) for change in OF_TEXT)],
+)
+def test_a_vocabulary_is_what_decides_the_ids_of_a_text(
+    folder: Path, is_of_text: bool, change: tuple[str, Callable[[dict[str, Any]], None]]
+) -> None:
+    before = vocabulary_fingerprint(folder)
+    edited(folder, *change)
+    assert (vocabulary_fingerprint(folder) != before) == is_of_text
+
+
+def test_a_vocabulary_without_tokenizer_json_is_its_files_and_added_tokens(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"added_tokens_decoder": {"1": {"content": "<x>"}}}))
+    before = vocabulary_fingerprint(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ x }}"}))
+    assert vocabulary_fingerprint(tmp_path) == before
+    config.write_text("{}")
+    assert vocabulary_fingerprint(tmp_path) != before
 
 
 def test_the_chat_template_counts_wherever_it_lies(folder: Path) -> None:

@@ -57,6 +57,20 @@ def test_a_student_of_another_tokenizer_is_refused(own_data: CachedData, tmp_pat
         evaluate(own_data.student, own_data.tables("threshold"))
 
 
+def test_a_base_student_trains_on_what_an_instruct_teacher_said(
+    own_data: CachedData, tmp_path: Path
+) -> None:
+    """Chat template and end of text differ; tables of before name the whole tokenizer alone."""
+    (own_data.teacher / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    path = own_data.student / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "w1"}))
+    run(own_data, tmp_path / "out")
+    for folder in own_data.tables("threshold"):
+        write_manifest(folder, replace(read_manifest(folder), vocabulary=""))
+    with pytest.raises(IdentityMismatch, match=r"delete manifest\.json there and run the recipe"):
+        run(own_data, tmp_path / "other")
+
+
 def test_a_student_with_too_few_rows_is_refused(own_data: CachedData, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(own_data.student)
     model.resize_token_embeddings(VOCAB_SIZE - 7)
@@ -89,7 +103,7 @@ def test_another_table_version_is_refused(own_data: CachedData, tmp_path: Path) 
 
 def test_signals_of_another_tokenizer_are_refused(own_data: CachedData, tmp_path: Path) -> None:
     folder = own_data.root / "threshold"
-    write_manifest(folder, replace(read_manifest(folder), tokenizer="0" * 64))
+    write_manifest(folder, replace(read_manifest(folder), tokenizer="0" * 64, vocabulary=""))
     with pytest.raises(IdentityMismatch, match="make both with one tokenizer"):
         run(own_data, tmp_path / "out")
 
