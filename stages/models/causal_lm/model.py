@@ -16,7 +16,7 @@ from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError, IdentityMismatch
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
-from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.tokenizer_identity import num_token_ids, tokenizer_fingerprint
 
 _MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
@@ -36,7 +36,11 @@ def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
 
 
 def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None:
-    """Raise IdentityMismatch unless the data's token ids are this student's."""
+    """Raise IdentityMismatch unless the data's token ids are this student's.
+
+    Ids decide and not the number of rows: it needs a row for every id that a token uses, and none
+    for the padding of another model's matrix.
+    """
     manifest = dataset.manifests[0]
     found = tokenizer_fingerprint(folder)
     if found != manifest.tokenizer:
@@ -44,12 +48,17 @@ def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None
             f"student {folder} has tokenizer {found[:12]}, {dataset.folders[0]} was made with "
             f"{manifest.tokenizer[:12]}: start from a student with the teacher's tokenizer"
         )
-    largest = max(manifest.vocab_size for manifest in dataset.manifests)
-    if vocab_size < largest:
+    if vocab_size < (needed := rows_needed(folder, dataset)):
         raise IdentityMismatch(
-            f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {largest}: "
+            f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {needed}: "
             f"use a student with at least as many embedding rows"
         )
+
+
+def rows_needed(folder: Path, dataset: CachedDataset) -> int:
+    """Return how many rows a model of the data's tokenizer, in ``folder``, has to have."""
+    largest = max(manifest.vocab_size for manifest in dataset.manifests)
+    return min(largest, num_token_ids(folder) or largest)
 
 
 def student_vocab_size(model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ class EvaluateStage(FolderStage):
     """
 
     KIND: ClassVar[Kind] = "report"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "data")
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students",)
