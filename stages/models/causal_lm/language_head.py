@@ -11,7 +11,8 @@ the models: products of half-precision inputs are kept in float32, while transfo
 to bfloat16 first, which moves a logit of 20 by up to 0.06.
 
 Rows of the matrix at or beyond ``config.vocab_size`` are padding of the weight file, no part of
-the model's softmax, and are cut off; rows below it that no token uses are part of it and stay.
+the model's softmax, and are cut off; rows below it that no token uses are part of it and stay. A
+loss leaves those out of a teacher's distribution (``num_token_ids`` says where they begin).
 
 Dimensions: P = positions, V = vocabulary, D = hidden width.
 Cost: 2 P D V multiply-adds and a float32 [P, V] block, which ``positions_per_chunk`` bounds.
@@ -75,6 +76,7 @@ class LanguageHead:
     """Final hidden states to float32 logits. On the CPU the matrix is held in float32.
 
     ``dtype`` is the model's: hidden states are rounded to it, as the model itself rounds them.
+    Ids from ``num_token_ids`` on are no token's; None where that is not known.
     """
 
     weight_VD: Tensor
@@ -82,6 +84,7 @@ class LanguageHead:
     scale: float
     softcap: float | None
     dtype: torch.dtype
+    num_token_ids: int | None = None
 
     @classmethod
     def from_model_folder(

@@ -18,6 +18,7 @@ from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
 from stages.models.checkpoints.tokenizer_identity import (
+    num_token_ids,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
 )
@@ -40,14 +41,17 @@ def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
 
 
 def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None:
-    """Raise IdentityMismatch unless the data's token ids are this student's."""
+    """Raise IdentityMismatch unless the data's token ids are this student's.
+
+    Ids decide and not the number of rows: it needs a row for every id that a token uses, and none
+    for the padding of another model's matrix.
+    """
     require_vocabulary(
         "student", folder, dataset, "start from a student with the teacher's tokenizer"
     )
-    largest = max(manifest.vocab_size for manifest in dataset.manifests)
-    if vocab_size < largest:
+    if vocab_size < (needed := rows_needed(folder, dataset)):
         raise IdentityMismatch(
-            f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {largest}: "
+            f"student {folder} has a vocabulary of {vocab_size}, the data's ids need {needed}: "
             f"use a student with at least as many embedding rows"
         )
 
@@ -70,6 +74,12 @@ def require_vocabulary(role: str, folder: Path, dataset: CachedDataset, advice: 
         f"{role} {folder} has tokenizer {found[:12]}, {place} was made with "
         f"{manifest.tokenizer[:12]}: {advice}"
     )
+
+
+def rows_needed(folder: Path, dataset: CachedDataset) -> int:
+    """Return how many rows a model of the data's tokenizer, in ``folder``, has to have."""
+    largest = max(manifest.vocab_size for manifest in dataset.manifests)
+    return min(largest, num_token_ids(folder) or largest)
 
 
 def student_vocab_size(model: PreTrainedModel) -> int:

@@ -70,11 +70,13 @@ def mean_kl(
     sequences: Sequence[tuple[Array, Array]],
     *,
     batch_size: int,
+    num_ids: int | None = None,
 ) -> float:
     """Return the mean over all positions of the responses of KL(model || other), nats.
 
     ``sequences`` are prompts with one response each, at least one position in all. The sum is over
-    the whole vocabulary, which both models must share.
+    the whole vocabulary, which both models must share; with ``num_ids`` over the ids before it, of
+    both distributions without the others.
     """
     total, num_positions = 0.0, 0
     lengths = [len(prompt_T) + len(response_T) for prompt_T, response_T in sequences]
@@ -83,7 +85,7 @@ def mean_kl(
         hidden_PD, other_PD = (
             _hidden(one, input_ids_BT, places_P).to(model.device) for one in (model, other)
         )
-        objective = _KlToOther(other_PD, student_head(other))
+        objective = _KlToOther(other_PD, student_head(other), num_ids)
         found = chunked_loss(hidden_PD, student_head(model), objective, dtype=torch.float32)
         total += float(found.sums["kl"])
         num_positions += len(places_P)
@@ -98,6 +100,7 @@ class _KlToOther:
 
     other_ND: Tensor
     head: StudentHead
+    num_ids: int | None
 
     @property
     def extra_blocks(self) -> int:
@@ -107,7 +110,9 @@ class _KlToOther:
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
         """Return the sum over the positions; see ``chunked_loss.PositionLoss``."""
         assert not with_grad, "an evaluation has no gradient"
-        other_CV = self.head.logits(self.other_ND[rows]).log_softmax(dim=1)
+        other_CV = self.head.logits(self.other_ND[rows])[:, : self.num_ids].log_softmax(dim=1)
+        if self.num_ids is not None:
+            logprobs_CV = logprobs_CV[:, : self.num_ids].log_softmax(dim=1)
         other_CV = torch.sub(logprobs_CV, other_CV, out=other_CV)
         kl_C: Tensor = torch.linalg.vecdot(logprobs_CV.exp_(), other_CV)
         return kl_C.sum()[None]

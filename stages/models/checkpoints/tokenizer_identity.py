@@ -120,6 +120,23 @@ def _put_first(processor: dict[str, Any]) -> list[str]:
     return [processor["cls"][0]] if "cls" in processor else []
 
 
+def num_token_ids(folder: Path) -> int | None:
+    """Return how many ids the tokenizer's tokens take: the largest one and one more.
+
+    A model's rows from there on are padding, whatever their number: models of one tokenizer may
+    differ in it. None where there is no tokenizer.json to tell.
+    """
+    path = folder / TOKENIZER_JSON
+    if not path.is_file():
+        return None
+    body = _read_json(path)
+    vocabulary = body.get("model", {}).get("vocab", {})
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+    ids += [token["id"] for token in body.get("added_tokens") or ()]
+    ids += map(int, _settings(folder).get("added_tokens_decoder") or ())
+    return max(ids) + 1 if ids else None
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files byte for byte, so that the copy has the same fingerprint."""
     names = (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)

@@ -5,8 +5,11 @@ into logits in the same blocks of positions, so that no [P, V] block larger than
 exists, and advantages are differences of float32 log-probs. Entry j of a response belongs to the
 state at ``len(prompt) - 1 + j`` of either model. Responses to one prompt lie end to end in a row.
 
-The two vocabularies have to be equal, padding rows of the weight files aside: a token that one
-model alone has would have no advantage, and its mass no place.
+Both models have to have every token: one that a model alone has would have no advantage, and its
+mass no place. Where their numbers of logits differ by rows that no token uses, such rows are left
+out of both: with n the ids of tokens, log-probs are of ``p(a) / sum_{b < n} p(b)``, here and in the
+sums of a row. Where the numbers are equal, log-probs are the models' own. A response with such an
+id is rejected.
 
 Dimensions: P = response positions of a row, N = responses, V = vocabulary, K = kept entries,
 S = likeliest tokens known of the student, D = hidden width.
@@ -29,6 +32,7 @@ from schemas.errors import ConfigError
 from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
 from schemas.tables.responses import RESPONSES, Responses
 from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.models.engines.engine import Engine
 from stages.models.engines.engine_pair import EnginePair, ModelPair, head_of, open_engine_pair
 from stages.models.spec import EngineOptions
@@ -71,32 +75,50 @@ _HIDDEN = ("teacher_hidden_PD", "reference_hidden_PR")
 def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
     """Open both models; the work scores one shard of responses."""
     models = context.models[stage.model], context.models[stage.reference]
-    _refuse_unlike_vocabularies(stage, models)
+    known_ids = _shared_ids(stage, models)
     if isinstance(stage.support, ExactSupport):
         for model, folder in zip(models, HEAD_FOLDERS, strict=True):
             head_of(model, device="cpu").save(context.folder / folder)
     with open_engine_pair(models, options=context.engine) as pair:
 
         def work(shard: pa.Table) -> Iterable[AnyAdvantages | Rejected]:
-            return score_shard(stage, pair, shard, context.engine)
+            return score_shard(stage, pair, shard, context.engine, known_ids)
 
         yield work
 
 
-def _refuse_unlike_vocabularies(stage: AdvantagesStage, models: ModelPair) -> None:
+def _shared_ids(stage: AdvantagesStage, models: ModelPair) -> int | None:
+    """Return how many ids count where the models' numbers of logits differ; None where all do.
+
+    Raises ConfigError where a model lacks one that a token uses.
+    """
     sizes = [int(read_config(model.local_base).get_text_config().vocab_size) for model in models]
-    if sizes[0] != sizes[1]:
+    if sizes[0] == sizes[1]:
+        return None
+    used = num_token_ids(models[0].local_base) or max(sizes)
+    if min(sizes) < used:
         raise ConfigError(
             f"model '{stage.model}' has {sizes[0]} logits and reference '{stage.reference}' "
-            f"{sizes[1]}: an advantage needs both, use the checkpoint that '{stage.model}' was "
-            f"aligned from"
+            f"{sizes[1]}, the tokenizer uses {used} ids: an advantage needs both, use the "
+            f"checkpoint that '{stage.model}' was aligned from"
         )
+    k = getattr(stage.support, "k", 0)
+    if k > used:
+        raise ConfigError(f"support.k is {k}, the tokenizer has {used} tokens: lower k")
+    return used
 
 
 def score_shard(
-    stage: AdvantagesStage, pair: EnginePair, shard: pa.Table, options: EngineOptions
+    stage: AdvantagesStage,
+    pair: EnginePair,
+    shard: pa.Table,
+    options: EngineOptions,
+    num_ids: int | None = None,
 ) -> Iterator[AnyAdvantages | Rejected]:
-    """Yield one row, or one rejection, for each row of ``shard``, in order."""
+    """Yield one row, or one rejection, for each row of ``shard``, in order.
+
+    With ``num_ids`` only the logits before it count, of both models.
+    """
     rows = [row for batch in shard.to_batches() for row in RESPONSES.rows(batch)]
     prompted = prompted_of(shard)
 
@@ -111,7 +133,10 @@ def score_shard(
         if hidden[0] is None or hidden[1] is None:
             yield Rejected(row.sample_id, teacher.reasons[index] or reference.reasons[index])
             continue
-        yield score_row(stage, blocks, Asked(row, prompted[index], (hidden[0], hidden[1])))
+        if num_ids is not None and row.response_ids_A.max() >= num_ids:
+            yield Rejected(row.sample_id, "a response id that no token uses")
+            continue
+        yield score_row(stage, blocks, Asked(row, prompted[index], (hidden[0], hidden[1])), num_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +148,10 @@ class Asked:
     hidden_PD: tuple[Tensor, Tensor]
 
 
-def score_row(stage: AdvantagesStage, blocks: BlockPair, asked: Asked) -> AnyAdvantages | Rejected:
-    """Keep what the support asks for, block by block."""
+def score_row(
+    stage: AdvantagesStage, blocks: BlockPair, asked: Asked, num_ids: int | None = None
+) -> AnyAdvantages | Rejected:
+    """Keep what the support asks for, block by block; ``num_ids`` as above."""
     device = blocks[0].head.weight_VD.device
     token_ids_P = torch.from_numpy(asked.row.response_ids_A.astype(np.int64)).to(device)
     keeper = _Keeper(stage, asked, device)
@@ -135,8 +162,8 @@ def score_row(stage: AdvantagesStage, blocks: BlockPair, asked: Asked) -> AnyAdv
         for part in cache_slices(teacher_PV):
             at = slice(start + part.start, start + part.stop)
             scored = Scored(
-                teacher_PV[part].log_softmax(dim=1),
-                reference_PV[part].log_softmax(dim=1),
+                teacher_PV[part, :num_ids].log_softmax(dim=1),
+                reference_PV[part, :num_ids].log_softmax(dim=1),
                 token_ids_P[at],
                 stage.beta,
             )

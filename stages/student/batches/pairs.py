@@ -147,17 +147,22 @@ def _answers(row: Row) -> Continuations:
 class AdpaCollator:
     """Chosen responses, then the student's own with the advantages of the tokens that are kept.
 
-    ``beta`` is that of the table; only its ``exact`` support leaves it to be applied.
+    ``beta`` is that of the table; only its ``exact`` support leaves it to be applied. Entries on
+    ids from ``num_token_ids`` on, which no token uses, are dropped: like any token that is not
+    kept, they have advantage 0, or the rest's.
     """
 
     vocab_size: int
     beta: float
+    num_token_ids: int | None = None
 
     @classmethod
-    def of(cls, dataset: CachedDataset, vocab_size: int) -> "AdpaCollator":
+    def of(
+        cls, dataset: CachedDataset, vocab_size: int, num_token_ids: int | None = None
+    ) -> "AdpaCollator":
         """Read beta off the manifest of the table of advantages."""
         (manifest,) = [m for m in dataset.manifests if m.table == "advantages"]
-        return cls(vocab_size, float(manifest.identity["config"]["beta"]))
+        return cls(vocab_size, float(manifest.identity["config"]["beta"]), num_token_ids)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the batch; see the module."""
@@ -184,14 +189,18 @@ class AdpaCollator:
             return {"beta": self.beta, **{name: torch.from_numpy(h) for name, h in states}}
         if "num_entries_P" in rows[0]:
             ids_MK, values_MK, rest_M = _union(rows)
-            check_ids(rows, "token_ids_E", self.vocab_size)
+            check_ids(rows, "token_ids_E", self.vocab_size, self.num_token_ids)
         else:
-            check_ids(rows, "token_ids_PK", self.vocab_size)
+            check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
             ids_MK = joined(rows, "token_ids_PK", np.int64)
             values_MK = joined(rows, "advantages_PK", np.float32)
             rest_M = np.zeros(len(ids_MK), np.float32)
             if "log_inclusions_PK" in rows[0]:
                 values_MK *= np.exp(-joined(rows, "log_inclusions_PK", np.float32))
+        if self.num_token_ids is not None:
+            is_padding_MK = ids_MK >= self.num_token_ids
+            ids_MK[is_padding_MK] = 0
+            values_MK[is_padding_MK] = 0.0
         return {
             "token_ids_MK": torch.from_numpy(ids_MK),
             "values_MK": torch.from_numpy(values_MK),

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from schemas.dataset import CachedDataset
 from schemas.distribution import unpack_threshold, unpack_top_k
 from schemas.errors import StoreError, TeacherCacheError
+from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
 IGNORED = -100  # transformers counts labels other than this one as tokens of the step
 MAX_MASS_ERROR = 0.02  # float16 log-probs alone move the sum of the buckets by less than 0.01
@@ -73,10 +74,14 @@ def worker_errors_as_raised() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Make one batch of decoded tensors; ``encoding`` is ``""`` to leave the teacher out."""
+    """Make one batch of decoded tensors; ``encoding`` is ``""`` to leave the teacher out.
+
+    A teacher's entries on ids from ``num_token_ids`` on, which no token uses, are dropped.
+    """
 
     encoding: EncodingName
     vocab_size: int
+    num_token_ids: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return ``input_ids`` and ``labels`` [B, T], ``positions_N`` and the targets."""
@@ -97,17 +102,25 @@ class Collator:
             "next_token_ids_N": labels_BT[labels_BT != IGNORED],
         }
         if self.encoding:
-            batch |= DECODERS[self.encoding](rows)
+            batch |= DECODERS[self.encoding](rows, self.num_token_ids)
             batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
-            check_ids(rows, "token_ids_PK", self.vocab_size)
+            check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def check_ids(rows: Sequence[Row], column: str, vocab_size: int) -> None:
-    """Raise StoreError for a row with a token id that the student does not have."""
+def check_ids(
+    rows: Sequence[Row], column: str, vocab_size: int, num_token_ids: int | None = None
+) -> None:
+    """Raise StoreError for a row with a token id that the student does not have.
+
+    Ids from ``num_token_ids`` on, which are dropped, may be any.
+    """
     for row in rows:
-        largest = int(row[column].max(initial=0))
+        ids = row[column]
+        largest = int(ids.max(initial=0))
+        if largest >= vocab_size and num_token_ids is not None:
+            largest = int(ids[ids < num_token_ids].max(initial=0))
         if largest >= vocab_size:
             raise StoreError(
                 f"sample {row['sample_id']}: {column} holds id {largest}, the student has "
@@ -135,19 +148,20 @@ def joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:
     return column
 
 
-def _threshold(rows: Sequence[Row]) -> dict[str, Array]:
+def _threshold(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
     token_ids_NK = joined(rows, "token_ids_PK", np.int32)
     num_head_N = joined(rows, "num_head_P", np.uint8)
     codes_E = joined(rows, "head_codes_E", np.uint8)
-    return {
+    columns = {
         "token_ids_NK": token_ids_NK,
         "weights_NK": unpack_threshold(token_ids_NK, num_head_N, codes_E),
         "num_head_N": num_head_N,
         "entropies_N": joined(rows, "entropies_P", np.float32),
     }
+    return drop_from_threshold(columns, num_token_ids)
 
 
-def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
+def _top_k(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
     """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out."""
     logprobs_NK = joined(rows, "logprobs_PK", np.float16)
     probs_NK, rest_N = unpack_top_k(logprobs_NK, joined(rows, "rest_logprobs_P", np.float16))
@@ -157,22 +171,24 @@ def _top_k(rows: Sequence[Row]) -> dict[str, Array]:
             f"samples {rows[0]['sample_id']} to {rows[-1]['sample_id']}: a position's mass is "
             f"{float(mass_N[np.abs(mass_N - 1).argmax()]):.3f}, not 1: score them again"
         )
-    return {
+    columns = {
         "token_ids_NK": joined(rows, "token_ids_PK", np.int32),
         "probs_NK": probs_NK / mass_N[:, None],
         "rest_N": rest_N / mass_N,
         "entropies_N": joined(rows, "entropies_P", np.float32),
     }
+    return drop_from_top_k(columns, num_token_ids)
 
 
-def _exact(rows: Sequence[Row]) -> dict[str, Array]:
+def _exact(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
+    """Decode; the head, which knows what is padding, is the trainer's to hold."""
     return {
         "hidden_ND": joined(rows, "hidden_PD", np.float16),
         "entropies_N": joined(rows, "entropies_P", np.float32),
     }
 
 
-DECODERS: dict[str, Callable[[Sequence[Row]], dict[str, Array]]] = {
+DECODERS: dict[str, Callable[[Sequence[Row], int | None], dict[str, Array]]] = {
     "threshold": _threshold,
     "top_k": _top_k,
     "exact": _exact,

@@ -1,7 +1,7 @@
 """What a training run has to make batches of, and the heads beside its ``exact`` tables."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,15 @@ class Batches(NamedTuple):
 class TrainingData:
     """The opened tables of a run; an objective says what it makes of them.
 
-    ``vocab_size`` is the student's, ``seed`` the run's.
+    ``vocab_size`` is the student's, ``seed`` the run's. Ids from ``num_token_ids`` on are no
+    token's (None: not known).
     """
 
     dataset: CachedDataset
     lm_dataset: CachedDataset | None
     vocab_size: int
     seed: int
+    num_token_ids: int | None = None
 
     def rows(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> Batches:
         """Return the joined rows of ``dataset``, to be collated so."""
@@ -46,29 +48,36 @@ class TrainingData:
 
     def signals(self) -> Collator:
         """Return what decodes token ids and the teacher's distributions, if there are any."""
-        return Collator(encoding_of(self.dataset), self.vocab_size)
+        return Collator(encoding_of(self.dataset), self.vocab_size, self.num_token_ids)
 
     def text(self, *, teacher: bool) -> Collator | None:
         """Return what decodes ``lm_dataset``, its distributions too with ``teacher``."""
         if self.lm_dataset is None:
             return None
-        return Collator(encoding_of(self.lm_dataset) if teacher else "", self.vocab_size)
+        encoding = encoding_of(self.lm_dataset) if teacher else ""
+        return Collator(encoding, self.vocab_size, self.num_token_ids)
 
 
-def teacher_head_of(dataset: CachedDataset, device: torch.device) -> LanguageHead | None:
+def teacher_head_of(
+    dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
+) -> LanguageHead | None:
     """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
     folder = _exact_table(dataset, "teacher_logits")
-    return None if folder is None else LanguageHead.load(folder, device=device)
+    return None if folder is None else _loaded(folder, device, num_token_ids)
+
+
+def _loaded(folder: Path, device: torch.device, num_token_ids: int | None) -> LanguageHead:
+    return replace(LanguageHead.load(folder, device=device), num_token_ids=num_token_ids)
 
 
 def advantage_heads_of(
-    dataset: CachedDataset, device: torch.device
+    dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> tuple[LanguageHead, LanguageHead] | None:
     """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
     folder = _exact_table(dataset, "advantages")
     if folder is None:
         return None
-    teacher, reference = (LanguageHead.load(folder / name, device=device) for name in HEAD_FOLDERS)
+    teacher, reference = (_loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS)
     return teacher, reference
 
 

@@ -25,7 +25,6 @@ from schemas.storage.files import Folder
 from schemas.tables.episodes import EPISODES
 from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
 from stages.student.batches.signals import encoding_of
-from stages.student.batches.training_data import teacher_head_of
 from stages.student.evaluate.free_answers import FreeAnswer, generate_answers
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores, mean_and_spread
 from stages.student.evaluate.icl_scoring import candidate_sums, subset_sums
@@ -40,7 +39,13 @@ from stages.student.evaluate.icl_tasks import (
     make_choice,
     subset_numbers,
 )
-from stages.student.evaluate.positions import DTYPES, DtypeName, HeldOut, device_of, measure_student
+from stages.student.evaluate.positions import (
+    DTYPES,
+    DtypeName,
+    device_of,
+    held_out_of,
+    measure_student,
+)
 from stages.student.options import TrainOptions
 
 _COLUMNS = (
@@ -146,7 +151,7 @@ def evaluate_episodes(
     report = measure_episodes(model, dataset, settings)
     if not encoding_of(dataset):
         return report
-    held_out = HeldOut(dataset, teacher_head_of(dataset, device), options, dtype)
+    held_out = held_out_of(dataset, student, device, options, dtype)
     return replace(report, positions=measure_student(model, held_out))
 
 

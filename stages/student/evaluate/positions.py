@@ -3,6 +3,8 @@
 All means are over scored tokens, in nats. ``kl_to_teacher`` is exact for ``exact``, an unbiased
 estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers of one table only.
 ``top1_agreement`` counts the positions where the cache tells the teacher's likeliest token.
+``dropped_mass`` is what the teacher gives to ids that no token uses: its distribution is taken
+without (``stages.student.losses.kl``).
 Of preference pairs the chosen responses are measured.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
@@ -32,6 +34,7 @@ from stages.models.causal_lm.model import (
     student_head,
     student_vocab_size,
 )
+from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.student.batches.pairs import ChosenCollator
 from stages.student.batches.signals import (
     Collator,
@@ -51,7 +54,7 @@ DtypeName = Literal["float32", "bfloat16"]
 class Scores:
     """Sums over positions that an evaluation reports; it has no gradient."""
 
-    SUMS: ClassVar[tuple[str, ...]] = ("cross_entropy", "kl", "agreed", "compared")
+    SUMS: ClassVar[tuple[str, ...]] = ("cross_entropy", "kl", "dropped", "agreed", "compared")
 
     next_token_ids_N: Tensor
     teacher: Teacher | None
@@ -66,16 +69,20 @@ class Scores:
         assert not with_grad, "an evaluation has no gradient"
         cross_entropy = -logprobs_CV.gather(1, self.next_token_ids_N[rows, None]).sum()
         if self.teacher is None:
-            return torch.stack([cross_entropy, *cross_entropy.new_zeros(3)])
+            return torch.stack([cross_entropy, *cross_entropy.new_zeros(4)])
         teacher_C = self.teacher.top_token_ids(rows)
         agreed = (logprobs_CV.argmax(dim=1) == teacher_C).sum()
-        kl = self.teacher.kl_(logprobs_CV, rows, None).sum()
-        return torch.stack([cross_entropy, kl, agreed.to(kl), (teacher_C >= 0).sum().to(kl)])
+        kl_C, dropped_C = self.teacher.kl_(logprobs_CV, rows, None)
+        counts = torch.stack([agreed, (teacher_C >= 0).sum()]).to(kl_C)
+        return torch.stack([cross_entropy, kl_C.sum(), dropped_C.sum().to(kl_C), *counts])
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows to evaluate on, and the part of them that this process takes."""
+    """Rows to evaluate on, and the part of them that this process takes.
+
+    Ids from ``num_token_ids`` on are no token's (None: not known).
+    """
 
     dataset: CachedDataset
     teacher_head: LanguageHead | None
@@ -83,6 +90,7 @@ class HeldOut:
     dtype: DtypeName
     rank: int = 0
     world_size: int = 1
+    num_token_ids: int | None = None
 
 
 def evaluate(
@@ -100,8 +108,20 @@ def evaluate(
     dataset = open_dataset(data, split=split, verify=options.verify)
     model = load_student(student, device=device)
     check_student(student, dataset, student_vocab_size(model))
-    head = teacher_head_of(dataset, device)
-    return measure_student(model, HeldOut(dataset, head, options, dtype))
+    return measure_student(model, held_out_of(dataset, student, device, options, dtype))
+
+
+def held_out_of(
+    dataset: CachedDataset,
+    student: Path,
+    device: torch.device,
+    options: TrainOptions,
+    dtype: DtypeName,
+) -> HeldOut:
+    """Return all rows of ``dataset`` for a student in a folder, one process to measure it."""
+    known_ids = num_token_ids(student)
+    head = teacher_head_of(dataset, device, known_ids)
+    return HeldOut(dataset, head, options, dtype, num_token_ids=known_ids)
 
 
 def device_of(options: TrainOptions) -> torch.device:
@@ -114,7 +134,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=model.device)
     with torch.inference_mode(), worker_errors_as_raised():
         for batch in _batches(model, held_out):
             sums += _sums_of(model, batch, held_out)
@@ -126,7 +146,8 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
 
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
     mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
-    collator: Any = Collator(encoding_of(held_out.dataset), student_vocab_size(model))
+    encoding = encoding_of(held_out.dataset)
+    collator: Any = Collator(encoding, student_vocab_size(model), held_out.num_token_ids)
     if held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
     return DataLoader(
@@ -152,7 +173,7 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
 
 
 def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
-    cross_entropy, kl, agreed, compared, teacher_ce, count = sums.tolist()
+    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count = sums.tolist()
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -164,4 +185,5 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
         means["kl_to_teacher"] = kl / tokens
         means["teacher_cross_entropy"] = teacher_ce / tokens
         means["top1_agreement"] = agreed / max(compared, 1.0)
+        means["dropped_mass"] = dropped / tokens
     return means

@@ -21,7 +21,7 @@ from schemas.storage.manifest import read_manifest
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from stages.models.causal_lm.language_head import max_positions, read_config
-from stages.models.causal_lm.model import require_vocabulary
+from stages.models.causal_lm.model import require_vocabulary, rows_needed
 from stages.student.evaluate_preferences.stage import judge_tables_problem
 
 Array = npt.NDArray[Any]
@@ -153,14 +153,13 @@ def _expect_table(dataset: CachedDataset, place: int, table: str) -> None:
 
 
 def _check_model(folder: Path, pairs: CachedDataset) -> None:
-    manifest = pairs.manifests[0]
     advice = "all models that are compared share the pairs' tokenizer"
     require_vocabulary("model", folder, pairs, advice)
     num_logits = int(read_config(folder).get_text_config().vocab_size)
-    if num_logits < manifest.vocab_size:
+    if num_logits < (needed := rows_needed(folder, pairs)):
         raise IdentityMismatch(
-            f"model {folder} has a vocabulary of {num_logits}, the pairs' ids need "
-            f"{manifest.vocab_size}: use a model with at least as many embedding rows"
+            f"model {folder} has a vocabulary of {num_logits}, the pairs' ids need {needed}: use a "
+            f"model with at least as many embedding rows"
         )
 
 

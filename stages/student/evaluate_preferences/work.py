@@ -38,6 +38,7 @@ from stages.models.causal_lm.response_measures import (
 from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
 from stages.models.checkpoints.tokenizer import open_tokenizer
+from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.stage import StepJob
 from stages.student.evaluate.positions import device_of
 from stages.student.evaluate_preferences.results import (
@@ -167,11 +168,6 @@ class _Run:
         for name, folder in students.items():
             self.on_progress(f"measuring {name}")
             model = base if base is not None and name == baseline else self._load(folder)
-            if base is not None and student_vocab_size(model) != student_vocab_size(base):
-                raise IdentityMismatch(
-                    f"student {folder} has {student_vocab_size(model)} logits, the baseline "
-                    f"{student_vocab_size(base)}: no KL is between them, take another baseline"
-                )
             answered[name] = self._answer(folder, model, base)
         return answered
 
@@ -211,8 +207,27 @@ class _Run:
             responses=responses,
             finished=[int(ids_T[-1]) in ends for ids_T in responses],
             logprobs_P2=np.stack(response_logprobs(model, asked, batch_size=size)),
-            kl_to_baseline=None if base is None else mean_kl(model, base, written, batch_size=size),
+            kl_to_baseline=None if base is None else self._kl(folder, model, base, written),
         )
+
+    def _kl(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        base: PreTrainedModel,
+        written: Sequence[tuple[Array, Array]],
+    ) -> float:
+        """Return the KL to the baseline; where rows that no token uses differ, without those."""
+        sizes = student_vocab_size(model), student_vocab_size(base)
+        num_ids = None if sizes[0] == sizes[1] else num_token_ids(folder) or max(sizes)
+        largest = max(int(response.max()) for _, response in written)
+        if num_ids is not None and max(num_ids - 1, largest) >= min(sizes):
+            raise IdentityMismatch(
+                f"student {folder} has {sizes[0]} logits and wrote token {largest}, the baseline "
+                f"has {sizes[1]}, the tokenizer uses {num_ids} ids: no KL is between them, take "
+                f"another baseline"
+            )
+        return mean_kl(model, base, written, batch_size=self.options.batch_size, num_ids=num_ids)
 
     def _judge_logprobs(
         self, answered: Mapping[str, Answered], folder: Path, place: int

@@ -71,7 +71,7 @@ class ExactSupport:
     beta: float
 
     def expected_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
-        """Sum over the vocabulary; a student's tokens beyond the teachers' have advantage 0."""
+        """Sum over the ids that tokens use; a student's others have advantage 0."""
         advantages_CV = self._advantages(rows).to(logprobs_CV.dtype)
         extra = logprobs_CV.shape[1] - advantages_CV.shape[1]
         if extra:
@@ -85,7 +85,7 @@ class ExactSupport:
     def _advantages(self, rows: slice) -> Tensor:
         hidden = self.teacher_hidden_MD[rows], self.reference_hidden_MR[rows]
         teacher_CV, reference_CV = (
-            head.logits(states).log_softmax(dim=-1)
+            head.logits(states)[:, : head.num_token_ids].log_softmax(dim=-1)
             for head, states in zip(self.heads, hidden, strict=True)
         )
         return teacher_CV.sub_(reference_CV).mul_(self.beta)

@@ -56,7 +56,7 @@ class AdpaConfig(Objective):
         """Return chosen responses, then the student's own with their advantages."""
         from stages.student.batches.pairs import AdpaCollator  # loads torch
 
-        return data.rows(AdpaCollator.of(data.dataset, data.vocab_size))
+        return data.rows(AdpaCollator.of(data.dataset, data.vocab_size, data.num_token_ids))
 
     def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
         """Return the NLL of the chosen responses and minus the expected advantage."""

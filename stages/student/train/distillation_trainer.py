@@ -63,13 +63,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         lm_dataset: CachedDataset | None = None,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
         on_checkpoint: OnCheckpoint | None = None,
+        num_token_ids: int | None = None,
     ) -> None:
         """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
 
-        The second is called with the folder of each checkpoint when it is whole.
+        The second is called with the folder of each checkpoint when it is whole. Ids from
+        ``num_token_ids`` on are no token's (None: not known).
         """
         vocab_size = student_vocab_size(model)
-        data = TrainingData(dataset, lm_dataset, vocab_size, config.seed)
+        data = TrainingData(dataset, lm_dataset, vocab_size, config.seed, num_token_ids)
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,
@@ -82,8 +84,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._config = config
         self._on_checkpoint = on_checkpoint
         self._teacher_head = teacher_head
-        self._lm_teacher_head = teacher_head_of(lm_dataset, args.device) if lm_dataset else None
-        self._advantage_heads = advantage_heads_of(dataset, args.device)
+        self._lm_teacher_head = (
+            teacher_head_of(lm_dataset, args.device, num_token_ids) if lm_dataset else None
+        )
+        self._advantage_heads = advantage_heads_of(dataset, args.device, num_token_ids)
         self._micro_batch_tokens = micro_batch_tokens
         self._logged = RunningSums()
         # Of this process, since this call of train(): scored tokens, and rows.

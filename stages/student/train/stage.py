@@ -77,7 +77,7 @@ class TrainStage(TrainConfig, Stage):
     """
 
     KIND: ClassVar[Kind] = "checkpoint"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data")
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
     RUNS: ClassVar[tuple[str, ...]] = ("student",)

@@ -32,7 +32,7 @@ from stages.models.checkpoints.checkpoint import (
     weight_checksums,
     write_checkpoint,
 )
-from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
+from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, num_token_ids
 from stages.student.batches.signals import worker_errors_as_raised
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.evaluate.positions import HeldOut, measure_student
@@ -141,10 +141,11 @@ class _Run:
         model = load_student(student, device=args.device)
         for read in filter(None, (dataset, lm_dataset)):
             check_student(student, read, student_vocab_size(model))
-        teacher_head = teacher_head_of(dataset, args.device)
+        known_ids = num_token_ids(student)
+        teacher_head = teacher_head_of(dataset, args.device, known_ids)
         scored = None
         if held_out is not None:
-            place = (args.process_index, args.world_size)
+            place = (args.process_index, args.world_size, known_ids)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
         before = self._measure(model, scored, "before")
         use_cache = model.config.use_cache
@@ -158,6 +159,7 @@ class _Run:
             lm_dataset=lm_dataset,
             micro_batch_tokens=self.options.micro_batch_tokens,
             on_checkpoint=self.on_checkpoint,
+            num_token_ids=known_ids,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)

@@ -345,13 +345,46 @@ def test_a_window_set_too_small_is_refused(folders: dict[str, Path], tmp_path: P
 def test_unlike_vocabularies_are_refused_before_anything_is_loaded(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    save_tiny_model(tmp_path / "other", vocab_size=320)
+    save_tiny_model(tmp_path / "other", vocab_size=300)
     mixed = {"dpo": folders["dpo"], "sft": tmp_path / "other"}
     with (
-        pytest.raises(ConfigError, match=r"'dpo' has 307 logits and reference 'sft' 320"),
+        pytest.raises(
+            ConfigError,
+            match=r"'dpo' has 307 logits and reference 'sft' 300, the tokenizer uses 307",
+        ),
         stage_of("threshold").open(context_of(tmp_path, VOCAB_SIZE, mixed)),
     ):
         pass
+
+
+def test_models_of_two_heights_are_compared_on_the_ids_that_tokens_use(
+    folders: dict[str, Path], rows: list[Responses], tmp_path: Path
+) -> None:
+    """The reference has 13 rows of padding; a response with such an id has no advantage."""
+    save_model(tmp_path / "tall", seed=2, num_layers=2, head_dim=32, rows=VOCAB_SIZE + 13)
+    mixed = {"dpo": folders["dpo"], "sft": tmp_path / "tall"}
+    for kind in ("threshold", "exact"):
+        out = tmp_path / kind
+        padded = make_row([5, 6], [[VOCAB_SIZE + 3]], VOCAB_SIZE + 13)
+        with stage_of(kind).open(context_of(out, VOCAB_SIZE + 13, mixed)) as work:
+            *found, last = work(as_shard([*rows, padded], VOCAB_SIZE + 13))
+        assert isinstance(last, Rejected) and "token id 310 outside" in last.reason
+        for row, made_row in zip(rows, found, strict=True):
+            aligned_PV, reference_PV = (
+                torch.from_numpy(plain_logprobs_of_row(folder, row)[:, :VOCAB_SIZE])
+                .log_softmax(1)
+                .numpy()
+                for folder in mixed.values()
+            )
+            places_P = np.arange(len(row.response_ids_A))
+            full_PV = BETA[kind] * (aligned_PV - reference_PV)
+            expected_P = full_PV[places_P, row.response_ids_A]
+            np.testing.assert_allclose(made_row.token_advantages_P, expected_P, atol=1e-4)
+            if kind == "threshold":
+                expected_PK = np.take_along_axis(full_PV, made_row.token_ids_PK, axis=1)
+                np.testing.assert_allclose(
+                    made_row.advantages_PK, expected_PK, rtol=1 / 128, atol=1e-4
+                )
 
 
 def test_what_the_configuration_refuses(folders: dict[str, Path], tmp_path: Path) -> None:
