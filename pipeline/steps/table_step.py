@@ -21,9 +21,11 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
 from schemas.storage.shard_list import ShardList, ShardListBuilder
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.spec import ModelSpec
 from stages.stage import SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
+ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
 def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
@@ -109,6 +111,8 @@ def make_shards(
             max_rejected_fraction=stage.max_rejected_fraction,
             made_by=made_by,
         )
+        for _, name in stage.named(stage.RUNS):
+            reporter.engine_starting(_on(models[name], execution.workers))
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
@@ -157,6 +161,12 @@ def _run_shards(
 
     address = execution.address
     return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)
+
+
+def _on(model: ModelSpec, workers: int) -> str:
+    adapted = f" with {model.adapter}" if model.adapter is not None else ""
+    crew = f", in {workers} workers" if workers > 1 else ""
+    return f"{ENGINES[model.engine]} on {model.base}{adapted}{crew}"
 
 
 def _made_by(step: PlannedStep) -> dict[str, Any]:
