@@ -18,7 +18,7 @@ IMPORT_SITES = {
     "ray": ("pipeline/executors/ray_cluster/",),
     "airflow": ("airflow_dags/",),
     "torch": ("stages/", "pipeline/executors/local/training.py"),
-    "transformers": ("stages/", "pipeline/cache/inspect_rows.py"),
+    "transformers": ("stages/",),
     "datasets": ("stages/sources/", "stages/teacher/"),
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),

@@ -90,6 +90,6 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a model folder's tokenizer; raises ConfigError if it cannot be."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"cannot load the tokenizer of {folder}: {first_line}") from error
