@@ -19,7 +19,9 @@ from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
+from schemas.storage.schema_file import write_schema_file
 from schemas.storage.shard_list import ShardList, ShardListBuilder
+from schemas.table import BoundTable
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
 from stages.stage import SourceStage, StageContext, TableStage
@@ -48,7 +50,7 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
 
     shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
     fingerprint = tokenizer_fingerprint(tokenizer)
-    _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
+    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
     remove_source_work(step)
 
 
@@ -67,8 +69,8 @@ def run_table(
     source = source_of(step)
     every = range(len(source.shards))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
-    vocab_size = vocab_size_of(step.models[stage.model].spec().path)
-    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+    bound = stage.bind(_context(step, stage, source, execution))
+    _write_manifest(step, bound, shards, source.tokenizer, {})
 
 
 def source_of(step: PlannedStep) -> Manifest:
@@ -90,14 +92,7 @@ def make_shards(
 
     ``source`` is the table that the step reads.
     """
-    models = {name: model.spec() for name, model in step.models.items()}
-    context = StageContext(
-        folder=step.place,
-        vocab_size=vocab_size_of(models[stage.model].path),
-        models=models,
-        engine=execution.engine,
-        input_table=source.table,
-    )
+    context = _context(step, stage, source, execution)
     made_by = _made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
@@ -112,11 +107,24 @@ def make_shards(
             made_by=made_by,
         )
         for _, name in stage.named(stage.RUNS):
-            reporter.engine_starting(_on(models[name], execution.workers))
+            reporter.engine_starting(_on(context.models[name], execution.workers))
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
     return _make_missing(step, len(source.shards), shards, make, reporter)
+
+
+def _context(
+    step: PlannedStep, stage: TableStage, source: Manifest, execution: Execution
+) -> StageContext:
+    models = {name: model.spec() for name, model in step.models.items()}
+    return StageContext(
+        folder=step.place,
+        vocab_size=vocab_size_of(models[stage.model].path),
+        models=models,
+        engine=execution.engine,
+        input_table=source.table,
+    )
 
 
 def _make_missing(
@@ -180,9 +188,9 @@ def _made_by(step: PlannedStep) -> dict[str, Any]:
 
 def _write_manifest(
     step: PlannedStep,
+    bound: BoundTable[Any],
     shards: ShardList,
     tokenizer: str,
-    vocab_size: int,
     source_rejects: dict[str, int],
 ) -> None:
     assert isinstance(step.stage, SourceStage | TableStage)
@@ -194,12 +202,14 @@ def _write_manifest(
         variant=table.variant,
         fingerprint=step.fingerprint,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=bound.vocab_size,
         identity=step.identity,
         shards=shards,
         source_rejects=source_rejects,
         files={name: _written_sha256(step.place / name) for name in side_files},
     )
+    settings = step.identity["config"]
+    write_schema_file(step.place, bound, tokenizer=tokenizer, settings=settings)
     write_manifest(step.place, manifest)
 
 
