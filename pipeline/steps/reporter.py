@@ -16,6 +16,9 @@ class Reporter(Protocol):
     def said(self, line: str) -> None:
         """A line about work that has no shards to count yet."""
 
+    def engine_starting(self, what: str) -> None:
+        """An engine is about to start on a model, which takes a while."""
+
     def shards_expected(self, num_shards: int, num_finished: int) -> None:
         """How many shards the step has, and how many an earlier run finished."""
 

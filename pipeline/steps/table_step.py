@@ -20,12 +20,16 @@ from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
+from schemas.storage.schema_file import write_schema_file
 from schemas.storage.shard_list import ShardList, ShardListBuilder
+from schemas.table import BoundTable
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.spec import ModelSpec
 from stages.stage import SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
+ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
 def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
@@ -51,7 +55,7 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
         lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
         write_text(step.place / SOURCE_REJECTS, "".join(lines))
     fingerprint = tokenizer_fingerprint(tokenizer)
-    _write_manifest(step, shards, fingerprint, vocab_size, dict(prepared.rejects))
+    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
     remove_source_work(step)
 
 
@@ -70,8 +74,8 @@ def run_table(
     source = source_of(step)
     every = range(len(source.shards))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
-    vocab_size = vocab_size_of(step.models[stage.model].spec().path)
-    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+    bound = stage.bind(_context(step, stage, source, execution))
+    _write_manifest(step, bound, shards, source.tokenizer, {})
 
 
 def source_of(step: PlannedStep) -> Manifest:
@@ -93,14 +97,7 @@ def make_shards(
 
     ``source`` is the table that the step reads.
     """
-    models = {name: model.spec() for name, model in step.models.items()}
-    context = StageContext(
-        folder=step.place,
-        vocab_size=vocab_size_of(models[stage.model].path),
-        models=models,
-        engine=execution.engine,
-        input_table=source.table,
-    )
+    context = _context(step, stage, source, execution)
     made_by = _made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
@@ -114,10 +111,25 @@ def make_shards(
             max_rejected_fraction=stage.max_rejected_fraction,
             made_by=made_by,
         )
+        for _, name in stage.named(stage.RUNS):
+            reporter.engine_starting(_on(context.models[name], execution.workers))
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
     return _make_missing(step, len(source.shards), shards, make, reporter)
+
+
+def _context(
+    step: PlannedStep, stage: TableStage, source: Manifest, execution: Execution
+) -> StageContext:
+    models = {name: model.spec() for name, model in step.models.items()}
+    return StageContext(
+        folder=step.place,
+        vocab_size=vocab_size_of(models[stage.model].path),
+        models=models,
+        engine=execution.engine,
+        input_table=source.table,
+    )
 
 
 def _make_missing(
@@ -164,6 +176,12 @@ def _run_shards(
     return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)
 
 
+def _on(model: ModelSpec, workers: int) -> str:
+    adapted = f" with {model.adapter}" if model.adapter is not None else ""
+    crew = f", in {workers} workers" if workers > 1 else ""
+    return f"{ENGINES[model.engine]} on {model.base}{adapted}{crew}"
+
+
 def _made_by(step: PlannedStep) -> dict[str, Any]:
     """Return what a shard's record says of its origin; the manifest spells the identity out."""
     models = [
@@ -175,9 +193,9 @@ def _made_by(step: PlannedStep) -> dict[str, Any]:
 
 def _write_manifest(
     step: PlannedStep,
+    bound: BoundTable[Any],
     shards: ShardList,
     tokenizer: str,
-    vocab_size: int,
     source_rejects: dict[str, int],
 ) -> None:
     assert isinstance(step.stage, SourceStage | TableStage)
@@ -190,12 +208,14 @@ def _write_manifest(
         fingerprint=step.fingerprint,
         tokenizer=tokenizer,
         vocabulary=step.vocabulary,
-        vocab_size=vocab_size,
+        vocab_size=bound.vocab_size,
         identity=step.identity,
         shards=shards,
         source_rejects=source_rejects,
         files={name: _written_sha256(step.place / name) for name in side_files},
     )
+    settings = step.identity["config"]
+    write_schema_file(step.place, bound, tokenizer=tokenizer, settings=settings)
     write_manifest(step.place, manifest)
 
 

@@ -4,7 +4,7 @@ The checkpoint it makes is a model that later steps name; its own model is the r
 advantages.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,3 +47,8 @@ class TeacherAlignStage(AlignConfig, FolderStage):
     stage: Literal["teacher_align"]
     model: str
     data: str
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content; a run of one step warms up no more."""
+        warms_up_no_more = self.max_steps == 1 and self.warmup > 0
+        return super().hashed() | ({"warmup_steps": 0} if warms_up_no_more else {})

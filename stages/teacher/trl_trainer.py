@@ -117,7 +117,7 @@ def _tokenizer(model: PreTrainedModel) -> Any:
 
 def dpo_arguments(trl: Any, config: AlignConfig, scratch: Path) -> Any:
     """Translate a run for TRL; nothing is written but by us."""
-    args = trl.DPOConfig(
+    args = _arguments_of(trl)(
         output_dir=str(scratch),
         beta=config.beta,
         learning_rate=config.lr,
@@ -142,6 +142,17 @@ def dpo_arguments(trl: Any, config: AlignConfig, scratch: Path) -> Any:
     if args.n_gpu > 1:
         args._n_gpu = 1  # TRL refuses DataParallel, which the Trainer would choose
     return args
+
+
+def _arguments_of(trl: Any) -> Any:
+    class RunArguments(trl.DPOConfig):  # type: ignore[misc]  # TRL is untyped
+        """A run of a single step is not all warm-up, at lr 0."""
+
+        def get_warmup_steps(self, num_training_steps: int) -> int:
+            steps: int = super().get_warmup_steps(num_training_steps)
+            return 0 if num_training_steps == 1 else steps
+
+    return RunArguments
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

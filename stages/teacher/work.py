@@ -37,6 +37,7 @@ from stages.models.checkpoints.checkpoint import (
     RUN,
     CheckpointRecord,
     claim_folder,
+    equal_modes,
     read_checkpoint,
     run_fingerprint,
     weight_checksums,
@@ -201,5 +202,6 @@ def _save(model: PreTrainedModel, source: Path, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(output)
         copy_tokenizer(source, output)
+        equal_modes(output)
     except OSError as error:
         raise StoreError(f"cannot write the aligned teacher to {output}: {error}") from error

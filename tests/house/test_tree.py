@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 from tests.house.tree import PACKAGES, REPOSITORY, first_line, folders
 
@@ -23,6 +25,15 @@ def test_the_readme_has_a_line_for_every_folder() -> None:
             found = re.search(rf"^{folder}/ +(.*)$", text, re.M)
             is_equal = line and found and found[1] == line.splitlines()[0]
             assert is_equal, f"README has no line for {folder}/ that equals its __init__.py's"
+
+
+def test_whoever_has_read_enough_of_the_tree_meets_no_traceback() -> None:
+    words = [sys.executable, str(REPOSITORY / "tests/house/tree.py")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tree:
+        assert tree.stdout and tree.stderr
+        tree.stdout.close()
+        assert tree.stderr.read() == b""
+    assert tree.returncode == 0
 
 
 def test_every_fault_in_the_table_has_the_test_it_names() -> None:

@@ -4,6 +4,8 @@ The tests of this folder read it, too.
 """
 
 import ast
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,4 +55,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `make tree | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

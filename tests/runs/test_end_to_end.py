@@ -15,7 +15,7 @@ from pipeline.state.step_state import progress_of
 from schemas.dataset import open_dataset
 from schemas.distribution import expectation, unpack_threshold
 from stages.models.checkpoints.checkpoint import read_checkpoint
-from tests.fixtures.tiny_recipe import make_recipe
+from tests.fixtures.tiny_recipe import finish, make_recipe, start_installed
 
 TRAINING = {
     "stage": "train",
@@ -96,3 +96,23 @@ def test_smollm2_through_vllm_says_what_transformers_says(
     error_P = np.concatenate(errors)
     assert abs(error_P.mean()) < 4 * error_P.std() / math.sqrt(len(error_P))
     assert error_P.std() < 0.5
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_says_that_vllm_starts_and_shows_no_lines_of_others(
+    tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.delenv(variable, raising=False)
+    recipe = make_recipe(tmp_path, tiny_model, paragraphs[:4])
+    settings = ("models.teacher.engine=vllm", "execution.engine.kv_cache_memory_bytes=67108864")
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    said = finish(start_installed("run", recipe.path, *overrides))
+    assert said.code == 0 and said.err == "", said
+    lines = said.out.splitlines()
+    (at,) = (
+        i for i, line in enumerate(lines) if line == f"[signals] starting vLLM on {tiny_model}"
+    )
+    assert lines[at - 1].startswith("[signals] teacher_logits: ")
+    assert "Triton" not in said.out and "NUMA" not in said.out

@@ -19,6 +19,7 @@ from typing import Any
 
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.shard_cache import user_cache
+from stages.models.checkpoints.checkpoint import equal_modes
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -86,6 +87,7 @@ def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
         scratch.mkdir(parents=True)
         _merge(base, adapter, scratch)
         copy_tokenizer(base, scratch)
+        equal_modes(scratch)
         os.rename(scratch, target)
     except OSError as error:
         if not (target / "config.json").is_file():  # else another process was first

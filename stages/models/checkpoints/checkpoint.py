@@ -7,6 +7,7 @@ names the checksum of every other file. Needs no torch, so ``plan`` and ``verify
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,16 @@ def weight_checksums(folder: Path) -> dict[str, str]:
 def run_fingerprint(identity: Mapping[str, Any]) -> str:
     """Return a hash of a run's identity, for a caller that has no fingerprint of its own."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def equal_modes(folder: Path) -> None:
+    """Let whoever may read a model's ``config.json`` read all of its files, its weights too.
+
+    safetensors writes for its owner alone.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shutil.copymode(folder / "config.json", path)
 
 
 def write_checkpoint(folder: Path, record: CheckpointRecord) -> None:

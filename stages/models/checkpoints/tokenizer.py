@@ -44,11 +44,9 @@ def open_tokenizer(folder: Path) -> Any:
     reference = _as_written(folder) if has_file else None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error
-    except Exception:
-        if reference is None:
-            raise
+    except Exception as error:
+        if reference is None or isinstance(error, (OSError, ValueError, KeyError)):
+            raise ConfigError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error
         tokenizer = None  # a class that cannot be built of this file's vocabulary
     if reference is None:
         return tokenizer

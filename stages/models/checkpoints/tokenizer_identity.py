@@ -153,6 +153,8 @@ def _vocabulary(folder: Path) -> Any:
         return _canonical(_read_json(path))
     files = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
     if not files:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} does not exist: give the path of a model folder")
         raise ConfigError(
             f"{folder} has no tokenizer: no {TOKENIZER_JSON} and none of "
             f"{', '.join(_VOCABULARY_FILES)}; save the model's tokenizer there"

@@ -12,9 +12,11 @@ Dimensions: T = tokens of a sequence, D = hidden width.
 """
 
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,8 @@ def start_vllm(
     Raises EngineError if vLLM is not installed or does not start.
     """
     _set_environment(device, options)
+    with suppress(ValueError):  # what vLLM logs before it has set its own logger up
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     try:
         # A lazy import: vLLM takes seconds, reads its environment now, and is an extra.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):

@@ -28,7 +28,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, StoreError
-from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
+from stages.models.checkpoints.checkpoint import (
+    CheckpointRecord,
+    equal_modes,
+    write_checkpoint,
+)
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
 from stages.student.init.stage import StudentInitStage
@@ -217,8 +221,8 @@ def _move_into(output: Path, folder: Path) -> None:
                 f"folder, or remove it"
             )
         return
+    equal_modes(folder)
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        shutil.copymode(folder / _CONFIG, path)  # safetensors writes for its owner alone
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     for name in names:

@@ -11,6 +11,14 @@ from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig
 
 
+class RunArguments(TrainingArguments):  # type: ignore[misc]  # transformers is untyped
+    """The Trainer's arguments, but for a run of a single step: that is not all warm-up, at lr 0."""
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return how many of the steps warm up: a share of them, rounded up."""
+        return 0 if num_training_steps == 1 else super().get_warmup_steps(num_training_steps)
+
+
 def training_arguments(
     config: TrainConfig, options: TrainOptions, folder: Path
 ) -> TrainingArguments:
@@ -19,7 +27,7 @@ def training_arguments(
     Raises ConfigError when a step's rows cannot be divided over the group.
     """
     on_gpu = options.device == "auto" and torch.cuda.is_available()
-    args = TrainingArguments(
+    args = RunArguments(
         output_dir=str(folder),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.epochs or 1.0,

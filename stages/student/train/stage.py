@@ -94,5 +94,10 @@ class TrainStage(TrainConfig, Stage):
         return self
 
     def hashed(self) -> dict[str, Any]:
-        """Return what names the step by content, with how many of its tables are running text."""
-        return super().hashed() | ({"lm_inputs": len(self.lm_data)} if self.lm_data else {})
+        """Return what names the step by content, with how many of its tables are running text.
+
+        A run of one step warms up no more; those that did trained nothing.
+        """
+        text = {"lm_inputs": len(self.lm_data)} if self.lm_data else {}
+        warms_up_no_more = self.max_steps == 1 and self.warmup > 0
+        return super().hashed() | text | ({"warmup_steps": 0} if warms_up_no_more else {})

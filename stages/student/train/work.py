@@ -26,6 +26,7 @@ from stages.models.checkpoints.checkpoint import (
     RUN,
     CheckpointRecord,
     claim_folder,
+    equal_modes,
     last_checkpoint,
     read_checkpoint,
     run_fingerprint,
@@ -220,6 +221,7 @@ class _Run:
         except OSError as error:
             raise StoreError(f"cannot write the student to {self.output}: {error}") from error
         copy_tokenizer(student, self.output)
+        equal_modes(self.output)
         write_text(self.output / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
         record = CheckpointRecord(
             fingerprint=self.fingerprint, identity=self.identity, metrics=metrics, history=history

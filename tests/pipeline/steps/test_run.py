@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
+from pipeline.reports.progress import ConsoleReporter
 from pipeline.state.step_lock import step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
@@ -296,3 +298,18 @@ def test_workers_end_with_the_run_that_started_them(finished: TinyRecipe, tmp_pa
     process.communicate()
     gone, alive = psutil.wait_procs(children, timeout=20 * slowness())
     assert not alive and gone
+
+
+def test_a_run_says_which_engine_starts_and_only_where_one_does(
+    copied: TinyRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = copied.load().models["teacher"].path
+    again = copied.run()
+    assert again.starts == []
+    made = copied.run("steps.signals.seed=1")
+    assert made.starts == [f"transformers on {teacher}"]
+    reporter = ConsoleReporter(Console(width=200))
+    reporter.engine_starting(made.starts[0])
+    reporter.engine_starting("another")  # each at once: it is what explains the silence
+    out = capsys.readouterr().out
+    assert f"starting transformers on {teacher}\n" in out and "starting another\n" in out

@@ -133,6 +133,8 @@ def test_the_merged_folder_answers_as_the_adapted_model(
     assert merged_folder(tiny_model, adapter, name="one") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(folder / "config.json").stat().st_mode}  # not the weights' owner alone
 
 
 def test_an_adapter_is_part_of_the_name_and_where_it_lies_is_not(

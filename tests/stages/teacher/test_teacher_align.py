@@ -1,6 +1,7 @@
 """Aligning a teacher: TRL is given the table's own ids, and what it made is a teacher like any."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,8 @@ def test_it_is_an_ordinary_folder_with_the_same_tokenizer(
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (aligned / name).read_bytes() == (data.reference / name).read_bytes(), name
     assert not [path for path in aligned.iterdir() if path.is_dir()]
+    modes = {path.name: path.stat().st_mode for path in aligned.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]  # not the weights' owner alone
 
 
 @pytest.mark.slow
@@ -180,6 +183,22 @@ def test_a_run_that_diverges_leaves_no_teacher(data: PreferenceData, tmp_path: P
         align(wild, model=data.reference, pairs=data.pairs, output=output)
     assert not list(output.rglob("*.safetensors"))
     align(CONFIG, model=data.reference, pairs=data.pairs, output=output)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_step_is_not_all_warm_up(data: PreferenceData, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_steps": 1})
+    found = align(config, model=data.reference, pairs=data.pairs, output=tmp_path / "out")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (data.reference, found.output)
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    import trl
+
+    args = trl_trainer.dpo_arguments(trl, CONFIG, tmp_path)
+    for steps in range(2, 200):  # longer runs are as they were
+        assert args.get_warmup_steps(steps) == math.ceil(steps * CONFIG.warmup)
 
 
 def test_several_gpus_do_not_make_it_data_parallel(

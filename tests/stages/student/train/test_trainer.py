@@ -21,6 +21,7 @@ from stages.student.evaluate.positions import evaluate
 from stages.student.objectives.cross_entropy import CrossEntropyConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.options import TrainOptions
+from stages.student.train.arguments import training_arguments
 from stages.student.train.stage import TrainConfig
 from stages.student.train.work import TrainResult, train
 from tests.fixtures.cached_data import (
@@ -92,9 +93,23 @@ def test_the_output_is_an_ordinary_model_folder(data: CachedData, tmp_path: Path
     assert not damaged_files(tmp_path / "out", record)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result.metrics
     assert not (tmp_path / "out" / "checkpoints").exists()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]  # not the weights' owner alone
     with (tmp_path / "out" / "model.safetensors").open("rb+") as stream:
         stream.write(b"x")
     assert "model.safetensors has changed" in damaged_files(tmp_path / "out", record)[0]
+
+
+def test_a_run_of_one_step_is_not_all_warm_up(data: CachedData, tmp_path: Path) -> None:
+    run(data, tmp_path / "out", CONFIG.model_copy(update={"max_steps": 1}))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (data.student, tmp_path / "out")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    args = training_arguments(CONFIG, OPTIONS, tmp_path / "args")
+    for steps in range(2, 200):  # longer runs are as they were
+        assert args.get_warmup_steps(steps) == math.ceil(steps * CONFIG.warmup)
 
 
 def test_a_finished_run_is_not_repeated(data: CachedData, tmp_path: Path) -> None:
