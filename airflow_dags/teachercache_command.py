@@ -59,7 +59,8 @@ def calls(context: Context, recipe: str) -> list[Call]:
         asked = [(extra["date"], tuple(extra["overrides"])) for extra in extras]
         return [Call(recipe, date, (*more, *sets)) for date, more in dict.fromkeys(asked)]
     run = context["dag_run"]
-    date = params.get("date") or (run.logical_date or run.run_after).strftime("%Y-%m-%d")
+    date = params.get("date") or run.partition_key
+    date = date or (run.logical_date or run.run_after).strftime("%Y-%m-%d")
     return [Call(recipe, date, (*params.get("overrides", ()), *sets))]
 
 

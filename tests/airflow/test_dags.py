@@ -266,7 +266,9 @@ def test_pods_without_their_provider_are_an_import_error(
 
 def context_of(**values: Any) -> Any:
     run = SimpleNamespace(
-        logical_date=values.get("logical_date"), run_after=datetime(2026, 3, 4, tzinfo=UTC)
+        logical_date=values.get("logical_date"),
+        run_after=datetime(2026, 3, 4, tzinfo=UTC),
+        partition_key=values.get("partition"),
     )
     params = {"date": None, "overrides": [], "workers": None, **values.get("params", {})}
     events = [SimpleNamespace(extra=extra) for extra in values.get("extras", ())]
@@ -280,6 +282,7 @@ def test_a_run_is_about_its_date_its_parameter_or_its_events() -> None:
     day = datetime(2026, 1, 2, tzinfo=UTC)
     assert asked(logical_date=day) == [("2026-01-02", ())]
     assert asked() == [("2026-03-04", ())]
+    assert asked(partition="2026-01-03") == [("2026-01-03", ())]  # a training begun by hand
     given = {"date": "2026-01-09", "overrides": ["a.b=1"], "workers": 2}
     expected = ("a.b=1", "execution.workers=2")
     assert asked(logical_date=day, params=given) == [("2026-01-09", expected)]
