@@ -82,6 +82,7 @@ def _adapter_identity(adapter: Path) -> dict[str, Any]:
     return {
         "config": {key: value for key, value in config.items() if key not in _ADAPTER_NOISE},
         "weights": {path.name: remembered_sha256(path) for path in weights},
+        "merged_in": "float32",
     }
 
 

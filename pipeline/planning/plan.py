@@ -48,7 +48,7 @@ class Model:
         width = hidden_size_of(self.base)
         merged_name = ""
         if self.adapter is not None:
-            parts = ("config", "weights", "tokenizer", "adapter")
+            parts = ("config", "weights", "tokenizer", "adapter", "dtype")
             merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
         return ModelSpec(self.base, self.dtype, self.engine, width, self.adapter, merged_name)
 

@@ -45,7 +45,8 @@ class EngineOptions(BaseModel):
 class ModelSpec:
     """A model as a stage sees it: where it lies, a dtype and an engine.
 
-    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
+    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold and of
+    the dtype.
     """
 
     base: Folder
@@ -63,7 +64,7 @@ class ModelSpec:
         """
         if self.adapter is None:
             return self.local_base
-        return merged_folder(self.local_base, self.adapter, name=self.merged_name)
+        return merged_folder(self.local_base, self.adapter, dtype=self.dtype, name=self.merged_name)
 
     @property
     def local_base(self) -> Path:
