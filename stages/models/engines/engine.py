@@ -48,9 +48,13 @@ class HiddenStates(Protocol):
 
 
 class Engine(HiddenStates, Protocol):
-    """A loaded model; ``device`` holds the head and the results."""
+    """A loaded model; ``device`` holds the head and the results.
+
+    ``window`` is the model's own, of which settings or memory may leave less: ``max_length``.
+    """
 
     device: torch.device
+    window: int
 
     @property
     def kind(self) -> str:

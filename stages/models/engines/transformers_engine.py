@@ -36,7 +36,8 @@ class TransformersEngine:
         """Load the model. Raises EngineError if transformers cannot."""
         config = read_config(model_path).get_text_config()
         self.device = device
-        self.max_length = window_of(config, options.max_model_len)
+        self.window = window_of(config)
+        self.max_length = min(self.window, options.max_model_len or self.window)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
@@ -134,13 +135,13 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         ) from error
 
 
-def window_of(config: Any, wanted: int | None) -> int:
-    """Return the tokens that a sequence may have, by a model's text config and by the options.
+def window_of(config: Any) -> int:
+    """Return the tokens that a sequence may have by a model's text config.
 
     Some models have no such limit and say none (ALiBi, as BLOOM and MPT, and state spaces).
     """
-    limits = (max_positions(config), wanted)
-    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
+    limit = max_positions(config)
+    return sys.maxsize if limit is None else limit
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -20,7 +20,13 @@ from schemas.errors import EngineError
 from stages.models.causal_lm.language_head import read_config
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
-from stages.models.engines.vllm_engine import common_arguments, first_line, free_vllm, start_vllm
+from stages.models.engines.vllm_engine import (
+    common_arguments,
+    first_line,
+    free_vllm,
+    own_window,
+    start_vllm,
+)
 from stages.models.spec import EngineOptions
 
 _FINISHED = ("length", "stop")
@@ -38,7 +44,7 @@ class VllmGenerator:
     ) -> None:
         """Start vLLM. Raises EngineError if it is not installed or does not start."""
         self.vocab_size = int(read_config(model_path).get_text_config().vocab_size)
-        arguments = common_arguments(dtype, device, options) | {
+        arguments = common_arguments(model_path, dtype, device, options) | {
             "runner": "generate",
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs",
@@ -47,6 +53,7 @@ class VllmGenerator:
         }
         self._vllm, self._llm = start_vllm(model_path, arguments, device=device, options=options)
         self.max_length = int(self._llm.model_config.max_model_len)
+        self.window = own_window(self._llm, model_path)
 
     def generate(
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], decoding: Decoding
