@@ -16,7 +16,13 @@ from torch import Tensor
 
 from schemas.errors import ConfigError
 from stages.models.causal_lm.language_head import LanguageHead, head_features, read_config
-from stages.models.engines.head_check import Reference, check_head, probe_sequences, reference_of
+from stages.models.engines.head_check import (
+    answers_of,
+    check_adapter,
+    check_head,
+    probe_sequences,
+    reference_of,
+)
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.transformers_engine import TransformersEngine
 from stages.models.engines.vllm_engine import VllmEngine
@@ -106,7 +112,7 @@ def open_engine(
     else:
         engine = TransformersEngine(model_path, **place)
     try:
-        _check(engine, reference, model_path)
+        check_head(_answers(engine), reference, engine.head.dtype, model_path)
         yield engine
     finally:
         engine.close()
@@ -131,12 +137,13 @@ def open_adapted_engine(
 ) -> Iterator[VllmEngine]:
     """Load a base and a LoRA adapter that ``served_rank`` finds fit into one vLLM engine.
 
-    Prefixes are shared. Both of its answers are checked; raises what ``open_engine`` raises.
+    Prefixes are shared. Both of its answers and their difference are checked; raises what
+    ``open_engine`` raises.
     """
     set_threads(options)
     device = device_of(options)
     head_features(read_config(model_path))
-    references = [
+    plain, tuned = (
         reference_of(
             model_path,
             dtype=DTYPES[dtype],
@@ -145,22 +152,28 @@ def open_adapted_engine(
             adapter=added,
         )
         for added in (None, adapter)
-    ]
+    )
+    references = plain, tuned
     place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
     engine = VllmEngine(model_path, **place, share_prefixes=True, adapter=adapter)
     try:
-        for adapted, reference in zip((True, False), reversed(references), strict=True):
-            engine.use_adapter = adapted
-            _check(engine, reference, adapter if adapted else model_path)
+        answers = []
+        for added, reference in zip((None, adapter), references, strict=True):
+            engine.use_adapter = added is not None
+            answers.append(_answers(engine))
+            check_head(answers[-1], reference, engine.head.dtype, added or model_path)
+        base, adapted = answers
+        check_adapter(base, adapted, references, adapter)
+        engine.use_adapter = False
         yield engine
     finally:
         engine.close()
 
 
-def _check(engine: Engine, reference: Reference, model_path: Path) -> None:
+def _answers(engine: Engine) -> list[Tensor]:
     probes = probe_sequences(engine.head.vocab_size)
     fitting = [ids_T[: engine.max_length] for ids_T in probes]
-    check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+    return answers_of(engine.hidden_states(fitting), engine.head)
 
 
 def set_threads(options: EngineOptions) -> None:

@@ -13,7 +13,11 @@ whole nats; what is right differs by the order of sums and by where numbers are 
 - float16: 0.05, bfloat16: 0.25. Transformers rounds logits to the model's dtype: steps of 2^-6 and
   2^-3 between 16 and 32, and the hidden states carry as much again. Measured in bfloat16: 0.06.
 
-Dimensions: T = tokens, P = positions, K = kept log-probs, V = vocabulary.
+An adapter moves log-probs by less than the tolerance in half precision, so an engine that loads it
+and leaves it out would pass. What is looked at beside is the difference that it makes, base to
+adapted, over the tokens that are among the largest of both.
+
+Dimensions: T = tokens, P = positions, K = kept log-probs, V = vocabulary, M = log-probs in all.
 """
 
 import contextlib
@@ -52,6 +56,11 @@ class Reference:
     token_ids: list[list[list[int]]]
     logprobs: list[list[list[float]]]
 
+    def at(self, probe: int, position: int) -> dict[int, float]:
+        """Return the log-probs at one position, by token."""
+        token_ids_K, logprobs_K = self.token_ids[probe][position], self.logprobs[probe][position]
+        return dict(zip(token_ids_K, logprobs_K, strict=True))
+
 
 def probe_sequences(vocab_size: int) -> list[TokenIds]:
     """Return fixed random ids away from both ends of the vocabulary, where special tokens live."""
@@ -83,24 +92,70 @@ def reference_of(
     return reference
 
 
+def answers_of(hidden_states: Iterator[Tensor], head: LanguageHead) -> list[Tensor]:
+    """Return [T, V] log-probs of each probe, by ``head`` on its hidden states, on the CPU."""
+    return [head.logits(hidden_TD).log_softmax(-1).cpu() for hidden_TD in hidden_states]
+
+
 def check_head(
-    hidden_states: Iterator[Tensor], head: LanguageHead, reference: Reference, model_path: Path
+    answers: Sequence[Tensor], reference: Reference, dtype: torch.dtype, model_path: Path
 ) -> None:
-    """Raise EngineError unless ``head`` on the probes' hidden states gives the reference."""
+    """Raise EngineError unless an engine's answers to the probes are the reference."""
     errors = []
     references = zip(reference.token_ids, reference.logprobs, strict=True)
-    for hidden_TD, (token_ids, logprobs) in zip(hidden_states, references, strict=True):
-        rows = len(hidden_TD)
-        logprobs_TV = head.logits(hidden_TD).log_softmax(-1).cpu()
+    for logprobs_TV, (token_ids, logprobs) in zip(answers, references, strict=True):
+        rows = len(logprobs_TV)
         got_TK = logprobs_TV.gather(1, torch.tensor(token_ids[:rows]))
         errors.append((got_TK - torch.tensor(logprobs[:rows])).abs().flatten())
-    error, tolerance = float(torch.cat(errors).mean()), TOLERANCES[head.dtype]
+    error, tolerance = float(torch.cat(errors).mean()), TOLERANCES[dtype]
     if not error <= tolerance:
         raise EngineError(
             f"{model_path}: the engine's log-probs differ from transformers by {error:.3g} nats on "
-            f"average, expected at most {tolerance} in {head.dtype}: the head or the engine does "
+            f"average, expected at most {tolerance} in {dtype}: the head or the engine does "
             f"not reproduce this model; use another engine or model"
         )
+
+
+def check_adapter(
+    base: Sequence[Tensor],
+    adapted: Sequence[Tensor],
+    references: tuple[Reference, Reference],
+    adapter: Path,
+) -> None:
+    """Raise EngineError unless an engine's answers differ by as much as the references do.
+
+    ``references`` are those of the base and of the adapted model. Where the difference stands out
+    of what separates engine and reference on the base alone, its share that the engine shows (the
+    slope of a regression through 0) is to be 0.5 to 1.5; where it does not, it is not to be 0.
+    """
+    got_M, wanted_M, error_M = _differences(base, adapted, references)
+    size, error = (float(values_M.square().mean().sqrt()) for values_M in (wanted_M, error_M))
+    if size == 0.0:  # as PEFT begins one: it makes no difference yet
+        return
+    share = float((got_M @ wanted_M) / wanted_M.square().sum())
+    if not got_M.any() or (size > 2 * error and not 0.5 <= share <= 1.5):
+        raise EngineError(
+            f"{adapter}: the engine shows {share:.0%} of the difference that the adapter makes in "
+            f"transformers ({size:.3g} nats), expected 100%: it does not serve all of this "
+            f"adapter; save the adapted model as a full one"
+        )
+
+
+def _differences(
+    base: Sequence[Tensor], adapted: Sequence[Tensor], references: tuple[Reference, Reference]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [M] what the adapter adds in the engine and in the reference, and the base's error."""
+    plain, tuned = references
+    found: list[tuple[float, float, float]] = []
+    for probe, (base_TV, adapted_TV) in enumerate(zip(base, adapted, strict=True)):
+        for position in range(len(base_TV)):
+            before, after = plain.at(probe, position), tuned.at(probe, position)
+            for token in before.keys() & after.keys():
+                here = float(base_TV[position, token])
+                got = float(adapted_TV[position, token]) - here
+                found.append((got, after[token] - before[token], here - before[token]))
+    got_M, wanted_M, error_M = torch.tensor(found, dtype=torch.float64).reshape(-1, 3).T
+    return got_M, wanted_M, error_M
 
 
 def _computed(

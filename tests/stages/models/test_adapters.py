@@ -1,9 +1,11 @@
 """A PEFT adapter on a base: merged once into an ordinary folder, named by content, or refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.planning.plan import make_plan
 from pipeline.planning.recipe_file import load_recipe
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, EngineError
 from stages.models.checkpoints.adapters import merged_folder, served_rank
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.models.engines.engine import Engine
+from stages.models.engines.engine import Engine, open_adapted_engine
 from stages.models.engines.engine_pair import OneEngine, is_one_engine, open_engine_pair
+from stages.models.engines.sequences import TokenIds
+from stages.models.engines.transformers_engine import TransformersEngine
 from stages.models.spec import EngineOptions, ModelSpec
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 
@@ -85,6 +89,68 @@ def test_one_vllm_engine_serves_base_and_adapter(
             torch.testing.assert_close(here, there[-count:], rtol=0, atol=5e-4)
             assert torch.equal(here, repeated)
     assert float((wanted[0] - plain[0]).abs().max()) > 0.05
+
+
+class Stand(TransformersEngine):
+    """In vLLM's place: with the adapter it runs another folder, without it the base."""
+
+    with_adapter: Path
+
+    def __init__(self, model_path: Path, *, share_prefixes: bool, adapter: Path, **place: Any):
+        super().__init__(model_path, **place)
+        self.use_adapter = False
+        self._adapted = TransformersEngine(self.with_adapter, **place)
+
+    def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[torch.Tensor]:
+        plain = super().hidden_states(sequences)
+        yield from self._adapted.hidden_states(sequences) if self.use_adapter else plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_that_leaves_the_adapter_out_is_refused(
+    dtype: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It moves log-probs by less than the check of the head allows in bfloat16."""
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", std=0.05)
+    part = shutil.copytree(adapter, tmp_path / "part")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    halved = {n: t * 0 if "down_proj" in n or "layers.0" in n else t for n, t in tensors.items()}
+    save_file(halved, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    whole, half = (
+        merged_folder(tiny_model, one, dtype=dtype, name=f"{one.name}-{dtype}")
+        for one in (adapter, part)
+    )
+    monkeypatch.setattr("stages.models.engines.engine.VllmEngine", Stand)
+    options = EngineOptions(device="cpu", cache_dir=tmp_path / "check")
+
+    def opened(folder: Path) -> None:
+        monkeypatch.setattr(Stand, "with_adapter", folder, raising=False)
+        with open_adapted_engine(tiny_model, adapter, dtype=dtype, options=options) as engine:
+            assert not engine.use_adapter
+
+    opened(whole)
+    expected = f"{re.escape(str(adapter))}: the engine shows "
+    if dtype == "float32":  # the check of the head sees it first
+        expected = "the engine's log-probs differ"
+    with pytest.raises(EngineError, match=expected):
+        opened(tiny_model)
+    with pytest.raises(EngineError, match=expected):
+        opened(half)
+
+
+def test_an_adapter_that_does_nothing_yet_is_served(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", std=0.0)
+    monkeypatch.setattr("stages.models.engines.engine.VllmEngine", Stand)
+    monkeypatch.setattr(Stand, "with_adapter", tiny_model, raising=False)
+    options = EngineOptions(device="cpu", cache_dir=tmp_path / "check")
+    with open_adapted_engine(tiny_model, adapter, dtype="float32", options=options):
+        pass
 
 
 def states_of(model: Any, ids_T: Any) -> torch.Tensor:
