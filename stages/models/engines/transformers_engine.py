@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from schemas.errors import EngineError
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
-from stages.models.spec import EngineOptions
+from stages.models.spec import EngineOptions, HeadCheck
 
 _BATCH_TOKENS = 4096
 
@@ -28,6 +28,7 @@ _BATCH_TOKENS = 4096
 class TransformersEngine:
     """An ``AutoModelForCausalLM`` without its head; see ``Engine`` for what the members promise."""
 
+    head_check: HeadCheck = "off"
     kind = "transformers"
 
     def __init__(

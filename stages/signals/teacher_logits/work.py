@@ -57,6 +57,7 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
     model = context.models[stage.model]
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
+        context.notes["head_check"] = engine.head_check
         if isinstance(stage.encoding, ExactEncoding):
             engine.head.save(context.folder)
 
