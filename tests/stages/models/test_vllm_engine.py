@@ -1,4 +1,4 @@
-"""The real vLLM engine against plain transformers forward passes; five engine starts in all.
+"""The real vLLM engine against plain transformers forward passes; six engine starts in all.
 
 Engines run one after the other in one process, so this file also shows that closing one frees what
 the next needs.
@@ -74,7 +74,7 @@ def capture(engine: Engine) -> Captured:
     )
 
 
-def captured_with(folder: Path, cache_dir: Path, **settings: int | bool) -> Captured:
+def captured_with(folder: Path, cache_dir: Path, **settings: int | bool | str) -> Captured:
     options = EngineOptions.model_validate(
         {"cache_dir": cache_dir, "kv_cache_memory_bytes": 64 << 20, **settings}
     )
@@ -219,6 +219,16 @@ def test_a_long_window_little_memory_and_a_check_without_transformers(
     assert [len(rows) for rows in reference.token_ids] == [7, 23]
     with pytest.raises(EngineError, match=r"differ from the engine's own by .* nats"):
         check_head(answers, reference, torch.float32, folder, made_by="engine")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_give_the_numbers_of_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # as where nobody sets it
+    found = captured_with(tiny_model, tmp_path, tensor_parallel_size=2, head_check="off")
+    assert_close(found.logprobs, plain_logprobs(tiny_model))
 
 
 @pytest.mark.slow
