@@ -48,7 +48,7 @@ class StageContext:
     """What a worker is given beside the configuration: places and widths, nothing hashed.
 
     ``folder`` is the output table's folder, for files that lie beside its shards, ``input_table``
-    the name of the table that is read.
+    the name of the table that is read. What ``open`` puts in ``notes`` goes into each record.
     """
 
     folder: Folder
@@ -56,6 +56,7 @@ class StageContext:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)
     input_table: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 Kind = Literal["source", "table", "checkpoint", "report"]

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -97,10 +97,17 @@ class StepTasks:
             )
 
 
-def run_shard(task: ShardTask, table: BoundTable[Any], work: Work) -> ShardRecord:
-    """Read the input shard, do the work, write the output shard and then its record."""
+def run_shard(
+    task: ShardTask, table: BoundTable[Any], work: Work, notes: dict[str, Any]
+) -> ShardRecord:
+    """Read the input shard, do the work, write the output shard and then its record.
+
+    ``notes``, as they are when the shard is written, go into the record beside what the task says
+    of its making.
+    """
     rows = RowCount(_results(task, _input_of(task), work), task.max_rejected_fraction)
-    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=task.made_by)
+    made_by = ChainMap(notes, dict(task.made_by))
+    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=made_by)
 
 
 def try_rows(task: ShardTask, rows: range, work: Work) -> None:

@@ -42,7 +42,7 @@ def opened_worker(stage: TableStage, context: StageContext) -> Iterator[Do]:
             if job.probe:
                 try_rows(job.task, job.rows, work)
                 return None
-            return run_shard(job.task, bound, work)
+            return run_shard(job.task, bound, work, context.notes)
 
         yield do
 

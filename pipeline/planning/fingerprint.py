@@ -16,6 +16,7 @@ from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.checkpoints.adapters import ADAPTER_CONFIG, adapter_files
+from stages.models.checkpoints.rotary_scaling import fixed_window
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 
 ADDRESS_DIGITS = 12
@@ -71,6 +72,8 @@ def model_identity(
         "dtype": dtype,
         "engine": engine,
     }
+    if (window := fixed_window(config)) is not None:
+        identity["rotary_window"] = window
     if adapter is not None:
         identity["adapter"] = _adapter_identity(adapter)
     return identity
@@ -82,6 +85,7 @@ def _adapter_identity(adapter: Path) -> dict[str, Any]:
     return {
         "config": {key: value for key, value in config.items() if key not in _ADAPTER_NOISE},
         "weights": {path.name: remembered_sha256(path) for path in weights},
+        "merged_in": "float32",
     }
 
 

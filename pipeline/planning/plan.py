@@ -6,7 +6,7 @@ names. So renaming a step moves nothing, and changing anything that moves bytes 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Model:
         width = hidden_size_of(self.base)
         merged_name = ""
         if self.adapter is not None:
-            parts = ("config", "weights", "tokenizer", "adapter")
+            parts = ("config", "weights", "tokenizer", "adapter", "dtype")
             merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
         return ModelSpec(self.base, self.dtype, self.engine, width, self.adapter, merged_name)
 
@@ -135,10 +135,14 @@ def _models(
     planned: Mapping[str, PlannedStep],
     place: str,
 ) -> dict[str, Model]:
-    return {
-        ref: _model(ref, recipe, planned, f"{place}.{setting}")
-        for setting, ref in stage.named(settings)
-    }
+    found = {}
+    extra = recipe.execution.engine.extra_in_name
+    for setting, ref in stage.named(settings):
+        model = _model(ref, recipe, planned, f"{place}.{setting}")
+        if extra and model.engine == "vllm" and isinstance(stage, TableStage):  # else none starts
+            model = replace(model, identity={**model.identity, "engine_extra": extra})
+        found[ref] = model
+    return found
 
 
 def _check(

@@ -1,17 +1,78 @@
 """A model to run and how wide its engine runs, as a recipe says it; no torch.
 
-What ``EngineOptions`` says is part of a recipe's execution and never hashed.
+What ``EngineOptions`` says is part of a recipe's execution and never hashed, but for extra
+arguments of an engine that move numbers.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import merged_folder
 from stages.models.checkpoints.checkpoint import local_copy
+
+HeadCheck = Literal["transformers", "engine", "off"]
+
+
+# Arguments of vLLM's that decide what it computes, not merely where and in which order.
+MOVE_NUMBERS = (
+    "additional_config",
+    "attention_config",
+    "config_format",
+    "disable_sliding_window",
+    "enable_mamba_cache_stochastic_rounding",
+    "hf_config_path",
+    "hf_overrides",
+    "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers",
+    "kv_sharing_fast_prefill",
+    "load_format",
+    "logits_processors",
+    "lora_dtype",
+    "mamba_cache_dtype",
+    "mamba_ssm_cache_dtype",
+    "model_class_overrides",
+    "model_impl",
+    "model_loader_extra_config",
+    "model_weights",
+    "quantization",
+    "quantization_config",
+    "revision",
+    "speculative_config",
+    "use_fp64_gumbel",
+    "watermark",
+    "watermark_config",
+    "worker_cls",
+    "worker_extension_cls",
+)
+SET_HERE = (
+    "block_size",
+    "convert",
+    "distributed_executor_backend",
+    "dtype",
+    "enable_chunked_prefill",
+    "enable_lora",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "generation_config",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "logprobs_mode",
+    "max_logprobs",
+    "max_lora_rank",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "model",
+    "pipeline_parallel_size",
+    "pooler_config",
+    "runner",
+    "tensor_parallel_size",
+    "trust_remote_code",
+    "use_tqdm_on_load",
+)
 
 
 class EngineOptions(BaseModel):
@@ -20,32 +81,69 @@ class EngineOptions(BaseModel):
     ``kv_cache_memory_bytes`` is per device, in place of ``gpu_memory_utilization`` (on a CPU: 2
     GiB). ``max_num_batched_tokens`` bounds one forward pass. ``enforce_eager`` unset means compiled
     on a GPU, eager on a CPU: there compiling took 90 s and gained 10 % (SmolLM2-135M, 2 cores).
+    ``head_check`` is what the start-up check of an engine's log-probs compares them with: a plain
+    forward of ``transformers``, which loads the whole model once more; the same ``engine``'s own,
+    which finds a head that is not read right and nothing that both get wrong; or nothing (``off``).
+    Unset, it is transformers for models that fit the memory and are not quantised. A shard's record
+    says which it was.
+    ``extra`` are more arguments for vLLM, passed as they stand; those of ``MOVE_NUMBERS`` are part
+    of a model's name, unlike all else here.
     ``num_threads`` are a worker's own on a CPU (default: what the process has); another number
     moves last bits, so runs that are to give equal bytes on unlike machines name one.
     ``cache_dir`` keeps the references of the start-up check (default: the user's cache folder).
     The transformers engine reads ``device``, ``max_model_len``, ``max_num_batched_tokens``,
-    ``num_threads`` and ``cache_dir``.
+    ``head_check``, ``num_threads`` and ``cache_dir``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_chunked_prefill: bool | None = None
     enforce_eager: bool | None = None
+    head_check: HeadCheck | None = None
+    extra: dict[str, Any] = Field(default_factory=dict)
     num_threads: int | None = Field(default=None, ge=1)
     cache_dir: Path | None = None
+
+    @field_validator("head_check", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads a bare off
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for name in extra:
+            if name in SET_HERE:
+                raise ValueError(
+                    f"'{name}' is set by the engine itself or by a setting of its own beside "
+                    f"'extra': leave it out here"
+                )
+        return extra
+
+    @property
+    def extra_in_name(self) -> dict[str, Any]:
+        """Those of ``extra`` that move a model's numbers beyond rounding."""
+        return {name: value for name, value in self.extra.items() if name in MOVE_NUMBERS}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of one engine: a model's layers are cut in both ways."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model as a stage sees it: where it lies, a dtype and an engine.
 
-    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold.
+    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold and of
+    the dtype.
     """
 
     base: Folder
@@ -63,7 +161,7 @@ class ModelSpec:
         """
         if self.adapter is None:
             return self.local_base
-        return merged_folder(self.local_base, self.adapter, name=self.merged_name)
+        return merged_folder(self.local_base, self.adapter, dtype=self.dtype, name=self.merged_name)
 
     @property
     def local_base(self) -> Path:

@@ -41,7 +41,7 @@ def run_local(
         with stage.open(context) as work:
             bound = stage.bind(context)
             for task in tasks:
-                yield run_shard(task, bound, work)
+                yield run_shard(task, bound, work, context.notes)
     else:
         crew = _ProcessCrew(stage, context)
         try:

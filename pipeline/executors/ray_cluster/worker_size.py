@@ -1,8 +1,9 @@
 """What one worker takes of a machine of a cluster, and what to say when no machine has it.
 
-GPUs: ``tensor_parallel_size`` of one machine; none with ``engine.device: cpu``, nor with ``auto``
-on a cluster without GPUs. Cores: ``engine.num_threads``, or a share of the machine's. Memory: what
-the libraries take and, without GPUs, the models' weights and vLLM's cache of keys and values.
+GPUs: ``tensor_parallel_size * pipeline_parallel_size`` of one machine; none with ``engine.device:
+cpu``, nor with ``auto`` on a cluster without GPUs. Cores: ``engine.num_threads``, or a share of the
+machine's. Memory: what the libraries take and, without GPUs, the models' weights and vLLM's cache
+of keys and values.
 """
 
 import json
@@ -36,7 +37,7 @@ class WorkerSize:
         options = context.engine
         has_gpus = any(_count(machine, "GPU") for machine in machines)
         is_gpu_work = options.device == "cuda" or (options.device == "auto" and has_gpus)
-        num_gpus = options.tensor_parallel_size if is_gpu_work else 0
+        num_gpus = options.num_devices if is_gpu_work else 0
         num_bytes = PROCESS_BYTES
         if not num_gpus:
             num_bytes += sum(_model_bytes(spec, options) for spec in context.models.values())
@@ -61,8 +62,8 @@ class WorkerSize:
         return (
             f"no worker can be placed: each takes {asked} of one machine, {why}; the cluster's "
             f"machines have {'; '.join(sizes) or 'nothing'}: lower "
-            f"execution.engine.tensor_parallel_size, num_threads or kv_cache_memory_bytes, set "
-            f"engine.device to cpu, or use a larger cluster"
+            f"execution.engine.tensor_parallel_size, pipeline_parallel_size, num_threads or "
+            f"kv_cache_memory_bytes, set engine.device to cpu, or use a larger cluster"
         )
 
 

@@ -32,6 +32,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, atomic_file, write_text
+from stages.models.checkpoints.rotary_scaling import fixed_window
 
 HEAD_TENSORS = "head.safetensors"
 HEAD_SETTINGS = "head.json"
@@ -192,9 +193,12 @@ def read_config(path: Path) -> PretrainedConfig:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the tokens that a text config says a sequence may have, None where it says none."""
+    """Return the tokens that a text config says a sequence may have, None where it says none.
+
+    No more than those for which a model's rotary frequencies are fixed.
+    """
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    found = [getattr(config, name, None) for name in names]
+    found = [getattr(config, name, None) for name in names] + [fixed_window(config.to_dict())]
     return min((int(limit) for limit in found if limit), default=None)
 
 

@@ -17,6 +17,7 @@ from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
+from stages.models.checkpoints.rotary_scaling import ONE_SET, fixed_window
 from stages.models.checkpoints.tokenizer_identity import (
     num_token_ids,
     tokenizer_fingerprint,
@@ -27,7 +28,11 @@ _MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
 
 def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
-    """Load a student in float32; raises ConfigError if its head cannot be taken apart."""
+    """Load a student in float32; raises ConfigError if its head cannot be taken apart.
+
+    A forward of it raises ConfigError for a row that would move its rotary factors, and with them
+    the numbers of every row beside it.
+    """
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -37,6 +42,7 @@ def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     model.to(device)
     _check_head(model, folder)
+    _hold_to_window(model, folder)
     return model
 
 
@@ -121,6 +127,23 @@ def scored_hidden_states(model: nn.Module, batch: dict[str, Tensor], *, last_lay
     """Return [N, D] hidden states of a batch's scored positions."""
     hidden_BTD = final_hidden_states(model, batch["input_ids"], last_layer=last_layer)
     return hidden_BTD.flatten(0, 1).index_select(0, batch["positions_N"])
+
+
+def _hold_to_window(model: PreTrainedModel, folder: Path) -> None:
+    window = fixed_window(model.config.to_dict())
+    if window is None:
+        return
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        cache = kwargs.get("past_key_values")
+        length = input_ids_BT.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if length > window:
+            raise ConfigError(
+                f"student {folder} is given a row of {length} tokens and takes {window}: {ONE_SET}"
+            )
+
+    model.get_decoder().register_forward_pre_hook(check, with_kwargs=True)
 
 
 def _check_head(model: PreTrainedModel, folder: Path) -> None:

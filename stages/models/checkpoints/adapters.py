@@ -4,9 +4,10 @@ vLLM can also serve a plain LoRA adapter beside its base, out of one engine: ``s
 
 The folder lies in the user's cache under a name by content, so equal pairs of base and adapter are
 merged once on a machine, whoever asks; two that ask at once both merge, and the first to finish
-wins. Weights are merged in the dtype in which the base is stored.
+wins. Weights are merged in float32, whatever the base is stored in, and saved in the dtype in
+which the recipe runs the model: they are rounded once, and not at all for float32.
 
-Cost: the base once in CPU memory, and once more on disk.
+Cost: the base once in CPU memory, in float32, and once more on disk.
 """
 
 import json
@@ -73,11 +74,11 @@ def served_rank(adapter: Path) -> int | None:
     return fitting[0] if plain and fitting else None
 
 
-def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
+def merged_folder(base: Path, adapter: Path, *, dtype: str, name: str) -> Path:
     """Return the folder of ``base`` with ``adapter`` merged in, made now if it is not there.
 
-    ``name`` is a hash of what both hold. Raises ConfigError where PEFT is not installed or the
-    adapter does not fit the base.
+    ``name`` is a hash of what both hold and of ``dtype``, that of the weights saved. Raises
+    ConfigError where PEFT is not installed or the adapter does not fit the base.
     """
     target = user_cache() / "merged" / name
     if (target / "config.json").is_file():
@@ -85,7 +86,7 @@ def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
     scratch = target.with_name(f".{name}-{uuid.uuid4().hex[:12]}")
     try:
         scratch.mkdir(parents=True)
-        _merge(base, adapter, scratch)
+        _merge(base, adapter, scratch, dtype)
         copy_tokenizer(base, scratch)
         equal_modes(scratch)
         os.rename(scratch, target)
@@ -97,7 +98,7 @@ def merged_folder(base: Path, adapter: Path, *, name: str) -> Path:
     return target
 
 
-def _merge(base: Path, adapter: Path, output: Path) -> None:
+def _merge(base: Path, adapter: Path, output: Path, dtype: str) -> None:
     import torch
 
     model = _loaded(base)
@@ -117,7 +118,7 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
             f"the adapter {adapter} changes which weights {base} has, so it cannot be merged: save "
             f"the adapted model as a full one"
         )
-    merged.save_pretrained(output)
+    merged.to(getattr(torch, dtype)).save_pretrained(output)
 
 
 def _loaded(base: Path) -> Any:
@@ -127,7 +128,7 @@ def _loaded(base: Path) -> Any:
 
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(base, dtype="float32", local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"cannot load the model {base} to merge an adapter into it: {_first_line(error)}"

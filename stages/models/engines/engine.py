@@ -16,11 +16,21 @@ from torch import Tensor
 
 from schemas.errors import ConfigError
 from stages.models.causal_lm.language_head import LanguageHead, head_features, read_config
-from stages.models.engines.head_check import Reference, check_head, probe_sequences, reference_of
+from stages.models.engines.head_check import (
+    Reference,
+    answers_of,
+    check_adapter,
+    check_head,
+    chosen_check,
+    own_reference_of,
+    probe_sequences,
+    reference_of,
+    require_difference,
+)
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.transformers_engine import TransformersEngine
 from stages.models.engines.vllm_engine import VllmEngine
-from stages.models.spec import EngineOptions, ModelSpec
+from stages.models.spec import EngineOptions, HeadCheck, ModelSpec
 
 EngineKind = Literal["vllm", "transformers"]
 
@@ -48,9 +58,15 @@ class HiddenStates(Protocol):
 
 
 class Engine(HiddenStates, Protocol):
-    """A loaded model; ``device`` holds the head and the results."""
+    """A loaded model; ``device`` holds the head and the results.
+
+    ``window`` is the model's own, of which settings or memory may leave less: ``max_length``.
+    ``head_check`` is the check that was made of it.
+    """
 
     device: torch.device
+    window: int
+    head_check: HeadCheck
 
     @property
     def kind(self) -> str:
@@ -92,17 +108,21 @@ def open_engine(
     set_threads(options)
     device = device_of(options)
     head_features(read_config(model_path))  # refuse an unknown head now, not after minutes
-    reference = reference_of(
-        model_path, dtype=DTYPES[dtype], device=device, cache_dir=options.cache_dir
-    )
+    check = chosen_check(model_path, dtype=DTYPES[dtype], device=device, options=options)
+    if kind == "transformers" and check == "engine":
+        check = "transformers"  # its own log-probs are those
+    reference = _reference(check, model_path, DTYPES[dtype], device, options)
     place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
     engine: Engine
     if kind == "vllm":
         engine = VllmEngine(model_path, **place, share_prefixes=share_prefixes)
     else:
         engine = TransformersEngine(model_path, **place)
+    engine.head_check = check
     try:
-        _check(engine, reference, model_path)
+        if reference is not None:
+            answers = _answers(engine)
+            check_head(answers, reference, engine.head.dtype, model_path, made_by=check)
         yield engine
     finally:
         engine.close()
@@ -127,36 +147,73 @@ def open_adapted_engine(
 ) -> Iterator[VllmEngine]:
     """Load a base and a LoRA adapter that ``served_rank`` finds fit into one vLLM engine.
 
-    Prefixes are shared. Both of its answers are checked; raises what ``open_engine`` raises.
+    Prefixes are shared. Both of its answers and their difference are checked; raises what
+    ``open_engine`` raises.
     """
     set_threads(options)
     device = device_of(options)
     head_features(read_config(model_path))
-    references = [
-        reference_of(
+    check = chosen_check(model_path, dtype=DTYPES[dtype], device=device, options=options)
+    base_reference = _reference(check, model_path, DTYPES[dtype], device, options)
+    adapted_reference = None
+    if check == "transformers":
+        adapted_reference = reference_of(
             model_path,
             dtype=DTYPES[dtype],
             device=device,
             cache_dir=options.cache_dir,
-            adapter=added,
+            adapter=adapter,
         )
-        for added in (None, adapter)
-    ]
     place: _Place = {"dtype": DTYPES[dtype], "device": device, "options": options}
     engine = VllmEngine(model_path, **place, share_prefixes=True, adapter=adapter)
+    engine.head_check = check
     try:
-        for adapted, reference in zip((True, False), reversed(references), strict=True):
-            engine.use_adapter = adapted
-            _check(engine, reference, adapter if adapted else model_path)
+        if base_reference is not None:
+            _check_both(engine, base_reference, adapted_reference, model_path, adapter)
         yield engine
     finally:
         engine.close()
 
 
-def _check(engine: Engine, reference: Reference, model_path: Path) -> None:
+def _check_both(
+    engine: VllmEngine,
+    base_reference: Reference,
+    adapted_reference: Reference | None,
+    model_path: Path,
+    adapter: Path,
+) -> None:
+    """Check the base, the adapted model and their difference, as far as there are references."""
+    dtype = engine.head.dtype
+    engine.use_adapter = True
+    adapted = _answers(engine)
+    engine.use_adapter = False
+    base = _answers(engine)
+    check_head(base, base_reference, dtype, model_path, made_by=engine.head_check)
+    if adapted_reference is None:
+        require_difference(base, adapted, adapter)
+        return
+    check_head(adapted, adapted_reference, dtype, adapter)
+    check_adapter(base, adapted, (base_reference, adapted_reference), adapter)
+
+
+def _reference(
+    check: HeadCheck,
+    model_path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: EngineOptions,
+) -> Reference | None:
+    if check == "off":
+        return None
+    if check == "engine":
+        return own_reference_of(model_path, dtype=dtype, device=device, options=options)
+    return reference_of(model_path, dtype=dtype, device=device, cache_dir=options.cache_dir)
+
+
+def _answers(engine: Engine) -> list[Tensor]:
     probes = probe_sequences(engine.head.vocab_size)
     fitting = [ids_T[: engine.max_length] for ids_T in probes]
-    check_head(engine.hidden_states(fitting), engine.head, reference, model_path)
+    return answers_of(engine.hidden_states(fitting), engine.head)
 
 
 def set_threads(options: EngineOptions) -> None:

@@ -12,16 +12,16 @@ Two vLLM engines live in one process as long as none is closed: what closing one
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 
-from stages.models.causal_lm.language_head import LanguageHead, read_config
+from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.engines.engine import DTYPES, Engine, open_adapted_engine, open_model
+from stages.models.engines.memory import available_memory, weight_bytes
 from stages.models.engines.vllm_engine import VllmEngine
-from stages.models.spec import EngineOptions, ModelSpec
+from stages.models.spec import EngineOptions, HeadCheck, ModelSpec
 
 Result = TypeVar("Result")
 ModelPair = tuple[ModelSpec, ModelSpec]
@@ -40,6 +40,10 @@ class EnginePair(Protocol):
 
     def heads(self) -> tuple[LanguageHead, LanguageHead]:
         """Return both heads, on the engines' device; good until the next ``each``."""
+
+    @property
+    def head_checks(self) -> tuple[HeadCheck, ...]:
+        """The checks that were made of the first and of the second, of one engine once."""
 
 
 @contextmanager
@@ -98,6 +102,11 @@ class OneEngine:
         """Return the one head twice."""
         return self._engine.head, self._engine.head
 
+    @property
+    def head_checks(self) -> tuple[HeadCheck, ...]:
+        """The one engine's."""
+        return (self._engine.head_check,)
+
 
 class SideBySide:
     """Both engines are open all the time, on half a GPU's memory each."""
@@ -127,6 +136,12 @@ class SideBySide:
         first, second = self._engines
         return first.head, second.head
 
+    @property
+    def head_checks(self) -> tuple[HeadCheck, ...]:
+        """Each engine's."""
+        first, second = self._engines
+        return first.head_check, second.head_check
+
 
 class OneAfterTheOther:
     """One engine is open at a time; the other's head is read from its folder when needed."""
@@ -135,6 +150,7 @@ class OneAfterTheOther:
         """Open nothing yet."""
         self._models, self._options = models, options
         self._open: tuple[int, Engine] | None = None
+        self._checks: dict[int, HeadCheck] = {}
         self._stack = ExitStack()
 
     @classmethod
@@ -157,12 +173,18 @@ class OneAfterTheOther:
         """Return the open engine's head and, read again, that of the other."""
         return self._head(0), self._head(1)
 
+    @property
+    def head_checks(self) -> tuple[HeadCheck, ...]:
+        """Each engine's when it was opened last."""
+        return tuple(self._checks[index] for index in sorted(self._checks))
+
     def _engine(self, index: int) -> Engine:
         if self._open is None or self._open[0] != index:
             self._open = None
             self._stack.close()
             opened = open_model(self._models[index], self._options, share_prefixes=True)
             self._open = index, self._stack.enter_context(opened)
+            self._checks[index] = self._open[1].head_check
         return self._open[1]
 
     def _head(self, index: int) -> LanguageHead:
@@ -187,42 +209,10 @@ def fit_together(models: ModelPair, options: EngineOptions) -> bool:
     ``gpu_memory_utilization`` whatever it needs. On a CPU the start-up check holds one more copy of
     a model for a moment. Other workers that start at the same time are not known here.
     """
-    weights = [weight_bytes(model) for model in models]
+    weights = [weight_bytes(model.path, DTYPES[model.dtype]) for model in models]
     cache = options.kv_cache_memory_bytes or _CACHE_BYTES
     if torch.cuda.is_available() and options.device != "cpu":
         free, total = torch.cuda.mem_get_info()
         half = options.gpu_memory_utilization * total / 2
-        return max(weights) / options.tensor_parallel_size + cache <= half <= free / 2
+        return max(weights) / options.num_devices + cache <= half <= free / 2
     return sum(weights) + max(weights) + 2 * cache <= available_memory()
-
-
-def weight_bytes(model: ModelSpec) -> int:
-    """Return what a model's weight files come to in the dtype it is run in."""
-    files = list(model.path.glob("*.safetensors")) or list(model.path.glob("*.bin"))
-    stored = getattr(read_config(model.path).get_text_config(), "dtype", None) or torch.float16
-    return (
-        sum(file.stat().st_size for file in files) * DTYPES[model.dtype].itemsize // stored.itemsize
-    )
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that this process may still take, 0 where the system does not say.
-
-    That is Linux's own estimate, and no more than the container's limit leaves (version 2 of
-    control groups; files that it holds in memory can be dropped and count as free).
-    """
-    system = _numbers(root / "proc/meminfo").get("MemAvailable:", 0) << 10
-    group = root / "sys/fs/cgroup"
-    limit, used = group / "memory.max", group / "memory.current"
-    if not limit.is_file() or not used.is_file() or not limit.read_text().strip().isdigit():
-        return system
-    droppable = _numbers(group / "memory.stat").get("inactive_file", 0)
-    return min(system, int(limit.read_text()) - int(used.read_text()) + droppable)
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """Read lines of a name and a number."""
-    if not file.is_file():
-        return {}
-    words = (line.split() for line in file.read_text().splitlines())
-    return {pair[0]: int(pair[1]) for pair in words if len(pair) > 1}

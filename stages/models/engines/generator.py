@@ -20,9 +20,13 @@ from stages.models.spec import EngineOptions
 
 
 class Generator(Protocol):
-    """A loaded model; prompt and response together have ``max_length`` tokens at most."""
+    """A loaded model; prompt and response together have ``max_length`` tokens at most.
+
+    ``window`` is the model's own, of which settings or memory may leave less: ``max_length``.
+    """
 
     max_length: int
+    window: int
     vocab_size: int
 
     @property

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.errors import ConfigError, EngineError
+from stages.models.spec import EngineOptions
 
 TokenIds = npt.NDArray[np.integer]
 
@@ -29,16 +30,25 @@ def check_sequences(sequences: Sequence[TokenIds], *, max_length: int, vocab_siz
             )
 
 
-def require_room(longest: int, max_model_len: int) -> None:
-    """Raise ConfigError for a row that only the engine's setting keeps out.
+def require_room(
+    longest: int, max_length: int, options: EngineOptions, *, what: str = "a row"
+) -> None:
+    """Raise ConfigError for a row that only the engine's settings or its memory keep out.
 
-    That setting is no part of a table's name: to reject by it would give one name two contents.
+    Those are no part of a table's name: to reject by them would give one name two contents.
     """
-    if longest > max_model_len:
+    if longest <= max_length:
+        return
+    if options.max_model_len is None:
         raise ConfigError(
-            f"execution.engine.max_model_len is {max_model_len}, a row has {longest} tokens: "
-            f"raise it, or leave it out to reject only what exceeds the model's own window"
+            f"the engine's memory holds {max_length} tokens of a row, {what} has {longest}: give "
+            f"it more by execution.engine.kv_cache_memory_bytes, gpu_memory_utilization or "
+            f"tensor_parallel_size"
         )
+    raise ConfigError(
+        f"execution.engine.max_model_len is {options.max_model_len}, {what} has {longest} tokens: "
+        f"raise it, or leave it out to reject only what exceeds the model's own window"
+    )
 
 
 def windows(sequences: Sequence[TokenIds], *, bytes_per_token: int) -> Iterator[list[TokenIds]]:

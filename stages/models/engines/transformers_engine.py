@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from schemas.errors import EngineError
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
-from stages.models.spec import EngineOptions
+from stages.models.spec import EngineOptions, HeadCheck
 
 _BATCH_TOKENS = 4096
 
@@ -28,6 +28,7 @@ _BATCH_TOKENS = 4096
 class TransformersEngine:
     """An ``AutoModelForCausalLM`` without its head; see ``Engine`` for what the members promise."""
 
+    head_check: HeadCheck = "off"
     kind = "transformers"
 
     def __init__(
@@ -36,7 +37,8 @@ class TransformersEngine:
         """Load the model. Raises EngineError if transformers cannot."""
         config = read_config(model_path).get_text_config()
         self.device = device
-        self.max_length = window_of(config, options.max_model_len)
+        self.window = window_of(config)
+        self.max_length = min(self.window, options.max_model_len or self.window)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
@@ -134,13 +136,13 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         ) from error
 
 
-def window_of(config: Any, wanted: int | None) -> int:
-    """Return the tokens that a sequence may have, by a model's text config and by the options.
+def window_of(config: Any) -> int:
+    """Return the tokens that a sequence may have by a model's text config.
 
     Some models have no such limit and say none (ALiBi, as BLOOM and MPT, and state spaces).
     """
-    limits = (max_positions(config), wanted)
-    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
+    limit = max_positions(config)
+    return sys.maxsize if limit is None else limit
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

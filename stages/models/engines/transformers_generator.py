@@ -52,7 +52,8 @@ class TransformersGenerator:
         config = read_config(model_path).get_text_config()
         self.device = device
         self.vocab_size = int(config.vocab_size)
-        self.max_length = window_of(config, options.max_model_len)
+        self.window = window_of(config)
+        self.max_length = min(self.window, options.max_model_len or self.window)
         self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
         self._model.generation_config = GenerationConfig()  # nothing the folder suggests

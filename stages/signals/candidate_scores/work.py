@@ -39,13 +39,14 @@ def open_work(stage: CandidateScoresStage, context: StageContext) -> Iterator[Wo
     """Start the engine of ``stage.model``; the work scores one shard of episodes."""
     model = context.models[stage.model]
     with open_model(model, context.engine, share_prefixes=True) as engine:
+        context.notes["head_check"] = engine.head_check
 
         def work(shard: pa.Table) -> Iterable[CandidateScores | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]
             requests = [Branches.of(episode) for episode in episodes]
-            if engine.max_length == context.engine.max_model_len:
+            if engine.max_length < engine.window:
                 longest = max((request.longest for request in requests), default=0)
-                require_room(longest, engine.max_length)
+                require_room(longest, engine.max_length, context.engine)
             return score_candidates(engine, requests)
 
         yield work

@@ -29,6 +29,7 @@ def open_work(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[W
     """Start the engine of ``stage.model``; the work scores one shard of pairs or responses."""
     model = context.models[stage.model]
     with open_model(model, context.engine, share_prefixes=True) as engine:
+        context.notes["head_check"] = engine.head_check
 
         def work(shard: pa.Table) -> Iterable[ResponseLogprobs | Rejected]:
             return score_responses(engine, prompted_of(shard), context.engine)

@@ -88,11 +88,12 @@ def response_states(
 ) -> ResponseStates:
     """Run the rows that the model can take, as one unit and in an order of the engine's own.
 
-    Raises ConfigError where only ``options.max_model_len`` keeps a row out.
+    Raises ConfigError where only ``options`` keep a row out.
     """
     reasons = [_reason(engine, row) for row in rows]
-    if engine.max_length == options.max_model_len:
-        require_room(max((row.longest for row in rows), default=0), engine.max_length)
+    if engine.max_length < engine.window:
+        longest = max((row.longest for row in rows), default=0)
+        require_room(longest, engine.max_length, options)
     fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     states = iter(
         engine.last_hidden_states(

@@ -27,6 +27,7 @@ from schemas.tables.responses import FINISH_REASONS, Responses
 from stages.models.causal_lm.end_tokens import stop_tokens_of
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.generator import Generator, open_generator
+from stages.models.engines.sequences import require_room
 from stages.signals.student_responses.stage import StudentResponsesStage
 from stages.stage import Rejected, StageContext, Work
 
@@ -49,8 +50,11 @@ def open_work(stage: StudentResponsesStage, context: StageContext) -> Iterator[W
 
         def work(shard: pa.Table) -> Iterable[Responses | Rejected]:
             pairs = [pair for batch in shard.to_batches() for pair in PREFERENCE_PAIRS.rows(batch)]
-            if generator.max_length == context.engine.max_model_len:
-                _require_room(pairs, decoding, generator.max_length)
+            if generator.max_length < generator.window:
+                longest = max((len(pair.prompt_ids_T) for pair in pairs), default=0)
+                longest += decoding.max_tokens
+                what = "a prompt with max_tokens"
+                require_room(longest, generator.max_length, context.engine, what=what)
             return generate_responses(stage, generator, decoding, pairs)
 
         yield work
@@ -62,20 +66,6 @@ def _require_known(stop_token_ids: Sequence[int], vocab_size: int) -> None:
         raise ConfigError(
             f"stop_token_ids has {unknown}, the student's vocabulary is 0 to {vocab_size - 1}: it "
             f"could never generate them; name its own"
-        )
-
-
-def _require_room(pairs: Sequence[PreferencePair], decoding: Decoding, max_model_len: int) -> None:
-    """Raise ConfigError for a prompt that only the engine's setting keeps out.
-
-    That setting is no part of a table's name: to reject by it would give one name two contents.
-    """
-    longest = max((len(pair.prompt_ids_T) for pair in pairs), default=0)
-    if longest + decoding.max_tokens > max_model_len:
-        raise ConfigError(
-            f"execution.engine.max_model_len is {max_model_len}, a prompt of {longest} tokens and "
-            f"max_tokens {decoding.max_tokens} exceed it: raise it, or leave it out to reject only "
-            f"what exceeds the model's own window"
         )
 
 

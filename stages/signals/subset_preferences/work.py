@@ -37,6 +37,7 @@ def open_work(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[
         encoder = context.models[stage.sampler.encoder]
         similarity = SentenceSimilarity(encoder.path, texts_of=model.path)
     with open_model(model, context.engine, share_prefixes=True) as engine:
+        context.notes["head_check"] = engine.head_check
 
         def work(shard: pa.Table) -> Iterable[SubsetPreferences | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]
@@ -45,9 +46,9 @@ def open_work(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[
                 draw_subsets(stage, episode, similarity.of(episode) if similarity else None)
                 for episode in episodes
             ]
-            if engine.max_length == context.engine.max_model_len:
+            if engine.max_length < engine.window:
                 lengths = [len(ids_T) for subsets in drawn for ids_T in subsets.input_ids]
-                require_room(max(lengths, default=0), engine.max_length)
+                require_room(max(lengths, default=0), engine.max_length, context.engine)
             return score_subsets(stage, engine, episodes, drawn)
 
         yield work

@@ -57,21 +57,19 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
     model = context.models[stage.model]
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
+        context.notes["head_check"] = engine.head_check
         if isinstance(stage.encoding, ExactEncoding):
             engine.head.save(context.folder)
 
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
             if of_pairs:
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
-            if engine.max_length == context.engine.max_model_len:
-                _require_room(shard, engine.max_length)
+            if engine.max_length < engine.window:
+                longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
+                require_room(longest, engine.max_length, context.engine)
             return score_shard(stage, engine, shard)
 
         yield work
-
-
-def _require_room(shard: pa.Table, max_model_len: int) -> None:
-    require_room(pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0, max_model_len)
 
 
 def score_shard(

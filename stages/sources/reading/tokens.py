@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from schemas.errors import ConfigError
 from stages.models.checkpoints.chat_template import ChatTemplate
+from stages.models.checkpoints.rotary_scaling import ONE_SET, fixed_window
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 IdArray = npt.NDArray[np.uint32]
@@ -36,6 +37,7 @@ class TextTokenizer:
         self.folder = folder
         self.vocab_size, self.max_length = model_limits(folder, len(tokenizer))
         self.max_length = min(self.max_length, int(tokenizer.model_max_length))
+        self._fixed_window = fixed_window(_config_of(folder))
         self.eos_id: int | None = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -45,9 +47,10 @@ class TextTokenizer:
     def require(self, *, length: int, eos: bool, setting: str = "length") -> None:
         """Raise ConfigError when rows of ``length`` tokens (parted by an EOS) cannot be made."""
         if length > self.max_length:
+            why = f"; {ONE_SET}" if self.max_length == self._fixed_window else ""
             raise ConfigError(
                 f"{setting}: got {length}, but the model in {self.folder} takes at most "
-                f"{self.max_length} tokens"
+                f"{self.max_length} tokens{why}"
             )
         if eos and self.eos_id is None:
             raise ConfigError(
@@ -142,12 +145,19 @@ class TextTokenizer:
         return np.array([i for i, _, _ in inside], np.uint32)
 
 
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def model_limits(folder: Path, tokenizer_size: int) -> tuple[int, int]:
     """Return vocabulary size and maximum length by ``config.json``, as far as it is there."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _config_of(folder)
     text_config = config.get("text_config") or config
     vocab_size = text_config.get("vocab_size") or tokenizer_size
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     limits = [int(text_config[name]) for name in names if text_config.get(name)]
+    if (window := fixed_window(config)) is not None:
+        limits.append(window)
     return int(vocab_size), min(limits, default=_NO_LIMIT)

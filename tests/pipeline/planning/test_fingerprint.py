@@ -119,6 +119,9 @@ def test_the_model_is_part_of_the_name(
         ("execution.root=/elsewhere", set()),
         ("execution.engine.max_num_batched_tokens=100", set()),
         ("execution.engine.enforce_eager=true", set()),
+        ("execution.engine.head_check=off", set()),
+        ("execution.engine.pipeline_parallel_size=2", set()),
+        ("execution.engine.extra={quantization: fp8}", set()),  # of vLLM, which runs nothing here
         ("name=other", set()),
     ],
 )
@@ -127,6 +130,17 @@ def test_settings_move_the_steps_they_concern_and_no_others(
 ) -> None:
     before, after = case.prints(), case.prints(override)
     assert {name for name in before if before[name] != after[name]} == moved
+
+
+def test_extra_arguments_of_vllm_that_move_numbers_are_part_of_its_models_names(
+    case: Case,
+) -> None:
+    on_vllm = "models.teacher.engine=vllm"
+    before = case.prints(on_vllm)
+    after = case.prints(on_vllm, "execution.engine.extra={kv_cache_dtype: fp8, max_num_seqs: 8}")
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved == {"signals", "trained"}
+    assert case.prints(on_vllm, "execution.engine.extra={max_num_seqs: 8}") == before
 
 
 def test_raising_a_stages_version_moves_it_and_what_follows(

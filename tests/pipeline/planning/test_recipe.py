@@ -63,6 +63,11 @@ def short(tmp_path: Path, text: str = SHORT) -> Path:
         (("models", "teacher", "path"), None, "models.teacher: give either 'path'"),
         (("execution", "workers"), 0, "execution.workers: Input should be greater"),
         (("execution", "executor"), "slurm", "execution.executor: Input should be"),
+        (
+            ("execution", "engine", "extra"),
+            {"max_model_len": 64},
+            "execution.engine.extra: 'max_model_len' is set by the engine itself or by a setting",
+        ),
         (("steps",), {}, "steps: Dictionary should have at least 1 item"),
         (("name",), "a/b", "name: String should match pattern"),
     ],

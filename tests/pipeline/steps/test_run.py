@@ -117,6 +117,7 @@ def test_a_record_says_what_made_its_shard(finished: TinyRecipe) -> None:
         assert notes["fingerprint"] == step.fingerprint
         assert notes["models"][0]["engine"] == "transformers" and notes["seconds"] >= 0
         assert notes["models"][0]["dtype"] == "float32" and "torch" in notes["versions"]
+        assert notes["head_check"] == "transformers"
         assert (shard.split, shard.num_rows) == (source.split, source.num_rows)
         assert shard.num_positions == source.num_tokens - source.num_rows
         assert shard.num_tokens == source.num_tokens and not shard.rejects

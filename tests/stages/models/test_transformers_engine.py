@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from schemas.errors import ConfigError, EngineError
 from stages.models.engines.engine import open_engine
+from stages.models.engines.head_check import chosen_check
 from stages.models.engines.sequences import TokenIds, windows
 from stages.models.spec import EngineOptions
 
@@ -134,6 +135,35 @@ def test_a_head_read_from_other_weights_is_refused(
         open_engine("transformers", folder, dtype="float32", options=options),
     ):
         pass
+
+
+def test_which_check_is_made_follows_the_setting_then_the_memory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(folder: Path, **options: Any) -> str:
+        at, device = EngineOptions(**options), torch.device("cpu")
+        return chosen_check(folder, dtype=torch.float32, device=device, options=at)
+
+    quantised = edited_copy(
+        tiny_model, tmp_path / "fp8", quantization_config={"quant_method": "fp8"}
+    )
+    assert chosen(tiny_model) == "transformers" and chosen(quantised) == "engine"
+    assert chosen(quantised, head_check="transformers") == "transformers"
+    size = (tiny_model / "model.safetensors").stat().st_size
+    for free, expected in ((size, "transformers"), (size - 1, "engine"), (0, "transformers")):
+        monkeypatch.setattr("stages.models.engines.head_check.available_memory", lambda n=free: n)
+        assert chosen(tiny_model) == expected
+        assert chosen(tiny_model, head_check="off") == "off"
+
+
+def test_a_check_that_is_switched_off_is_not_made(tiny_model: Path, tmp_path: Path) -> None:
+    folder = edited_copy(tiny_model, tmp_path / "model", logit_scale=0.5)
+    options = EngineOptions(cache_dir=tmp_path / "cache", device="cpu", head_check="off")
+    with open_engine("transformers", folder, dtype="float32", options=options) as engine:
+        assert engine.head_check == "off" and not (tmp_path / "cache").exists()
+    options = EngineOptions(cache_dir=tmp_path / "cache", device="cpu", head_check="engine")
+    with open_engine("transformers", tiny_model, dtype="float32", options=options) as engine:
+        assert engine.head_check == "transformers", "what this engine says is what that says"
 
 
 def test_windows_bound_the_memory_of_a_shard() -> None:

@@ -1,12 +1,13 @@
-"""The real vLLM engine against plain transformers forward passes; three engine starts in all.
+"""The real vLLM engine against plain transformers forward passes; six engine starts in all.
 
 Engines run one after the other in one process, so this file also shows that closing one frees what
 the next needs.
 """
 
+import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from schemas.errors import EngineError
 from stages.models.engines.engine import Engine, open_engine
+from stages.models.engines.head_check import (
+    Reference,
+    answers_of,
+    check_head,
+    probe_sequences,
+)
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.vllm_engine import VllmEngine
 from stages.models.spec import EngineOptions
@@ -67,7 +74,7 @@ def capture(engine: Engine) -> Captured:
     )
 
 
-def captured_with(folder: Path, cache_dir: Path, **settings: int | bool) -> Captured:
+def captured_with(folder: Path, cache_dir: Path, **settings: int | bool | str) -> Captured:
     options = EngineOptions.model_validate(
         {"cache_dir": cache_dir, "kv_cache_memory_bytes": 64 << 20, **settings}
     )
@@ -177,6 +184,51 @@ def test_another_family_with_a_soft_cap_and_an_engine_that_dies(
     assert_close(logprobs, expected)
     spread = torch.cat(expected).amax(1) - torch.cat(expected).amin(1)
     assert spread.max() <= 8.0, "the soft-cap holds every logit between -4 and 4"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_long_window_little_memory_and_a_check_without_transformers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit is left of the window; the engine is held to its own prompt log-probs."""
+    folder = shutil.copytree(tiny_model, tmp_path / "long")
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(body | {"max_position_embeddings": 1_000_000}))
+    options = EngineOptions(
+        cache_dir=tmp_path / "cache",
+        kv_cache_memory_bytes=64 << 20,
+        head_check="engine",
+        extra={"max_num_seqs": 8},
+    )
+    monkeypatch.setattr("stages.models.engines.head_check._computed", None)  # of transformers
+    with open_engine("vllm", folder, dtype="float32", options=options) as engine:
+        assert isinstance(engine, VllmEngine) and engine.head_check == "engine"
+        assert engine._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 8
+        assert (256 < engine.max_length < engine.window) and engine.window == 1_000_000
+        sequences = mixed_sequences()
+        logprobs = [
+            engine.head.logits(hidden_TD).log_softmax(-1)
+            for hidden_TD in engine.hidden_states(sequences)
+        ]
+        probes = list(engine.hidden_states(probe_sequences(512)))
+        answers = answers_of(iter(probes), replace(engine.head, scale=0.5))
+    assert_close(logprobs, plain_logprobs(folder))
+    (kept,) = (tmp_path / "cache").iterdir()
+    reference = Reference(**json.loads(kept.read_text()))
+    assert [len(rows) for rows in reference.token_ids] == [7, 23]
+    with pytest.raises(EngineError, match=r"differ from the engine's own by .* nats"):
+        check_head(answers, reference, torch.float32, folder, made_by="engine")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_give_the_numbers_of_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # as where nobody sets it
+    found = captured_with(tiny_model, tmp_path, tensor_parallel_size=2, head_check="off")
+    assert_close(found.logprobs, plain_logprobs(tiny_model))
 
 
 @pytest.mark.slow

@@ -29,10 +29,9 @@ from stages.models.engines.engine_pair import (
     EnginePair,
     OneAfterTheOther,
     SideBySide,
-    available_memory,
     fit_together,
-    weight_bytes,
 )
+from stages.models.engines.memory import available_memory, weight_bytes
 from stages.models.spec import EngineOptions, ModelSpec
 from stages.signals.advantages.stage import AdvantagesStage
 from stages.signals.advantages.work import Asked, score_row, score_shard
@@ -454,9 +453,9 @@ def test_estimates_are_near_what_the_benchmark_measured(
 
 def test_two_models_fit_together_while_memory_is_free(folders: dict[str, Path]) -> None:
     spec = ModelSpec(folders["dpo"], "float32", "transformers", 32)
-    half = ModelSpec(folders["dpo"], "bfloat16", "transformers", 32)
-    assert weight_bytes(spec) == (folders["dpo"] / "model.safetensors").stat().st_size
-    assert weight_bytes(half) == weight_bytes(spec) // 2
+    stored = (folders["dpo"] / "model.safetensors").stat().st_size
+    assert weight_bytes(folders["dpo"], torch.float32) == stored
+    assert weight_bytes(folders["dpo"], torch.bfloat16) == stored // 2
     tiny, large = (EngineOptions(device="cpu", kv_cache_memory_bytes=n) for n in (1, 1 << 50))
     assert fit_together((spec, spec), tiny) and not fit_together((spec, spec), large)
 

@@ -15,6 +15,8 @@ from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shards import read_shard
 from schemas.tables.documents import DOCUMENTS
+from stages.models.engines.sequences import require_room
+from stages.models.spec import EngineOptions
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.stage import Rejected
 from tests.conftest import save_tiny_model
@@ -74,6 +76,27 @@ def test_an_execution_setting_never_decides_which_rows_there_are(
         pytest.raises(ConfigError, match=expected),
     ):
         work(shard_of(teacher.documents, teacher.vocab_size))
+
+
+def test_a_setting_that_leaves_the_window_whole_rejects_as_no_setting_does(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(teacher.folder, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 18}))
+    context = replace(teacher, folder=folder).context(tmp_path)
+    for max_model_len in (18, 1000):
+        options = context.engine.model_copy(update={"max_model_len": max_model_len})
+        with stage_of("top_k").open(replace(context, engine=options)) as work:
+            results = list(work(shard_of(teacher.documents, teacher.vocab_size)))
+        rejected = [row for row in results if isinstance(row, Rejected)]
+        assert len(rejected) == sum(length > 18 for length in LENGTHS) > 0
+
+
+def test_a_row_that_memory_keeps_out_is_refused_with_what_gives_it_more() -> None:
+    require_room(100, 100, EngineOptions())
+    with pytest.raises(ConfigError, match=r"holds 100 tokens of a row, a row has 101: give it"):
+        require_room(101, 100, EngineOptions())
 
 
 POISON = 7  # a byte token outside the ids that the start-up check uses

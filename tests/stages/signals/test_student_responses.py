@@ -160,7 +160,7 @@ def test_a_limit_that_only_the_engine_sets_is_refused(counting: Path) -> None:
     shard = shard_of([pair_of([20] * 5), pair_of([20])])
     with stage_of().open(context(counting, 64, max_model_len=13)) as work:
         assert all(isinstance(row, Responses) for row in work(shard))
-    message = "max_model_len is 12, a prompt of 5 tokens and max_tokens 8 exceed it"
+    message = "max_model_len is 12, a prompt with max_tokens has 13 tokens: raise it"
     with (
         pytest.raises(ConfigError, match=message),
         stage_of().open(context(counting, 64, max_model_len=12)) as work,
