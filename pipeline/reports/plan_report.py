@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Recipe
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
-from pipeline.state.step_state import Progress, progress_of
+from pipeline.state.step_state import Progress, is_done, progress_of
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_list import ShardTotals
 
@@ -39,11 +39,10 @@ def print_plan(
             "-" if progress.num_bytes is None else about + human_bytes(progress.num_bytes),
         )
     console.print(table)
-    left = sum(p.num_bytes or 0 for _, p in found if p.state != "done")
     root = recipe.execution.root
     free = "" if isinstance(root, ObjectPath) else f"{human_bytes(_free_bytes(root))} free, "
     console.print(
-        f"root {root}: {free}about {human_bytes(left)} to write",
+        f"root {root}: {free}{_left([progress for _, progress in found])}",
         highlight=False,
         soft_wrap=True,
     )
@@ -79,13 +78,27 @@ def print_status(
 def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:
     """Say what a run of some shards came to, and what is left to do."""
     size = human_bytes(made.num_bytes)
+    rest = f"`teachercache run --step {step.name}` makes the rest and the manifest"
+    if is_done(step):
+        rest = "the whole step is done"
     console.print(
         f"{step.name}: {made.num_shards} shards finished, {made.num_rows:,} rows, {size}, in "
-        f"{step.place}; "
-        f"`teachercache run --step {step.name}` makes the rest and the manifest",
+        f"{step.place}; {rest}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _left(found: Sequence[Progress]) -> str:
+    """Say what there is to write: steps that make no table, or wait for one, foretell nothing."""
+    left = [progress.num_bytes for progress in found if progress.state != "done"]
+    known = sum(size for size in left if size is not None)
+    unknown = left.count(None)
+    about = f"about {human_bytes(known)} to write"
+    if not unknown:
+        return about
+    steps = f"{unknown} step{'s' if unknown > 1 else ''} of unknown size"
+    return f"{about} and {steps}" if known else f"{steps} to write"
 
 
 def _print_json(plan: Sequence[PlannedStep], group_size: int) -> None:

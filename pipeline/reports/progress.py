@@ -50,8 +50,8 @@ class ConsoleReporter:
     _bars: Progress | None = None
     _task: TaskID | None = None
     _label: str = ""
-    _clock: float = 0.0
-    _last_line: float = 0.0
+    _clock: float = field(default_factory=time.monotonic)
+    _last_line: float = field(default_factory=time.monotonic)
     _expected: int = 0
     _before: int = 0
     _made: _Made = field(default_factory=_Made)
@@ -158,4 +158,5 @@ class ConsoleReporter:
         self._say(f"{done}/{total} {unit}, {text}, about {left_s:.0f} s left")
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{self._label}] {text}", markup=False, highlight=False, soft_wrap=True)
+        step = f"[{self._label}] " if self._label else ""  # a command about no step has no name
+        self.console.print(f"{step}{text}", markup=False, highlight=False, soft_wrap=True)

@@ -227,13 +227,17 @@ def _read(path: Folder, expected: ShardTotals) -> pa.Table:
     """Read a list whole; raises StoreError where it is not the one that its manifest names."""
     try:
         content = path.read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+    except OSError as error:
         raise _not_its_list(path, str(error).splitlines()[0]) from error
-    if found != expected.shards_sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected.shards_sha256:  # before anything is made of bytes that are not ours
         raise _not_its_list(path, f"sha256 {found[:12]}, not {expected.shards_sha256[:12]}")
-    if (totals := _totals(table, found)) != expected:
+    try:
+        table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
+        totals = _totals(table, found)
+    except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
+        raise _not_its_list(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+    if totals != expected:
         raise _not_its_list(path, f"its shards come to {totals}, not {expected}")
     return table
 

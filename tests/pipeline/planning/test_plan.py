@@ -1,6 +1,7 @@
 """Plans: where each step lies, how far it is and why, and what it will come to."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -146,10 +147,12 @@ def test_plan_and_status_say_it_in_words(
     monkeypatch.setenv("COLUMNS", "200")
     said = teachercache("plan", fresh.path).out
     assert "nothing has this fingerprint; waits for 'documents'" in said
-    assert f"root {fresh.root}: " in said and "free, about 0 B to write" in said
+    assert f"root {fresh.root}: " in said and "free, 2 steps of unknown size to write" in said
     said = teachercache("plan", finished.path, "--set", "steps.signals.seed=1").out
     assert "its manifest is complete" in said and "nothing has this fingerprint" in said
     assert "about " in said and "about 0 B" not in said
+    assert re.search(r"about [\d.]+ kB to write$", said, re.M)
+    assert "free, about 0 B to write" in teachercache("plan", finished.path).out
     said = teachercache("status", finished.path).out
     rows = read_manifest(finished.step("signals").folder).num_rows
     assert f"{rows} " in said and "done" in said and " 0 " in said

@@ -221,7 +221,10 @@ STUDENT = {"stage": "student_init", "model": "teacher", "layers": 2}
             {"models.other": {"step": "student"}, "steps.documents.tokenizer": "other"},
             "steps.documents.tokenizer: model 'other' is made by a step, expected a model folder",
         ),
-        ({"steps.documents.tokenizer": "/no/such"}, "/no/such has no tokenizer"),
+        (
+            {"steps.documents.tokenizer": "/no/such"},
+            "/no/such does not exist: give the path of a model",
+        ),
         ({"steps.signals.model": "x", "models.x": {"path": "/no/such"}}, "/no/such is not a model"),
         ({"steps.documents.source.paths": ["/no/*.jsonl"]}, "no file matches '/no/*.jsonl'"),
     ],

@@ -1,16 +1,23 @@
 """``teachercache show``: every step once, below what it is made of, with what lies on the disk."""
 
+import io
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
+from rich.console import Console
 
 from pipeline.planning.fingerprint import fingerprint_of
 from pipeline.planning.plan import make_plan, needs
 from pipeline.planning.recipe_file import load_recipe
-from schemas.storage.manifest import read_manifest
+from pipeline.reports.results_report import print_results
+from schemas.storage.manifest import read_manifest, write_manifest
 from tests.fixtures.example_recipes import EXAMPLES, tiny_example
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, stamps, teachercache
 
@@ -218,7 +225,7 @@ def test_what_cannot_be_planned_is_one_line(fresh: TinyRecipe, tmp_path: Path) -
     for command in ("plan", "show"):
         asked = ("--set", f"models.teacher.path={tmp_path / 'gone'}")
         said = teachercache(command, fresh.path, *asked)
-        assert said.code == 2 and "gone has no tokenizer" in said.error
+        assert said.code == 2 and "gone does not exist: give the path of a model" in said.error
     said = teachercache("show", tmp_path / "none.yaml")
     assert said.code == 2 and "cannot read the recipe" in said.error
 
@@ -229,3 +236,67 @@ def test_a_folder_of_another_fingerprint_is_one_line(copied: TinyRecipe) -> None
     manifest.write_text(json.dumps(body | {"fingerprint": "0" * 64}))
     said = teachercache("show", copied.path)
     assert said.code == 1 and "move that folder away" in said.error
+
+
+def _flipped(content: bytes) -> Iterator[bytes]:
+    """Yield the bytes with one of them inverted, from the last to the first."""
+    for index in reversed(range(len(content))):
+        yield content[:index] + bytes([content[index] ^ 0xFF]) + content[index + 1 :]
+
+
+def _is_of_a_type_that_nobody_reads(content: bytes) -> bool:
+    """Whether pyarrow 26.0 says neither ArrowInvalid nor OSError: integers of 255 bits, say."""
+    try:
+        pa.ipc.open_file(pa.BufferReader(content)).read_all()
+    except (OSError, pa.ArrowInvalid):
+        return False
+    except pa.ArrowException:
+        return True
+    return False
+
+
+def test_a_list_of_shards_that_is_garbage_is_one_line_wherever_it_is_read(
+    copied: TinyRecipe,
+) -> None:
+    path = copied.step("documents").folder / "shards.feather"
+    whole = path.read_bytes()
+    strange = next(filter(_is_of_a_type_that_nobody_reads, _flipped(whole)))
+    changed = "steps.signals.seed=1"  # a step that is not done asks for more of its input
+    for garbage in (b"", b"garbage", whole[:-1], strange, b"ARROW1\0\0" + bytes(2000)):
+        path.write_bytes(garbage)
+        for command in (("show",), ("show", "--set", changed), ("status",), ("plan",)):
+            said = teachercache(command[0], copied.path, *command[1:])
+            assert said.code == 0 or "is not the list of shards" in said.error, said
+        said = teachercache("inspect", path.parent)
+        assert said.code == 1 and f"{path} is not the list of shards" in said.error, said
+
+
+def test_a_chain_of_forty_steps_is_shown_whole(fresh: TinyRecipe) -> None:
+    steps = {"student": MORE_STEPS["student"]}
+    names = ["student", *(f"trained_{index:02d}" for index in range(40))]
+    for before, name in pairwise(names):
+        more = {"data": ["documents", "signals"], "objective": {"loss": "kd"}}
+        steps[name] = {**TRAIN, **more, "student": before}
+    body = yaml.safe_load(fresh.path.read_text())
+    kept = {name: body["steps"][name] for name in ("documents", "signals")}
+    edit_recipe(fresh, "steps", value=kept | steps)
+    found = steps_of(shown(fresh))
+    assert [name for name in found if name in names] == names
+    for before, name in pairwise(names):
+        assert f"model {before}" in found[name][2]
+
+
+def test_results_of_a_step_whose_rows_were_all_rejected(copied: TinyRecipe) -> None:
+    folder = copied.step("signals").folder
+    manifest = read_manifest(folder)
+    emptied = [
+        replace(shard, num_rows=0, num_tokens=0, num_positions=0, rejects={"too long": 3})
+        for shard in manifest.shards
+    ]
+    write_manifest(folder, replace(manifest, shards=emptied))
+    out = io.StringIO()
+    print_results(Console(file=out, width=200), copied.plan())
+    (line,) = (line for line in out.getvalue().splitlines() if "signals (threshold)" in line)
+    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+    assert cells[1:3] == ["0", "0"] and cells[4] == "-"
+    assert cells[-1] == f"{3 * len(emptied)} too long"

@@ -311,6 +311,9 @@ def test_a_run_says_which_engine_starts_and_only_where_one_does(
     assert made.starts == [f"transformers on {teacher}"]
     reporter = ConsoleReporter(Console(width=200))
     reporter.engine_starting(made.starts[0])
+    reporter.trained({"event": "start", "step": 0, "max_steps": 1})
+    reporter.trained({"event": "step", "step": 1, "max_steps": 1, "loss": 0.5})
     reporter.engine_starting("another")  # each at once: it is what explains the silence
     out = capsys.readouterr().out
     assert f"starting transformers on {teacher}\n" in out and "starting another\n" in out
+    assert "\n1/1 steps, loss 0.500, " in out and "[]" not in out  # of no step, no empty name

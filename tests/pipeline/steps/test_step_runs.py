@@ -79,6 +79,7 @@ def test_groups_in_any_order_then_the_step_give_the_bytes_of_one_run(
     assert "head.safetensors" in table_bytes(folder)
     again = teachercache("run", begun.path, "--step", "signals", "--shards", groups[0])
     assert again.code == 0 and "done already" in again.out
+    assert "the whole step is done" in again.out and "makes the rest" not in again.out
 
 
 @pytest.mark.slow
