@@ -16,13 +16,18 @@ from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError, IdentityMismatch
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
+from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.checkpoints.tokenizer_identity import num_token_ids, tokenizer_fingerprint
 
 _MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
 
 def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
-    """Load a student in float32; raises ConfigError if its head cannot be taken apart."""
+    """Load a student in float32; raises ConfigError if its head cannot be taken apart.
+
+    Raises StoreError for a step's model whose files have changed since.
+    """
+    require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, StoreError
-from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
+from stages.models.checkpoints.checkpoint import CheckpointRecord, require_whole, write_checkpoint
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
 from stages.student.init.stage import StudentInitStage
@@ -125,6 +125,7 @@ def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
 def _load(folder: Path, dtype: Any) -> Any:
     if not (folder / _CONFIG).is_file():
         raise ConfigError(f"teacher: {folder} is not a model folder (it has no {_CONFIG})")
+    require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
