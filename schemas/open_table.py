@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import SchemaMismatch, StoreError
+from .row_checks import contradicted, contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
@@ -88,6 +89,7 @@ class OpenTable:
         """Begin with nothing open."""
         self._readers: OrderedDict[int, _Reader] = OrderedDict()
         self._batches: OrderedDict[tuple[int, int], _Batch] = OrderedDict()
+        self._sound: set[tuple[int, int]] = set()  # first rows of what has been checked
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what is open behind."""
@@ -131,13 +133,16 @@ class OpenTable:
         shard = int(np.searchsorted(self.first_row, at, side="right")) - 1
         batch, offset = divmod(at - int(self.first_row[shard]), ROWS_PER_BATCH)
         found = self._batch(shard, batch)
-        return found.rows[offset] if found.rows else self._rows(found.content.slice(offset, 1))[0]
+        if found.rows:
+            return found.rows[offset]
+        return self._rows(found.content.slice(offset, 1), shard, batch * ROWS_PER_BATCH + offset)[0]
 
     def _batch(self, shard: int, batch: int) -> "_Batch":
         key = (shard, batch)
         if key not in self._batches:
             content = self._reader(shard).batches.get_batch(batch)
-            rows = [] if content.nbytes > WIDE_BYTES else self._rows(content)
+            is_wide = content.nbytes > WIDE_BYTES
+            rows = [] if is_wide else self._rows(content, shard, batch * ROWS_PER_BATCH)
             self._batches[key] = _Batch(content, rows)
             while len(self._batches) > 1 and self._is_over_budget():
                 self._batches.popitem(last=False)
@@ -148,10 +153,17 @@ class OpenTable:
         num_bytes = sum(batch.content.nbytes for batch in self._batches.values())
         return len(self._batches) > CACHED_BATCHES or num_bytes > CACHED_BYTES
 
-    def _rows(self, content: pa.RecordBatch) -> list[dict[str, Any]]:
+    def _rows(self, content: pa.RecordBatch, shard: int, first: int) -> list[dict[str, Any]]:
+        """Decode rows; the first time they are read here, they are held to their own bytes too."""
         names = list(self.table.columns)
-        columns = [self.table.column_values(content, name) for name in names]
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = {name: self.table.column_values(content, name) for name in names}
+        if (shard, first) not in self._sound:
+            found = contradiction_in(content, columns, self.table, self.manifest.vocab_size)
+            if found is not None:
+                place = self.folder / self.shards[shard].file
+                raise StoreError(contradicted(place, first, columns, found))
+            self._sound.add((shard, first))
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _reader(self, shard: int) -> "_Reader":
         if shard not in self._readers:

@@ -16,9 +16,8 @@ def sample_id_of(input_ids_T: npt.NDArray[Any], spans: Iterable[tuple[int, int]]
     The hash does not depend on the integer width the ids are held in, nor on the machine.
     """
     ids_T = np.ascontiguousarray(input_ids_T, dtype="<i8")
-    spans_S2 = np.asarray(list(spans), dtype="<i8").reshape(-1, 2)
-    digest = hashlib.blake2b(digest_size=HEX_DIGITS // 2)
-    digest.update(len(ids_T).to_bytes(8, "little"))
-    digest.update(ids_T.tobytes())
-    digest.update(spans_S2.tobytes())
+    digest = hashlib.blake2b(len(ids_T).to_bytes(8, "little"), digest_size=HEX_DIGITS // 2)
+    digest.update(ids_T.data)
+    if listed := list(spans):
+        digest.update(np.asarray(listed, dtype="<i8").reshape(-1, 2).tobytes())
     return digest.hexdigest()

@@ -31,16 +31,27 @@ from .errors import SchemaMismatch
 
 Row = TypeVar("Row")
 TOKEN_ID: Final = "token_id"  # a column type: uint16 or uint32, by the size of the vocabulary
+LOG_VOCABULARY: Final = "log_vocabulary"  # a bound: the log of the size of the vocabulary
+KEPT: Final = "kept"  # a bound: K, of the columns that have it
+MOST_LOGPROB: Final = 0.01  # of a probability or a product of some: 0, but for rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What one field of a row is: its Arrow element type, meaning, dimensions and unit."""
+    """What one field of a row is: its Arrow element type, meaning, dimensions and unit.
+
+    ``low`` and ``high`` bound its values; without them integers may be any and floats any that are
+    finite. ``falling`` values do not rise along the last dimension. What is otherwise contradicts
+    the column (``schemas.row_checks``).
+    """
 
     dtype: pa.DataType | str
     doc: str
     dims: str = ""
     unit: str = ""
+    low: float | None = None
+    high: float | str | None = None
+    falling: bool = False
 
 
 def token_id_type(vocab_size: int) -> pa.DataType:

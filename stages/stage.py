@@ -26,6 +26,7 @@ from schemas.errors import ConfigError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.spec import EngineOptions, ModelSpec
 
 
@@ -241,7 +242,13 @@ class TableStage(Stage):
 
     @contextmanager
     def open(self, context: StageContext) -> Iterator[Work]:
-        """Load the model once, yield what scores one shard; free the model on exit."""
+        """Load the model once, yield what scores one shard; free the model on exit.
+
+        Raises StoreError for a step's model whose files have changed since it was made.
+        """
+        for model in context.models.values():
+            for folder in filter(None, (model.local_base, model.adapter)):
+                require_whole(folder)
         with self.work.open_work(self, context) as work:
             yield work
 

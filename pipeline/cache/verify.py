@@ -11,6 +11,7 @@ from rich.console import Console
 
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.open_table import known_table
+from schemas.row_checks import contradicted, contradiction_in
 from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from schemas.storage.object_path import ObjectPath
@@ -110,6 +111,10 @@ def _shard_problems(
     if content.num_rows != shard.num_rows:
         yield f"{path} has {content.num_rows} rows, its record says {shard.num_rows}"
     try:
+        wrong = list(_contradictions(content, path, table, manifest.vocab_size))
+        yield from wrong
+        if wrong:
+            return
         positions, tokens, ids = _count(content, table)
     except (ValueError, TeacherCacheError) as error:
         yield f"{path}: {error}"
@@ -121,6 +126,19 @@ def _shard_problems(
         )
     if len(ids) != content.num_rows:
         yield f"{path} has {content.num_rows - len(ids)} repeated sample_ids"
+
+
+def _contradictions(
+    content: pa.Table, path: Folder, table: Table[Any], vocab_size: int
+) -> Iterator[str]:
+    """Yield a line for each record batch with a row that its own bytes contradict."""
+    first = 0
+    for batch in content.to_batches():
+        columns = {name: table.column_values(batch, name) for name in table.columns}
+        found = contradiction_in(batch, columns, table, vocab_size, thorough=True)
+        if found is not None:
+            yield contradicted(path, first, columns, found)
+        first += batch.num_rows
 
 
 def _count(content: pa.Table, table: Table[Any]) -> tuple[int, int, set[str]]:

@@ -7,12 +7,13 @@ from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from schemas.errors import RejectLimitError, StoreError
+from schemas.errors import RejectLimitError, StoreError, TeacherCacheError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
@@ -103,9 +104,10 @@ def run_shard(
     """Read the input shard, do the work, write the output shard and then its record.
 
     ``notes``, as they are when the shard is written, go into the record beside what the task says
-    of its making.
+    of its making. Raises TeacherCacheError where the work does not answer each row once, in order.
     """
-    rows = RowCount(_results(task, _input_of(task), work), task.max_rejected_fraction)
+    results = _results(task, _input_of(task), work, table.table.name)
+    rows = RowCount(results, task.max_rejected_fraction)
     made_by = ChainMap(notes, dict(task.made_by))
     return write_output(task.folder, task.name, table, rows, split=task.split, made_by=made_by)
 
@@ -134,16 +136,34 @@ def _input_of(task: ShardTask) -> pa.Table:
     return read_shard(task.input_file)
 
 
-def _results(task: ShardTask, shard: pa.Table, work: Work) -> Iterator[Any]:
+def _results(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
     """Yield what the work makes of the rows it may see, then a rejection for each of the others."""
     if not task.deadly_rows:
-        yield from work(shard)
+        yield from _one_each(task, shard, work, table)
         return
     kept = np.ones(len(shard), bool)
     kept[list(task.deadly_rows)] = False
-    yield from work(shard.filter(pa.array(kept)))
+    yield from _one_each(task, shard.filter(pa.array(kept)), work, table)
     for row in task.deadly_rows:
         yield Rejected(str(shard["sample_id"][row]), DEADLY)
+
+
+def _one_each(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
+    """Yield the work's results, of which each row has to have one, in order."""
+    sample_ids = shard["sample_id"].to_pylist()
+    missing = object()
+    for row, (sample_id, result) in enumerate(
+        zip_longest(sample_ids, work(shard), fillvalue=missing)
+    ):
+        found = getattr(result, "sample_id", "none")
+        if sample_id is missing or found != sample_id:
+            asked = "none" if sample_id is missing else sample_id
+            raise TeacherCacheError(
+                f"{task.folder / task.name}: the stage that writes {table} was given "
+                f"{len(sample_ids)} rows; row {row} is sample {asked}, its result is of sample "
+                f"{found}: a stage answers each row once and in order, mend its work"
+            )
+        yield result
 
 
 @dataclass

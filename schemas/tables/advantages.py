@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import TOKEN_ID, Column, Table
+from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 HEAD_FOLDERS = ("teacher_head", "reference_head")  # beside the shards of ``exact``
@@ -35,10 +35,18 @@ TokenAdvantages = Annotated[
     Array, Column(pa.float16(), "A of the token that was generated", dims="P", unit="nats")
 ]
 TeacherLogprobs = Annotated[
-    Array, Column(pa.float32(), "aligned teacher's, of each response", dims="N", unit="nats")
+    Array,
+    Column(
+        pa.float32(),
+        "aligned teacher's, of each response",
+        dims="N",
+        unit="nats",
+        high=MOST_LOGPROB,
+    ),
 ]
 ReferenceLogprobs = Annotated[
-    Array, Column(pa.float32(), "reference's, of each response", dims="N", unit="nats")
+    Array,
+    Column(pa.float32(), "reference's, of each response", dims="N", unit="nats", high=MOST_LOGPROB),
 ]
 Advantages = Annotated[Array, Column(pa.float16(), "A of each", dims="PK", unit="nats")]
 
@@ -87,7 +95,10 @@ class ThresholdAdvantages(_Scored):
     token_ids_PK: Annotated[Array, Column(TOKEN_ID, "the sure ones first, then drawn", dims="PK")]
     advantages_PK: Advantages
     log_inclusions_PK: Annotated[
-        Array, Column(pa.float16(), "log of the probability of being drawn; 0 is sure", dims="PK")
+        Array,
+        Column(
+            pa.float16(), "log of the probability of being drawn; 0 is sure", dims="PK", high=0.0
+        ),
     ]
     token_advantages_P: TokenAdvantages
     teacher_logprobs_N: TeacherLogprobs
@@ -104,7 +115,9 @@ class UnionAdvantages(_Scored):
     """The likeliest tokens of three models, exact, and one advantage for all others together."""
 
     sample_id: SampleId
-    num_entries_P: Annotated[Array, Column(pa.uint16(), "kept tokens of each position", dims="P")]
+    num_entries_P: Annotated[
+        Array, Column(pa.uint16(), "kept tokens of each position", dims="P", low=1)
+    ]
     token_ids_E: Annotated[Array, Column(TOKEN_ID, "of all positions, end to end", dims="E")]
     advantages_E: Annotated[Array, Column(pa.float16(), "A of each", dims="E", unit="nats")]
     rest_advantages_P: Annotated[

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import Column, Table
+from ..table import MOST_LOGPROB, Column, Table
 
 Array = npt.NDArray[Any]
 
@@ -25,9 +25,15 @@ class CandidateScores:
     sample_id: Annotated[str, Column(pa.string(), "joins episodes.sample_id")]
     candidate_logprobs_N: Annotated[
         Array,
-        Column(pa.float32(), "sum of log p over each candidate's tokens", dims="N", unit="nats"),
+        Column(
+            pa.float32(),
+            "sum of log p over each candidate's tokens",
+            dims="N",
+            unit="nats",
+            high=MOST_LOGPROB,
+        ),
     ]
-    candidate_num_tokens_N: Annotated[Array, Column(pa.int32(), "tokens of each", dims="N")]
+    candidate_num_tokens_N: Annotated[Array, Column(pa.int32(), "tokens of each", dims="N", low=1)]
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""

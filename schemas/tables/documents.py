@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..sample_id import sample_id_of
 from ..table import TOKEN_ID, Column, Table
 
 SPLITS = ("train", "heldout")
@@ -30,6 +31,11 @@ class Document:
             )
         if len(self.input_ids_T) < 2:
             raise ValueError(f"sample {self.sample_id}: {len(self.input_ids_T)} tokens, at least 2")
+
+    @property
+    def hashed_id(self) -> str:
+        """The ``sample_id`` that these token ids have."""
+        return sample_id_of(self.input_ids_T)
 
     @property
     def num_tokens(self) -> int:

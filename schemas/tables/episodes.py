@@ -13,12 +13,14 @@ Dimensions: T = tokens of the row, M = demonstrations, N = candidates, C = token
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..sample_id import sample_id_of
 from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
 
@@ -35,7 +37,9 @@ class Episode:
     task: Annotated[str, Column(pa.string(), "name of the task")]
     kind: Annotated[str, Column(pa.string(), "classification, multiple_choice or generation")]
     query_id: Annotated[str, Column(pa.string(), "equal for all draws of one query's episodes")]
-    draw: Annotated[int, Column(pa.int32(), "which draw of demonstrations for this query, from 0")]
+    draw: Annotated[
+        int, Column(pa.int32(), "which draw of demonstrations for this query, from 0", low=0)
+    ]
     input_ids_T: Annotated[Array, Column(TOKEN_ID, "token ids, the answer last", dims="T")]
     demonstrations_M3: Annotated[
         Array, Column(pa.int32(), "start, start of its answer, end of its answer", dims="M3")
@@ -64,6 +68,18 @@ class Episode:
             problem = f"gold is {self.gold} of {len(lengths)} candidates"
         if problem:
             raise ValueError(f"sample {self.sample_id}: {problem}")
+
+    @property
+    def hashed_id(self) -> str:
+        """The ``sample_id`` that these token ids and spans have, candidates' after the row's."""
+        spans = [(int(a), int(b)) for row in self.demonstrations_M3 for a, b in pairwise(row)]
+        marks = [int(self.query_start), int(self.answer_start), len(self.input_ids_T)]
+        ends = len(self.input_ids_T) + np.cumsum(self.candidate_lengths_N, dtype=np.int64)
+        for end, length in zip(ends.tolist(), self.candidate_lengths_N, strict=True):
+            spans.append((end - int(length), end))
+        spans[2 * len(self.demonstrations_M3) : 2 * len(self.demonstrations_M3)] = pairwise(marks)
+        ids = np.concatenate([self.input_ids_T, self.candidate_ids_C])
+        return sample_id_of(ids, spans)
 
     @property
     def num_tokens(self) -> int:

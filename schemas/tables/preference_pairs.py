@@ -9,11 +9,14 @@ Dimensions: T = tokens of the prompt, C = of the chosen response, R = of the rej
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..sample_id import sample_id_of
 from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
 
@@ -42,6 +45,13 @@ class PreferencePair:
                 f"sample {self.sample_id}: prompt, chosen and rejected have {lengths} tokens, "
                 f"each needs one at least"
             )
+
+    @property
+    def hashed_id(self) -> str:
+        """The ``sample_id`` that these token ids and their parts have."""
+        parts = (self.prompt_ids_T, self.chosen_ids_C, self.rejected_ids_R)
+        ends = accumulate(map(len, parts), initial=0)
+        return sample_id_of(np.concatenate(parts), pairwise(ends))
 
     @property
     def num_tokens(self) -> int:

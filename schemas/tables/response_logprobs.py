@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import Column, Table
+from ..table import MOST_LOGPROB, Column, Table
 
 Array = npt.NDArray[Any]
 
@@ -24,9 +24,16 @@ class ResponseLogprobs:
 
     sample_id: Annotated[str, Column(pa.string(), "joins preference_pairs or responses.sample_id")]
     response_logprobs_N: Annotated[
-        Array, Column(pa.float32(), "sum of log p over each response", dims="N", unit="nats")
+        Array,
+        Column(
+            pa.float32(),
+            "sum of log p over each response",
+            dims="N",
+            unit="nats",
+            high=MOST_LOGPROB,
+        ),
     ]
-    response_num_tokens_N: Annotated[Array, Column(pa.int32(), "tokens of each", dims="N")]
+    response_num_tokens_N: Annotated[Array, Column(pa.int32(), "tokens of each", dims="N", low=1)]
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""

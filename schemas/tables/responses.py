@@ -8,6 +8,7 @@ Dimensions: T = tokens of the prompt, N = responses to it, A = tokens of all N e
 K = likeliest tokens kept at each of them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import TOKEN_ID, Column, Table
+from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 FINISH_REASONS: Final = ("length", "stop")  # as they are numbered in the table
@@ -29,15 +30,27 @@ class Responses:
     prompt_ids_T: Annotated[Array, Column(TOKEN_ID, "equal to the pair's", dims="T")]
     response_ids_A: Annotated[Array, Column(TOKEN_ID, "as generated, end to end", dims="A")]
     response_lengths_N: Annotated[Array, Column(pa.int32(), "tokens of each", dims="N")]
-    finish_reasons_N: Annotated[Array, Column(pa.uint8(), "0 length, 1 stop", dims="N")]
+    finish_reasons_N: Annotated[Array, Column(pa.uint8(), "0 length, 1 stop", dims="N", high=1)]
     logprobs_A: Annotated[
-        Array, Column(pa.float32(), "student's log p of each token", dims="A", unit="nats")
+        Array,
+        Column(
+            pa.float32(), "student's log p of each token", dims="A", unit="nats", high=MOST_LOGPROB
+        ),
     ]
     top_ids_AK: Annotated[
         Array, Column(TOKEN_ID, "student's likeliest, by falling probability", dims="AK")
     ]
     top_logprobs_AK: Annotated[
-        Array, Column(pa.float16(), "student's log p of those", dims="AK", unit="nats")
+        Array,
+        Column(
+            pa.float16(),
+            "student's log p of those",
+            dims="AK",
+            unit="nats",
+            low=-math.inf,
+            high=MOST_LOGPROB,
+            falling=True,
+        ),
     ]
 
     def __post_init__(self) -> None:

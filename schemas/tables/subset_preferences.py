@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import Column, Table
+from ..table import MOST_LOGPROB, Column, Table
 
 Array = npt.NDArray[Any]
 
@@ -25,15 +25,22 @@ class SubsetPreferences:
 
     sample_id: Annotated[str, Column(pa.string(), "joins episodes.sample_id")]
     subset_demonstrations_S: Annotated[
-        Array, Column(pa.int32(), "indices of the demonstrations kept, subset by subset", dims="S")
+        Array,
+        Column(pa.int32(), "indices of the demonstrations kept, subset by subset", dims="S", low=0),
     ]
-    subset_sizes_N: Annotated[Array, Column(pa.int32(), "demonstrations of each", dims="N")]
+    subset_sizes_N: Annotated[Array, Column(pa.int32(), "demonstrations of each", dims="N", low=0)]
     answer_logprobs_N: Annotated[
-        Array, Column(pa.float32(), "teacher's log Q of each subset", dims="N", unit="nats")
+        Array,
+        Column(
+            pa.float32(), "teacher's log Q of each subset", dims="N", unit="nats", high=MOST_LOGPROB
+        ),
     ]
-    num_answer_tokens: Annotated[int, Column(pa.int32(), "tokens of the answer, in every subset")]
+    num_answer_tokens: Annotated[
+        int, Column(pa.int32(), "tokens of the answer, in every subset", low=1)
+    ]
     ranks_N: Annotated[
-        Array, Column(pa.int32(), "1 is the best; ties share the smallest of theirs", dims="N")
+        Array,
+        Column(pa.int32(), "1 is the best; ties share the smallest of theirs", dims="N", low=1),
     ]
 
     def __post_init__(self) -> None:
@@ -43,6 +50,9 @@ class SubsetPreferences:
             raise ValueError(f"sample {self.sample_id}: {num_subsets} subsets, at least 2 expected")
         if int(np.asarray(self.subset_sizes_N).sum()) != len(self.subset_demonstrations_S):
             raise ValueError(f"sample {self.sample_id}: subset sizes do not match their indices")
+        ranked_N = np.asarray(self.ranks_N)[np.argsort(-np.asarray(self.answer_logprobs_N))]
+        if (np.diff(ranked_N) < 0).any() or (ranked_N > np.arange(1, num_subsets + 1)).any():
+            raise ValueError(f"sample {self.sample_id}: ranks are not those of the scores")
 
     @property
     def num_tokens(self) -> int:

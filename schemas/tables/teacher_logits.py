@@ -13,6 +13,7 @@ it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distr
 Dimensions: P = scored positions, K = kept entries, E = head entries, D = hidden width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,15 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import TOKEN_ID, Column, Table
+from ..distribution import unpack_top_k
+from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 SampleId = Annotated[str, Column(pa.string(), "joins documents.sample_id")]
 FirstTarget = Annotated[int, Column(pa.int32(), "index in input_ids of the token entry 0 predicts")]
 NextTokenLogprobs = Annotated[
-    Array, Column(pa.float16(), "log p(actual next token)", dims="P", unit="nats")
+    Array,
+    Column(pa.float16(), "log p(actual next token)", dims="P", unit="nats", high=MOST_LOGPROB),
 ]
-Entropies = Annotated[Array, Column(pa.float16(), "entropy of the teacher", dims="P", unit="nats")]
+Entropies = Annotated[
+    Array,
+    Column(
+        pa.float16(), "entropy of the teacher", dims="P", unit="nats", low=0, high=LOG_VOCABULARY
+    ),
+]
 
 
 class _Scored:
@@ -58,9 +66,11 @@ class ThresholdLogits(_Scored):
     token_ids_PK: Annotated[
         Array, Column(TOKEN_ID, "head by falling probability, then sampled tail", dims="PK")
     ]
-    num_head_P: Annotated[Array, Column(pa.uint8(), "how many of the K are the head", dims="P")]
+    num_head_P: Annotated[
+        Array, Column(pa.uint8(), "how many of the K are the head", dims="P", high=KEPT)
+    ]
     head_codes_E: Annotated[
-        Array, Column(pa.uint8(), "broken-stick fractions of the head entries", dims="E")
+        Array, Column(pa.uint8(), "broken-stick fractions of the head entries", dims="E", high=63)
     ]
     next_token_logprobs_P: NextTokenLogprobs
     entropies_P: Entropies
@@ -80,10 +90,27 @@ class TopKLogits(_Scored):
     first_target: FirstTarget
     token_ids_PK: Annotated[Array, Column(TOKEN_ID, "by falling probability", dims="PK")]
     logprobs_PK: Annotated[
-        Array, Column(pa.float16(), "full-vocabulary log-probs", dims="PK", unit="nats")
+        Array,
+        Column(
+            pa.float16(),
+            "full-vocabulary log-probs",
+            dims="PK",
+            unit="nats",
+            low=-math.inf,
+            high=MOST_LOGPROB,
+            falling=True,
+        ),
     ]
     rest_logprobs_P: Annotated[
-        Array, Column(pa.float16(), "log of the mass outside the K", dims="P", unit="nats")
+        Array,
+        Column(
+            pa.float16(),
+            "log of the mass outside the K",
+            dims="P",
+            unit="nats",
+            low=-math.inf,
+            high=MOST_LOGPROB,
+        ),
     ]
     next_token_logprobs_P: NextTokenLogprobs
     entropies_P: Entropies
@@ -93,6 +120,12 @@ class TopKLogits(_Scored):
         _check_positions(self, len(self.token_ids_PK), len(self.rest_logprobs_P))
         if self.logprobs_PK.shape != self.token_ids_PK.shape:
             raise ValueError(f"sample {self.sample_id}: log-probs and token ids differ in shape")
+
+    @property
+    def mass_P(self) -> Array:
+        """The mass of the K + 1 buckets of each position, float32: one, but for rounding."""
+        kept_PK, rest_P = unpack_top_k(self.logprobs_PK, self.rest_logprobs_P)
+        return np.asarray(kept_PK.sum(axis=1) + rest_P)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

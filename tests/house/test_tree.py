@@ -4,8 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 
+from schemas.table import Table
+from schemas.tables import TABLES
+from stages.registry import STAGES
 from tests.house.tree import PACKAGES, REPOSITORY, first_line, folders
+from tests.schemas.test_schemas import BOUND
 
 
 def test_nothing_is_left_unfinished() -> None:
@@ -78,3 +83,22 @@ def test_a_package_says_one_line_and_holds_nothing_else() -> None:
         for path in (REPOSITORY / package).rglob("__init__.py"):
             if path.parent.relative_to(REPOSITORY).as_posix() not in lists:
                 assert len(path.read_text().splitlines()) == 1, path
+
+
+def test_every_table_is_in_the_list_and_has_a_golden_schema() -> None:
+    """A table that is not in ``TABLES`` can be written and not read."""
+    declared = set()
+    for file in sorted((REPOSITORY / "schemas" / "tables").glob("[a-z]*.py")):
+        module = import_module(f"schemas.tables.{file.stem}")
+        declared |= {value for value in vars(module).values() if isinstance(value, Table)}
+    assert declared == set(TABLES.values())
+    assert {bound.table for bound in BOUND.values()} == declared
+
+
+def test_every_stage_is_in_the_registry() -> None:
+    """A stage that is not there cannot be named in a recipe."""
+    found = {
+        f"stages.{'.'.join(file.relative_to(REPOSITORY / 'stages').with_suffix('').parts)}"
+        for file in (REPOSITORY / "stages").rglob("stage.py")
+    } - {"stages.stage"}
+    assert {stage.__module__ for stage in STAGES} == found

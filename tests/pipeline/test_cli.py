@@ -260,7 +260,7 @@ def test_inspect_says_what_else_a_place_is(
     assert line == f"{tmp_path / 'gone'} does not exist: give the path of a model folder"
     assert "has no tokenizer" in refused(documents, "--tokenizer", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "cannot load the tokenizer of" in refused(documents, "--tokenizer", tmp_path)
+    assert "tokenizer.json cannot be read" in refused(documents, "--tokenizer", tmp_path)
 
 
 def test_a_teacher_that_is_not_there_is_said_to_be_not_there(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
+from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.checkpoints.rotary_scaling import ONE_SET, fixed_window
 from stages.models.checkpoints.tokenizer_identity import (
     num_token_ids,
@@ -30,9 +31,11 @@ _MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
     """Load a student in float32; raises ConfigError if its head cannot be taken apart.
 
-    A forward of it raises ConfigError for a row that would move its rotary factors, and with them
-    the numbers of every row beside it.
+    Raises StoreError for a step's model whose files have changed since. A forward of it raises
+    ConfigError for a row that would move its rotary factors, and with them the numbers of every
+    row beside it.
     """
+    require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

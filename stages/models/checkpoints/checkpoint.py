@@ -126,6 +126,20 @@ def damaged_files(folder: Folder, record: CheckpointRecord) -> list[str]:
     return problems
 
 
+def require_whole(folder: Path) -> None:
+    """Raise StoreError where a finished step's files are no longer those of its record.
+
+    Any other folder, which nobody recorded, is taken as it is. Cost: all files are hashed.
+    """
+    if not (folder / CHECKPOINT).is_file():
+        return
+    if problems := damaged_files(folder, read_record(folder)):
+        raise StoreError(
+            f"{problems[0]} ({len(problems)} in all), so this model is not the one that was made: "
+            f"delete {folder} and run its recipe again"
+        )
+
+
 def claim_folder(output: Path, fingerprint: str, *, resume: bool) -> None:
     """Raise ConfigError when ``output`` holds another run, finished or not."""
     finished = read_checkpoint(output)

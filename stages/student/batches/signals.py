@@ -25,12 +25,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
-from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.distribution import MAX_MASS_ERROR, unpack_threshold, unpack_top_k
 from schemas.errors import StoreError, TeacherCacheError
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
 IGNORED = -100  # transformers counts labels other than this one as tokens of the step
-MAX_MASS_ERROR = 0.02  # float16 log-probs alone move the sum of the buckets by less than 0.01
 
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
@@ -162,14 +161,20 @@ def _threshold(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Arra
 
 
 def _top_k(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
-    """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out."""
+    """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out.
+
+    Where they are off by more, the row says of itself that it is wrong; raises StoreError.
+    """
     logprobs_NK = joined(rows, "logprobs_PK", np.float16)
     probs_NK, rest_N = unpack_top_k(logprobs_NK, joined(rows, "rest_logprobs_P", np.float16))
     mass_N = probs_NK.sum(axis=1) + rest_N
     if mass_N.size and not float(np.abs(mass_N - 1).max()) <= MAX_MASS_ERROR:
+        place = int(np.abs(mass_N - 1).argmax())
+        ends = np.cumsum([len(row["rest_logprobs_P"]) for row in rows])
+        row = rows[int(np.searchsorted(ends, place, side="right"))]
         raise StoreError(
-            f"samples {rows[0]['sample_id']} to {rows[-1]['sample_id']}: a position's mass is "
-            f"{float(mass_N[np.abs(mass_N - 1).argmax()]):.3f}, not 1: score them again"
+            f"sample {row['sample_id']}: the mass of a position is {mass_N[place]:.3f}, not 1: run "
+            f"`teachercache verify` on the data, which names the shard and says how to mend it"
         )
     columns = {
         "token_ids_NK": joined(rows, "token_ids_PK", np.int32),

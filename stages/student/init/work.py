@@ -31,6 +31,7 @@ from schemas.errors import ConfigError, StoreError
 from stages.models.checkpoints.checkpoint import (
     CheckpointRecord,
     equal_modes,
+    require_whole,
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
@@ -129,6 +130,7 @@ def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
 def _load(folder: Path, dtype: Any) -> Any:
     if not (folder / _CONFIG).is_file():
         raise ConfigError(f"teacher: {folder} is not a model folder (it has no {_CONFIG})")
+    require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -132,7 +132,7 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 def test_a_mass_that_is_not_one_is_refused() -> None:
     row = telling_row("half", 5, 1, 4)
     row["logprobs_PK"] = row["logprobs_PK"] - np.float16(0.7)
-    with pytest.raises(StoreError, match=r"half.*mass is 0\.496, not 1"):
+    with pytest.raises(StoreError, match=r"half.*mass of a position is 0\.496, not 1"):
         Collator("top_k", VOCAB_SIZE)([row])
 
 

@@ -24,7 +24,6 @@ from pipeline.planning.recipe import Execution
 from pipeline.reports.results_report import print_results
 from pipeline.steps.run import run_plan
 from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
-from schemas.sample_id import sample_id_of
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
@@ -148,8 +147,8 @@ def often_said(models: Sequence[Any], prompts: Sequence[Any]) -> int:
 def as_pair(rng: np.random.Generator, prompt_T: Any, end: int, split: str) -> PreferencePair:
     chosen, rejected = (rng.integers(1, VOCAB_SIZE, rng.integers(1, 5)) for _ in range(2))
     finished = bool(rng.integers(2))
-    return PreferencePair(
-        sample_id=sample_id_of(np.concatenate([prompt_T, chosen, rejected])),
+    row = PreferencePair(
+        sample_id="",
         split=split,
         prompt_ids_T=prompt_T,
         chosen_ids_C=np.append(chosen, end),
@@ -157,6 +156,7 @@ def as_pair(rng: np.random.Generator, prompt_T: Any, end: int, split: str) -> Pr
         chosen_finished=True,
         rejected_finished=finished,
     )
+    return replace(row, sample_id=row.hashed_id)
 
 
 def write_scores(

@@ -226,7 +226,8 @@ def test_rows_without_a_partner_are_counted(own_data: CachedData, tmp_path: Path
     """Two documents that the teacher's table lacks: left out, and said."""
     documents = make_documents()
     train_rows = [document for document in documents if document.split == "train"]
-    extra = [replace(row, sample_id=f"{i:024x}") for i, row in enumerate(train_rows[:2])]
+    turned = [replace(row, input_ids_T=row.input_ids_T[::-1]) for row in train_rows[:2]]
+    extra = [replace(row, sample_id=row.hashed_id) for row in turned]
     shutil.rmtree(own_data.documents)
     bound = DOCUMENTS.bind(vocab_size=VOCAB_SIZE)
     write_table(own_data.documents, bound, [*documents, *extra], own_data.teacher)

@@ -6,9 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.cache.verify import verify_folder
 from schemas.errors import (
     ConfigError,
     IdentityMismatch,
@@ -16,7 +20,10 @@ from schemas.errors import (
     StoreError,
     TeacherCacheError,
 )
+from schemas.storage.files import sha256_of
 from schemas.storage.manifest import read_manifest, write_manifest
+from schemas.storage.shards import read_shard
+from stages.models.checkpoints.checkpoint import CheckpointRecord, write_checkpoint
 from stages.student.evaluate.positions import evaluate
 from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig
@@ -124,3 +131,89 @@ def test_a_loss_that_is_not_a_number_stops_the_run(own_data: CachedData, tmp_pat
 def test_a_missing_student_is_one_readable_line(data: CachedData, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load the student"):
         evaluate(tmp_path / "nothing", data.tables("threshold"))
+
+
+def rewritten(shard: Path, column: str, change: Any) -> None:
+    """Change a column of a shard as a broken writer would: its new sha256 is in the list."""
+    content = read_shard(shard)
+    index = content.schema.get_field_index(column)
+    values = content[column].combine_chunks()
+    content = content.set_column(index, content.schema.field(index), change(values))
+    with pa.ipc.new_file(str(shard), content.schema) as out:
+        for batch in content.to_batches(max_chunksize=16):
+            out.write_batch(batch)
+    manifest = read_manifest(shard.parent)
+    changes = {"num_bytes": shard.stat().st_size, "sha256": sha256_of(shard)}
+    shards = [
+        replace(record, **changes) if record.file == shard.name else record  # type: ignore[arg-type]
+        for record in manifest.shards
+    ]
+    write_manifest(shard.parent, replace(manifest, shards=tuple(shards)))
+
+
+def test_rows_that_their_own_bytes_contradict_end_training_in_one_line(
+    own_data: CachedData, tmp_path: Path
+) -> None:
+    """A head code of 200, of 64 levels."""
+    shard = own_data.root / "threshold" / "shard-00000-of-00003.arrow"
+
+    def code_of_200(values: pa.ListArray) -> pa.ListArray:
+        codes = values.values.to_numpy().copy()
+        codes[3] = 200
+        child = pa.array(codes, values.type.value_type)
+        return pa.ListArray.from_arrays(values.offsets, child, type=values.type)
+
+    rewritten(shard, "head_codes_E", code_of_200)
+    said = r"shard-00000-of-00003\.arrow row 0 \(sample .*head_codes_E holds 200, expected 0 to 63"
+    for workers in (0, 1):
+        options = replace(OPTIONS, num_workers=workers)
+        with pytest.raises(StoreError, match=said) as caught:
+            train(
+                CONFIG,
+                student=own_data.student,
+                data=own_data.tables("threshold"),
+                output=tmp_path / str(workers),
+                options=options,
+            )
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+
+
+def test_token_ids_that_are_not_those_of_their_sample_id_end_training(
+    own_data: CachedData, tmp_path: Path
+) -> None:
+    def other_token(values: pa.ListArray) -> pa.ListArray:
+        ids = values.values.to_numpy().copy()
+        ids[0] ^= 1
+        child = pa.array(ids, values.type.value_type)
+        return pa.ListArray.from_arrays(values.offsets, child, type=values.type)
+
+    rewritten(own_data.documents / "shard-00000-of-00003.arrow", "input_ids_T", other_token)
+    with pytest.raises(
+        StoreError, match=r"documents/shard-.*sample_id does not name its token ids"
+    ):
+        train(
+            TrainConfig(max_steps=2, objective={"loss": "cross_entropy"}),
+            student=own_data.student,
+            data=[own_data.documents],
+            output=tmp_path / "out",
+            options=OPTIONS,
+        )
+
+
+def test_a_student_that_is_not_the_one_of_its_record_is_refused(
+    own_data: CachedData, tmp_path: Path
+) -> None:
+    """All its weights are zero now, which loads as well as ever."""
+    write_checkpoint(own_data.student, CheckpointRecord(fingerprint="f", identity={}))
+    run(own_data, tmp_path / "sound")
+    weights = own_data.student / "model.safetensors"
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    said = r"model\.safetensors has changed since it was written \(1 in all\).*delete .*student"
+    with pytest.raises(StoreError, match=said) as caught:
+        run(own_data, tmp_path / "out")
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 1
+    with pytest.raises(StoreError, match=said):
+        evaluate(own_data.student, own_data.tables("threshold"))
+    (line,) = verify_folder(own_data.student)
+    assert "model.safetensors has changed since it was written" in line

@@ -1,0 +1,293 @@
+"""Faults planted in finished tables with checksums mended: ``verify`` and whoever reads find each.
+
+Every kind of table, written as a broken writer would: the file's sha256 is that of its record.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from pipeline.cache.verify import verify_folders
+from schemas.dataset import open_dataset
+from schemas.errors import StoreError
+from schemas.row_checks import contradiction_in
+from schemas.sample_id import sample_id_of
+from schemas.storage.manifest import MANIFEST, Manifest, write_manifest
+from schemas.storage.records import ShardRecord, shard_name
+from schemas.storage.shards import write_shard
+from schemas.tables import TABLES
+from tests.fixtures.episode_data import as_episode
+from tests.fixtures.tiny_responses import make_pair
+
+VOCAB, ROWS, FAULTY, P, K = 300, 20, 18, 5, 4  # row 18 lies in the second record batch
+SIZES = {"K": K, "D": 3, "R": 3}
+Values = dict[str, Any]
+
+
+def some_row(name: str, variant: str, index: int) -> Values:
+    """A sound row's columns, of any table."""
+    rng = np.random.default_rng(index)
+    key = sample_id_of(np.array([index]))
+    fall_PK = -np.sort(rng.random((P, K)), axis=1) - 2
+    rest_P = np.log(1 - np.exp(fall_PK).sum(axis=1))
+    ids_PK = rng.integers(0, VOCAB, (P, K))
+    logits = {
+        "sample_id": key,
+        "first_target": 1,
+        "next_token_logprobs_P": -rng.random(P),
+        "entropies_P": rng.random(P),
+    }
+    advantages = {
+        "sample_id": key,
+        "token_advantages_P": rng.normal(size=P),
+        "teacher_logprobs_N": -rng.random(2),
+        "reference_logprobs_N": -rng.random(2),
+    }
+    kept = {"token_ids_PK": ids_PK, "advantages_PK": rng.normal(size=(P, K))}
+    hidden_PD = rng.normal(size=(P, 3))
+    ids_T = np.array([index, 7, 8])
+    rows: dict[tuple[str, str], Values] = {
+        ("documents", ""): {
+            "sample_id": sample_id_of(ids_T), "split": "train", "input_ids_T": ids_T,
+        },
+        ("subset_preferences", ""): {
+            "sample_id": key,
+            "subset_demonstrations_S": np.array([0, 1, 1]),
+            "subset_sizes_N": np.array([2, 1]),
+            "answer_logprobs_N": np.array([-2.0, -1.0]),
+            "num_answer_tokens": 1,
+            "ranks_N": np.array([2, 1]),
+        },
+        ("candidate_scores", ""): {
+            "sample_id": key,
+            "candidate_logprobs_N": np.array([-2.0, -1.0]),
+            "candidate_num_tokens_N": np.array([2, 1]),
+        },
+        ("response_logprobs", ""): {
+            "sample_id": key,
+            "response_logprobs_N": np.array([-2.0, -1.0]),
+            "response_num_tokens_N": np.array([2, 1]),
+        },
+        ("responses", ""): {
+            "sample_id": key,
+            "prompt_ids_T": np.array([1, 2]),
+            "response_ids_A": ids_PK[:, 0],
+            "response_lengths_N": np.array([2, P - 2]),
+            "finish_reasons_N": np.array([0, 1]),
+            "logprobs_A": -rng.random(P),
+            "top_ids_AK": ids_PK,
+            "top_logprobs_AK": fall_PK,
+        },
+        ("teacher_logits", "threshold"): {
+            **logits,
+            "token_ids_PK": ids_PK,
+            "num_head_P": np.full(P, 2),
+            "head_codes_E": rng.integers(0, 64, 2 * P),
+        },
+        ("teacher_logits", "top_k"): {
+            **logits, "token_ids_PK": ids_PK, "logprobs_PK": fall_PK, "rest_logprobs_P": rest_P,
+        },
+        ("teacher_logits", "exact"): {**logits, "hidden_PD": hidden_PD},
+        ("advantages", "exact"): {
+            **advantages, "teacher_hidden_PD": hidden_PD, "reference_hidden_PR": hidden_PD,
+        },
+        ("advantages", "threshold"): {**advantages, **kept, "log_inclusions_PK": fall_PK},
+        ("advantages", "union_top_k"): {
+            **advantages,
+            "num_entries_P": np.full(P, 2),
+            "token_ids_E": ids_PK[:, :2].reshape(-1),
+            "advantages_E": rng.normal(size=2 * P),
+            "rest_advantages_P": rng.normal(size=P),
+        },
+        ("advantages", "as_released"): {**advantages, **kept},
+    }  # fmt: skip
+    if name in ("episodes", "preference_pairs"):
+        row: Any = make_pair([index, 2], [3, 4], [5])
+        if name == "episodes":
+            spans = [(0, 1, 2)]
+            row = as_episode([index, 3, 9, 4, 5], spans, 3, [6], [[6], [7, 8]], 0)
+        return {column: getattr(row, column) for column in TABLES[name, ""].columns}
+    return rows[name, variant]
+
+
+@dataclass(frozen=True)
+class Loose:
+    """A row that nobody checks: what a broken writer hands over."""
+
+    values: Values
+
+    def __getattr__(self, name: str) -> Any:
+        return self.values[name]
+
+
+def write(folder: Path, name: str, variant: str, faults: Values) -> Path:
+    """Write a finished table whose row 18 has other values; return its shard."""
+    table = TABLES[name, variant]
+    rows = [some_row(name, variant, index) for index in range(ROWS)]
+    sound = [table.row(**{n: np.asarray(v) if n[-2:-1] == "_" else v for n, v in row.items()})
+             for row in rows]  # fmt: skip
+    rows[FAULTY] = rows[FAULTY] | faults
+    bound = table.bind(vocab_size=VOCAB, sizes=SIZES)
+    file = folder / f"{shard_name(0, 1)}.arrow"
+    written = write_shard(file, bound, [Loose(row) for row in rows])
+    record = ShardRecord(
+        name=shard_name(0, 1),
+        split="train",
+        num_rows=written.num_rows,
+        num_tokens=sum(row.num_tokens for row in sound),
+        num_positions=sum(row.num_positions for row in sound),
+        num_bytes=written.num_bytes,
+        sha256=written.sha256,
+    )
+    manifest = Manifest(
+        table=name,
+        version=table.version,
+        variant=variant,
+        fingerprint="f",
+        tokenizer="t",
+        vocab_size=VOCAB,
+        identity={},
+        shards=(record,),
+    )
+    write_manifest(folder, manifest)
+    return file
+
+
+def plant(column: str, value: float) -> Callable[[Values], Values]:
+    """Put a number in the middle of one column."""
+
+    def planted(row: Values) -> Values:
+        values = np.array(row[column], np.float64 if isinstance(value, float) else None)
+        values.reshape(-1)[values.size // 2] = value
+        return {column: values if values.ndim else values.item()}
+
+    return planted
+
+
+FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
+    ("documents", "", plant("input_ids_T", 9), "sample_id does not name its token ids"),
+    ("documents", "", plant("input_ids_T", VOCAB), "input_ids_T holds 300, expected 0 to 299"),
+    ("documents", "", lambda row: {"split": "test"}, "split is 'test'"),
+    ("documents", "", lambda row: {"input_ids_T": row["input_ids_T"][:1]}, "1 tokens, at least 2"),
+    ("episodes", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
+    ("episodes", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),
+    ("episodes", "", lambda row: {"query_start": 4}, "sample_id does not name its token ids"),
+    ("episodes", "", lambda row: {"answer_start": 99}, "do not lie in order"),
+    ("episodes", "", plant("candidate_lengths_N", 5), "candidate lengths"),
+    ("episodes", "", lambda row: {"gold": 2}, "gold is 2 of 2"),
+    ("preference_pairs", "", plant("chosen_ids_C", 9), "sample_id does not name its token ids"),
+    ("preference_pairs", "", plant("rejected_ids_R", VOCAB), "rejected_ids_R holds 300"),
+    ("subset_preferences", "", plant("answer_logprobs_N", np.nan), "answer_logprobs_N holds nan"),
+    ("subset_preferences", "", plant("answer_logprobs_N", 0.5), "answer_logprobs_N holds 0.5"),
+    ("subset_preferences", "", plant("subset_demonstrations_S", -1), "holds -1, expected 0"),
+    ("subset_preferences", "", plant("subset_sizes_N", 3), "subset sizes do not match"),
+    ("subset_preferences", "", lambda row: {"ranks_N": np.array([1, 2])}, "ranks are not those"),
+    ("candidate_scores", "", plant("candidate_logprobs_N", np.nan), "holds nan"),
+    ("candidate_scores", "", plant("candidate_logprobs_N", -np.inf), "holds -inf"),
+    ("candidate_scores", "", plant("candidate_num_tokens_N", 0), "holds 0, expected 1"),
+    ("response_logprobs", "", plant("response_logprobs_N", 3.0), "holds 3"),
+    ("response_logprobs", "", plant("response_num_tokens_N", 0), "holds 0, expected 1"),
+    ("responses", "", plant("prompt_ids_T", VOCAB), "prompt_ids_T holds 300"),
+    ("responses", "", plant("finish_reasons_N", 2), "finish_reasons_N holds 2, expected 0 to 1"),
+    ("responses", "", plant("logprobs_A", np.nan), "logprobs_A holds nan"),
+    ("responses", "", plant("top_logprobs_AK", -0.5), "top_logprobs_AK rises"),
+    ("responses", "", plant("response_lengths_N", 9), "responses of [2, 9] tokens"),
+    ("teacher_logits", "threshold", plant("head_codes_E", 200), "head_codes_E holds 200"),
+    ("teacher_logits", "threshold", plant("num_head_P", 5), "num_head_P holds 5, expected 0 to 4"),
+    ("teacher_logits", "threshold", plant("num_head_P", 1), "head codes do not match"),
+    ("teacher_logits", "threshold", plant("token_ids_PK", VOCAB), "token_ids_PK holds 300"),
+    ("teacher_logits", "threshold", plant("entropies_P", 6.5), "entropies_P holds 6.5"),
+    ("teacher_logits", "threshold", plant("entropies_P", -0.5), "entropies_P holds -0.5"),
+    ("teacher_logits", "threshold", plant("next_token_logprobs_P", 0.5), "holds 0.5"),
+    ("teacher_logits", "threshold", lambda row: {"first_target": 0}, "first_target 0"),
+    ("teacher_logits", "top_k", plant("logprobs_PK", np.nan), "logprobs_PK holds nan"),
+    ("teacher_logits", "top_k", plant("logprobs_PK", -0.5), "logprobs_PK rises"),
+    ("teacher_logits", "top_k", plant("rest_logprobs_P", np.inf), "rest_logprobs_P holds inf"),
+    ("teacher_logits", "top_k", plant("token_ids_PK", VOCAB), "token_ids_PK holds 300"),
+    ("teacher_logits", "exact", plant("hidden_PD", np.nan), "hidden_PD holds nan"),
+    ("teacher_logits", "exact", plant("hidden_PD", -np.inf), "hidden_PD holds -inf"),
+    ("teacher_logits", "exact", plant("next_token_logprobs_P", -np.nan), "holds nan"),
+    ("advantages", "exact", plant("teacher_hidden_PD", np.nan), "teacher_hidden_PD holds nan"),
+    ("advantages", "exact", plant("teacher_logprobs_N", 1.0), "teacher_logprobs_N holds 1"),
+    ("advantages", "threshold", plant("advantages_PK", np.inf), "advantages_PK holds inf"),
+    ("advantages", "threshold", plant("log_inclusions_PK", 0.5), "log_inclusions_PK holds 0.5"),
+    ("advantages", "threshold", plant("token_ids_PK", VOCAB), "token_ids_PK holds 300"),
+    ("advantages", "union_top_k", plant("num_entries_P", 3), "11 entries are counted, not stored"),
+    ("advantages", "union_top_k", plant("rest_advantages_P", np.nan), "holds nan"),
+    ("advantages", "union_top_k", plant("token_ids_E", VOCAB), "token_ids_E holds 300"),
+    ("advantages", "as_released", plant("token_advantages_P", np.nan), "holds nan"),
+    ("advantages", "as_released", plant("reference_logprobs_N", -np.inf), "holds -inf"),
+]
+
+
+def said_by_verify(folder: Path) -> list[str]:
+    with (folder / "said").open("w") as stream:
+        return verify_folders([folder], Console(file=stream, width=1000))
+
+
+def said_by_a_reader(folder: Path) -> str:
+    """What ``train`` ends with: its rows come from here, whatever is made of them."""
+    dataset = open_dataset([folder])
+    with pytest.raises(StoreError) as caught:
+        for index in range(len(dataset)):
+            dataset[index]
+    assert caught.value.exit_code == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "variant", "fault", "expected"), FAULTS)
+def test_a_planted_fault_is_named_by_verify_and_by_the_reader(
+    name: str, variant: str, fault: Callable[[Values], Values], expected: str, tmp_path: Path
+) -> None:
+    row = some_row(name, variant, FAULTY)
+    file = write(tmp_path, name, variant, fault(row))
+    (line,) = said_by_verify(tmp_path)
+    for said in (line, said_by_a_reader(tmp_path)):
+        assert said.startswith(f"{file} row {FAULTY} (sample {row['sample_id']}): ")
+        assert expected in said and "\n" not in said
+        assert f"delete this shard and the {MANIFEST} beside it and run the recipe again" in said
+
+
+@pytest.mark.parametrize(("name", "variant"), TABLES)
+def test_sound_rows_are_sound(name: str, variant: str, tmp_path: Path) -> None:
+    """Every table has a fault above, too."""
+    write(tmp_path, name, variant, {})
+    assert said_by_verify(tmp_path) == []
+    dataset = open_dataset([tmp_path])
+    assert len([dataset[index] for index in range(len(dataset))]) == ROWS
+    assert any((name, variant) == fault[:2] for fault in FAULTS)
+
+
+def test_a_mass_that_is_not_one_is_named_by_verify(tmp_path: Path) -> None:
+    """Training finds it where the masses are added up: ``test_loader``."""
+    low = {"rest_logprobs_P": np.full(P, -9.0)}
+    write(tmp_path, "teacher_logits", "top_k", low)
+    (line,) = said_by_verify(tmp_path)
+    assert f"row {FAULTY}" in line and "the mass of a position is" in line
+
+
+def test_torn_offsets_and_nulls_are_named() -> None:
+    table = TABLES["documents", ""]
+    bound = table.bind(vocab_size=VOCAB)
+    batch = bound.to_batch([Loose(some_row("documents", "", index)) for index in range(3)])
+    column = batch.column(2)
+    offsets = pa.array([0, 7, 6, 9], pa.int32())
+    torn = pa.ListArray.from_buffers(
+        column.type, 3, [None, offsets.buffers()[1]], children=[column.values]
+    )
+    columns = {name: table.column_values(batch, name) for name in table.columns}
+    broken = pa.RecordBatch.from_arrays([*batch.columns[:2], torn], schema=batch.schema)
+    found = contradiction_in(broken, columns, table, VOCAB)
+    assert found is not None and "torn record batch" in found.problem
+    split = pa.array(["train", None, "train"])
+    nameless = pa.RecordBatch.from_arrays(
+        [batch.column(0), split, batch.column(2)], names=batch.schema.names
+    )
+    found = contradiction_in(nameless, columns, table, VOCAB)
+    assert found is not None and found == (1, "split is null")
