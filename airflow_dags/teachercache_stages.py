@@ -3,6 +3,7 @@
 KINDS = {
     "ingest": "source",
     "episodes": "source",
+    "demonstrations": "table",
     "preference_pairs": "source",
     "teacher_logits": "table",
     "subset_preferences": "table",

@@ -14,6 +14,7 @@ from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.student_responses.stage import StudentResponsesStage
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
@@ -27,6 +28,7 @@ from stages.teacher.stage import TeacherAlignStage
 Step = Annotated[
     IngestStage
     | EpisodesStage
+    | DemonstrationsStage
     | PreferencePairsStage
     | TeacherLogitsStage
     | SubsetPreferencesStage

@@ -186,12 +186,10 @@ class TableStage(Stage):
 
     KIND: ClassVar[Kind] = "table"
     READS: ClassVar[tuple[str, ...]] = ("input",)
-    RUNS: ClassVar[tuple[str, ...]] = ("model",)
     CONSUMES: ClassVar[tuple[Table[Any], ...]]  # any one of these
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "model", "max_rejected_fraction")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "max_rejected_fraction")
 
     input: str
-    model: str
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
 
     @property
@@ -230,9 +228,18 @@ class TableStage(Stage):
 
     @contextmanager
     def open(self, context: StageContext) -> Iterator[Work]:
-        """Load the model once, yield what scores one shard; free the model on exit."""
+        """Load what the work needs once, yield what does one shard; free it on exit."""
         with self.work.open_work(self, context) as work:
             yield work
+
+
+class SignalStage(TableStage):
+    """A map that runs ``model`` on the rows of its input."""
+
+    RUNS: ClassVar[tuple[str, ...]] = ("model",)
+    NOT_HASHED: ClassVar[tuple[str, ...]] = (*TableStage.NOT_HASHED, "model")
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)

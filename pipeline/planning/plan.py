@@ -91,6 +91,8 @@ class PlannedStep:
         """The fingerprint of the tokenizer whose ids the step's rows or checkpoint are about."""
         if isinstance(self.stage, SourceStage):
             return str(self.identity["config"]["tokenizer"])
+        if not self.models:
+            return self.inputs[0].tokenizer
         return next(iter(self.models.values())).tokenizer
 
 

@@ -21,7 +21,7 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, shard_index, shard_name
 from schemas.storage.shard_list import ShardList, ShardListBuilder
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.stage import SourceStage, StageContext, TableStage
+from stages.stage import SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 
@@ -65,8 +65,7 @@ def run_table(
     source = source_of(step)
     every = range(len(source.shards))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
-    vocab_size = vocab_size_of(step.models[stage.model].spec().path)
-    _write_manifest(step, shards, source.tokenizer, vocab_size, {})
+    _write_manifest(step, shards, source.tokenizer, _vocab_size(step, stage, source), {})
 
 
 def source_of(step: PlannedStep) -> Manifest:
@@ -91,7 +90,7 @@ def make_shards(
     models = {name: model.spec() for name, model in step.models.items()}
     context = StageContext(
         folder=step.place,
-        vocab_size=vocab_size_of(models[stage.model].path),
+        vocab_size=_vocab_size(step, stage, source),
         models=models,
         engine=execution.engine,
         input_table=source.table,
@@ -113,6 +112,13 @@ def make_shards(
             yield shard_index(record.name), record
 
     return _make_missing(step, len(source.shards), shards, make, reporter)
+
+
+def _vocab_size(step: PlannedStep, stage: TableStage, source: Manifest) -> int:
+    """Return that of the model that is run; where none is, ids are those of the input."""
+    if not isinstance(stage, SignalStage):
+        return source.vocab_size
+    return vocab_size_of(step.models[stage.model].spec().path)
 
 
 def _make_missing(
