@@ -19,6 +19,7 @@ from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.stage import Stage
+from stages.student.distiller.stage import DistillerInitStage
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.init.stage import StudentInitStage
@@ -38,6 +39,7 @@ Step = Annotated[
     | AdvantagesStage
     | TeacherAlignStage
     | StudentInitStage
+    | DistillerInitStage
     | TrainStage
     | EvaluateStage
     | PreferenceEvaluationStage,
