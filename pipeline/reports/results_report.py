@@ -20,6 +20,7 @@ from schemas.storage.records import all_notes
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.objectives.mend import MendConfig
 from stages.student.train.stage import TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made
@@ -77,8 +78,15 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
             table.add_row(f"{start}, untrained", *before)
     for step, record in results:
         if record is not None:
-            table.add_row(step.name, *_metric_cells(record.metrics["after"]))
+            table.add_row(_name(step), *_metric_cells(record.metrics["after"]))
     return table
+
+
+def _name(step: PlannedStep) -> str:
+    """Return a training step's name, and that its reader is not the teacher where it is not."""
+    objective = step.stage.objective if isinstance(step.stage, TrainStage) else None
+    is_cross_model = isinstance(objective, MendConfig) and objective.cross_model
+    return f"{step.name} (cross_model)" if is_cross_model else step.name
 
 
 # Numbers of a step that measures students; one that no student has is left out.

@@ -1,5 +1,6 @@
 """MEND as a recipe on a tiny model: what is read, the teacher over it, and what is trained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 from schemas.dataset import open_dataset
 from schemas.scored_spans import span_targets
 from schemas.storage.manifest import read_manifest
-from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, stamps, teachercache
+from tests.fixtures.tiny_recipe import (
+    TinyRecipe,
+    error_of,
+    make_recipe,
+    stamps,
+    teachercache,
+)
 
 STEPS: dict[str, Any] = {
     "shown": {"stage": "demonstrations", "input": "documents"},
@@ -20,6 +27,37 @@ STEPS: dict[str, Any] = {
         "encoding": {"kind": "exact"},
     },
 }
+SETTINGS = {"stage": "train", "max_steps": 2, "lr": 1e-3, "per_device_batch_size": 4}
+STAGE_1 = {"loss": "mend", "answer_weight": 0.0}
+TRAINING: dict[str, Any] = {
+    "small": {"stage": "student_init", "model": "teacher", "layers": [0]},
+    "distiller": {
+        "stage": "distiller_init",
+        "model": "small",
+        "reader": "teacher",
+        "num_vectors": 4,
+    },
+    "distilled": {
+        **SETTINGS,
+        "student": "distiller",
+        "reader": "teacher",
+        "data": ["shown", "shown_signals"],
+        "objective": STAGE_1,
+    },
+    "for_small": {
+        "stage": "distiller_init",
+        "model": "small",
+        "reader": "small",
+        "num_vectors": 4,
+    },
+    "variant": {
+        **SETTINGS,
+        "student": "for_small",
+        "reader": "small",
+        "data": ["shown", "shown_signals"],
+        "objective": {**STAGE_1, "cross_model": True},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +65,17 @@ def recipe(
     tiny_model: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> TinyRecipe:
     folder = tmp_path_factory.mktemp("mend")
-    return make_recipe(folder, tiny_model, paragraphs[:20], more_steps=STEPS)
+    return make_recipe(folder, tiny_model, paragraphs[:20], more_steps=STEPS | TRAINING)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_model_is_a_step_like_any_other(recipe: TinyRecipe) -> None:
     """Planned, run, joined with its signals, verified; a second run changes nothing."""
     assert "pending" in teachercache("plan", recipe.path).out
-    said = teachercache("run", recipe.path)
-    assert said.code == 0, said.err
+    said = teachercache("run", recipe.path, "--step", "documents")
+    for name in ("shown", "shown_signals"):
+        said = teachercache("run", recipe.path, "--step", name)
+        assert said.code == 0, said.err
     shown, signals = (recipe.step(name).folder for name in ("shown", "shown_signals"))
     manifest = read_manifest(shown)
     assert manifest is not None
@@ -50,7 +91,7 @@ def test_a_step_without_a_model_is_a_step_like_any_other(recipe: TinyRecipe) -> 
         assert row["first_target"] == row["query_start"] + 1 == targets_P[0]
         assert len(row["hidden_PD"]) == len(targets_P)
     before = stamps(recipe.root)
-    assert set(recipe.run().states.values()) == {"done"}
+    assert teachercache("run", recipe.path, "--step", "shown").code == 0
     assert stamps(recipe.root) == before
     assert teachercache("verify", recipe.root).code == 0
     shown_rows = teachercache("inspect", shown, "--rows", "1")
@@ -64,3 +105,49 @@ def test_another_budget_is_another_table(recipe: TinyRecipe) -> None:
         for n in (500, 501)
     ]
     assert len({*names, recipe.step("shown_signals").fingerprint}) == 3
+
+
+@pytest.mark.slow
+def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -> None:
+    said = teachercache("run", recipe.path)
+    assert said.code == 0, said.err
+    assert "variant (cross_model)" in said.out and "distilled (cross_model)" not in said.out
+    metrics = {
+        name: json.loads((recipe.step(name).folder / "metrics.json").read_text())
+        for name in ("distilled", "variant")
+    }
+    assert metrics["distilled"]["train"]["cross_model"] == 0.0
+    assert metrics["variant"]["train"]["cross_model"] == 1.0
+    for found in metrics.values():
+        assert found["before"]["kl_to_teacher"] != found["after"]["kl_to_teacher"]
+    assert set(recipe.run().states.values()) == {"done"}
+    assert teachercache("verify", recipe.root).code == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "steps.variant.objective.cross_model=false",
+            "steps.variant.reader: 'small' is not the model that made 'shown_signals': name that "
+            "one, or set objective.cross_model to true",
+        ),
+        (
+            "steps.distilled.objective.cross_model=true",
+            "steps.distilled.objective.cross_model: is true, and reader 'teacher' is the very "
+            "model that made 'shown_signals'",
+        ),
+        ("steps.distilled.reader=null", "objective 'mend' needs 'reader'"),
+        ("steps.distilled.reader=nobody", "steps.distilled.reader: 'nobody' is neither under"),
+    ],
+)
+def test_a_reader_that_is_not_the_teacher_is_named_so(
+    recipe: TinyRecipe, override: str, message: str
+) -> None:
+    assert message in str(error_of(recipe, override))
+
+
+def test_a_reader_is_named_by_content(recipe: TinyRecipe) -> None:
+    before = recipe.step("distilled")
+    assert before.identity["models"][1] == before.inputs[1].identity["models"][0]
+    assert "reader" not in before.identity["config"]

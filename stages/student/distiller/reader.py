@@ -3,13 +3,15 @@
 Its weights have no gradient, but what it computes has one: that of the vectors. Positions begin
 with the vectors, at 0.
 
-Dimensions: B = rows, M = vectors of a row, Q = tokens of a query with its answer, R = hidden width.
+Dimensions: B = rows, M = vectors of a row, Q = tokens of a query with its answer, N = scored
+positions of a batch, R = hidden width.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError
@@ -66,3 +68,15 @@ def read_hidden_states(
         reader, last_layer=last_layer_of(reader), inputs_embeds=inputs_BTR
     )
     return hidden_BTR[:, vectors_BMR.shape[1] :]
+
+
+def read_scored_states(
+    distiller: nn.Module, reader: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Return [N, R] at the scored positions of a batch of queries, after the distiller's vectors.
+
+    ``distiller`` may be wrapped (DDP has to see the call).
+    """
+    vectors_BMR = distiller(batch["demonstration_ids_BL"], batch["demonstration_lengths_B"])
+    hidden_BQR = read_hidden_states(reader, vectors_BMR, batch["input_ids"])
+    return hidden_BQR.flatten(0, 1).index_select(0, batch["positions_N"])

@@ -3,6 +3,8 @@
 All means are over scored tokens, in nats. ``kl_to_teacher`` is exact for ``exact``, an unbiased
 estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers of one table only.
 ``top1_agreement`` counts the positions where the cache tells the teacher's likeliest token.
+A distiller is measured by what its reader says of queries and answers after its vectors, and
+``answer_cross_entropy`` is over the answers' tokens alone, where there are answers.
 Of preference pairs the chosen responses are measured.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from stages.models.causal_lm.chunked_loss import chunked_loss
+from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import (
     check_student,
@@ -32,6 +34,7 @@ from stages.models.causal_lm.model import (
     student_head,
     student_vocab_size,
 )
+from stages.student.batches.demonstrations import DemonstrationsCollator
 from stages.student.batches.pairs import ChosenCollator
 from stages.student.batches.signals import (
     Collator,
@@ -40,6 +43,8 @@ from stages.student.batches.signals import (
     worker_errors_as_raised,
 )
 from stages.student.batches.training_data import teacher_head_of
+from stages.student.distiller.reader import read_scored_states
+from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import Teacher, teacher_of
 from stages.student.options import TrainOptions
 
@@ -75,7 +80,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows to evaluate on, and the part of them that this process takes."""
+    """Rows to evaluate on, and the part of them that this process takes; a distiller's reader."""
 
     dataset: CachedDataset
     teacher_head: LanguageHead | None
@@ -83,6 +88,7 @@ class HeldOut:
     dtype: DtypeName
     rank: int = 0
     world_size: int = 1
+    reader: PreTrainedModel | None = None
 
 
 def evaluate(
@@ -114,7 +120,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(8, dtype=torch.float64, device=model.device)
     with torch.inference_mode(), worker_errors_as_raised():
         for batch in _batches(model, held_out):
             sums += _sums_of(model, batch, held_out)
@@ -126,8 +132,11 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
 
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
     mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
-    collator: Any = Collator(encoding_of(held_out.dataset), student_vocab_size(model))
-    if held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
+    vocab_size = student_vocab_size(held_out.reader or model)
+    collator: Any = Collator(encoding_of(held_out.dataset), vocab_size)
+    if held_out.reader is not None:
+        collator = DemonstrationsCollator(collator)
+    elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
@@ -141,18 +150,39 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     dtype = DTYPES[held_out.dtype]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden_ND = scored_hidden_states(model, batch, last_layer=last_layer_of(model))
+        hidden_ND = _hidden_states(model, batch, held_out)
     has_teacher = bool(encoding_of(held_out.dataset))
     teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
     scores = Scores(batch["next_token_ids_N"], teacher)
-    sums = chunked_loss(hidden_ND, student_head(model), scores, dtype=dtype).sums
+    head = student_head(held_out.reader or model)
+    sums = chunked_loss(hidden_ND, head, scores, dtype=dtype).sums
+    answers = _answer_sums(batch, hidden_ND, head, dtype)
     teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
-    return torch.stack([*sums.values(), teacher_ce, count]).double()
+    return torch.stack([*sums.values(), teacher_ce, count, *answers]).double()
+
+
+def _hidden_states(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
+    """Return [N, D] of the student's scored positions, or of the reader's behind a distiller."""
+    if held_out.reader is None:
+        return scored_hidden_states(model, batch, last_layer=last_layer_of(model))
+    return read_scored_states(model, held_out.reader, batch)
+
+
+def _answer_sums(
+    batch: dict[str, Tensor], hidden_ND: Tensor, head: StudentHead, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the answers' cross-entropy and their tokens; zeros without answers."""
+    in_answer_N = batch.get("in_answer_N")
+    if in_answer_N is None or not bool(in_answer_N.any()):
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    scores = CrossEntropy(batch["next_token_ids_N"][in_answer_N])
+    total = chunked_loss(hidden_ND[in_answer_N], head, scores, dtype=dtype).loss
+    return total, in_answer_N.sum().to(total)
 
 
 def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
-    cross_entropy, kl, agreed, compared, teacher_ce, count = sums.tolist()
+    cross_entropy, kl, agreed, compared, teacher_ce, count, answer_ce, answered = sums.tolist()
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -160,6 +190,8 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
         "cross_entropy": mean,
         "perplexity": math.exp(min(mean, 700.0)),  # a diverged student must not overflow a report
     }
+    if answered:
+        means["answer_cross_entropy"] = answer_ce / answered
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
         means["teacher_cross_entropy"] = teacher_ce / tokens

@@ -63,12 +63,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         lm_dataset: CachedDataset | None = None,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
         on_checkpoint: OnCheckpoint | None = None,
+        reader: PreTrainedModel | None = None,
     ) -> None:
         """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
 
-        The second is called with the folder of each checkpoint when it is whole.
+        The second is called with the folder of each checkpoint when it is whole. With a ``reader``
+        ``model`` is a distiller; the Trainer has no part in the reader.
         """
-        vocab_size = student_vocab_size(model)
+        vocab_size = student_vocab_size(reader or model)
         data = TrainingData(dataset, lm_dataset, vocab_size, config.seed)
         rows, collator = config.objective.batches(data)
         super().__init__(
@@ -84,6 +86,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._teacher_head = teacher_head
         self._lm_teacher_head = teacher_head_of(lm_dataset, args.device) if lm_dataset else None
         self._advantage_heads = advantage_heads_of(dataset, args.device)
+        self._reader = reader
         self._micro_batch_tokens = micro_batch_tokens
         self._logged = RunningSums()
         # Of this process, since this call of train(): scored tokens, and rows.
@@ -144,13 +147,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             micro_batch_tokens=self._micro_batch_tokens,
             progress=self.state.global_step / max(self.state.max_steps - 1, 1),
             advantage_heads=self._advantage_heads,
+            reader=self._reader,
         )
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> Tensor:
         """Return the step's counts of ``UNITS``; the Trainer's own is of tokens alone."""
-        counts = [(0, 0), *(counts_of(batch) for batch in batch_samples)]
+        counts = [(0,) * len(UNITS), *(counts_of(batch) for batch in batch_samples)]
         summed = torch.tensor(counts, device=device).sum(dim=0)
         gathered: Tensor = self.accelerator.reduce(summed, reduction="sum")
         return gathered
