@@ -73,6 +73,15 @@ class TableRef:
     made_by: Mapping[str, Any] | None
 
 
+def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two identities are of one model, whatever dtype and engine it is run in."""
+    without = [
+        {name: value for name, value in identity.items() if name not in ("dtype", "engine")}
+        for identity in (one, other)
+    ]
+    return without[0] == without[1]
+
+
 @dataclass(frozen=True, slots=True)
 class StepJob:
     """What a step that leaves a folder is given beside its configuration.

@@ -94,6 +94,7 @@ MEASURED = {
     "KL to teacher": "kl_to_teacher",
     "top-1 agreement": "top1_agreement",
     "cross-entropy": "cross_entropy",
+    "cross-entropy of answers": "answer_cross_entropy",
     "KL to teacher over candidates": "candidate_kl",
     "same candidate as teacher": "candidate_agreement",
     "rank agreement on subsets, tau-b": "subset_rank_correlation",
@@ -114,8 +115,11 @@ def _evaluation_table(step: PlannedStep) -> Table:
     record = read_checkpoint(step.place)
     measured = {} if record is None else record.metrics
     students = [name for name in step.models if name in measured]
-    table = Table("", *students, *(f"({name})" for name in BASELINES), title=step.name)
+    students += [name for name in measured if name not in students]  # beside a distiller
     first = measured[students[0]] if students else {}
+    label = " (cross_model)" if first.get("cross_model") else ""
+    headers = [*students, *(f"({name})" for name in BASELINES)]
+    table = Table("", *headers, title=f"{step.name}{label}")
     for header, name in MEASURED.items():
         cells = [_number(measured[student].get(name)) for student in students]
         if any(cell != "-" for cell in cells):

@@ -10,6 +10,7 @@ import pytest
 from schemas.dataset import open_dataset
 from schemas.scored_spans import span_targets
 from schemas.storage.manifest import read_manifest
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from tests.fixtures.tiny_recipe import (
     TinyRecipe,
     error_of,
@@ -56,6 +57,18 @@ TRAINING: dict[str, Any] = {
         "reader": "small",
         "data": ["shown", "shown_signals"],
         "objective": {**STAGE_1, "cross_model": True},
+    },
+    "results": {
+        "stage": "evaluate",
+        "students": ["distiller", "distilled"],
+        "reader": "teacher",
+        "data": ["shown", "shown_signals"],
+    },
+    "results_of_variant": {
+        "stage": "evaluate",
+        "students": ["variant"],
+        "reader": "small",
+        "data": ["shown", "shown_signals"],
     },
 }
 
@@ -118,6 +131,16 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
     }
     assert metrics["distilled"]["train"]["cross_model"] == 0.0
     assert metrics["variant"]["train"]["cross_model"] == 1.0
+    for name, label in (("results", 0.0), ("results_of_variant", 1.0)):
+        record = read_checkpoint(recipe.step(name).folder)
+        assert record is not None
+        assert {found["cross_model"] for found in record.metrics.values()} == {label}
+        assert {"zero-shot", "random vectors", "all demonstrations"} < set(record.metrics)
+    assert "results_of_variant (cross_model)" in said.out and "zero-shot" in said.out
+    after = read_checkpoint(recipe.step("results").folder)
+    assert after is not None
+    trained = metrics["distilled"]["after"]["kl_to_teacher"]
+    assert after.metrics["distilled"]["kl_to_teacher"] == pytest.approx(trained, rel=1e-5)
     for found in metrics.values():
         assert found["before"]["kl_to_teacher"] != found["after"]["kl_to_teacher"]
     assert set(recipe.run().states.values()) == {"done"}
@@ -137,6 +160,11 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
             "steps.distilled.objective.cross_model: is true, and reader 'teacher' is the very "
             "model that made 'shown_signals'",
         ),
+        (
+            "steps.results.data=[documents, signals]",
+            "steps.results.data: step 'documents' writes documents, with a reader the first is",
+        ),
+        ("steps.results.students=[distilled, teacher]", "students: 'teacher' is the reader"),
         ("steps.distilled.reader=null", "objective 'mend' needs 'reader'"),
         ("steps.distilled.reader=nobody", "steps.distilled.reader: 'nobody' is neither under"),
     ],

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
-from stages.stage import Kind, Stage, StageConfig, TableRef
+from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.objectives.mend import MendConfig
@@ -115,9 +115,9 @@ class TrainStage(TrainConfig, Stage):
         """Refuse a reader that is not the cached teacher, unless the objective says so."""
         if not isinstance(self.objective, MendConfig) or self.reader is None:
             return
-        reader = _weights_of(models[self.reader])
+        reader = models[self.reader]
         made_by = {table.step: table.made_by for table in tables if table.made_by is not None}
-        others = [step for step, model in made_by.items() if _weights_of(model) != reader]
+        others = [step for step, model in made_by.items() if not is_one_model(model, reader)]
         if others and not self.objective.cross_model:
             raise ConfigError(
                 f"reader: '{self.reader}' is not the model that made '{others[0]}': name that one, "
@@ -132,8 +132,3 @@ class TrainStage(TrainConfig, Stage):
     def hashed(self) -> dict[str, Any]:
         """Return what names the step by content, with how many of its tables are running text."""
         return super().hashed() | ({"lm_inputs": len(self.lm_data)} if self.lm_data else {})
-
-
-def _weights_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what names a model whatever dtype and engine it is run in."""
-    return {name: value for name, value in identity.items() if name not in ("dtype", "engine")}
