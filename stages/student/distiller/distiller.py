@@ -112,14 +112,15 @@ def distiller_of(
     ConfigError where the vocabulary has not so many rows or the folder is no model.
     """
     text_config = read_config(model).get_text_config()
-    torch.manual_seed(seed)  # the projection's weights are torch's own
     config = DistillerConfig(
         text_config=text_config.to_dict() | {"_name_or_path": ""},
         num_vectors=num_vectors,
         reader_hidden_size=reader_hidden_size,
         reader=reader,
     )
-    distiller = Distiller(config)
+    with torch.random.fork_rng(devices=[]):  # the projection's weights are torch's own
+        torch.manual_seed(seed)
+        distiller = Distiller(config)
     distiller.body = _body(model)
     embeddings_VD = distiller.get_input_embeddings().weight.detach()
     if num_vectors > len(embeddings_VD):
