@@ -124,7 +124,8 @@ def _plan_step(
     fingerprint = fingerprint_of(identity)
     folder = recipe.execution.root / _group(stage) / fingerprint[:ADDRESS_DIGITS]
     if tokenizer is None:
-        vocabulary = next(iter(models.values())).vocabulary
+        # A stage that runs no model maps rows to rows with the same ids.
+        vocabulary = next(iter(models.values())).vocabulary if models else inputs[0].vocabulary
     return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models, vocabulary)
 
 

@@ -20,6 +20,7 @@ from schemas.storage.records import all_notes
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.objectives.mend import MendConfig
 from stages.student.train.stage import TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made
@@ -77,8 +78,15 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
             table.add_row(f"{start}, untrained", *before)
     for step, record in results:
         if record is not None:
-            table.add_row(step.name, *_metric_cells(record.metrics["after"]))
+            table.add_row(_name(step), *_metric_cells(record.metrics["after"]))
     return table
+
+
+def _name(step: PlannedStep) -> str:
+    """Return a training step's name, and that its reader is not the teacher where it is not."""
+    objective = step.stage.objective if isinstance(step.stage, TrainStage) else None
+    is_cross_model = isinstance(objective, MendConfig) and objective.cross_model
+    return f"{step.name} (cross_model)" if is_cross_model else step.name
 
 
 # Numbers of a step that measures students; one that no student has is left out.
@@ -86,6 +94,7 @@ MEASURED = {
     "KL to teacher": "kl_to_teacher",
     "top-1 agreement": "top1_agreement",
     "cross-entropy": "cross_entropy",
+    "cross-entropy of answers": "answer_cross_entropy",
     "KL to teacher over candidates": "candidate_kl",
     "same candidate as teacher": "candidate_agreement",
     "rank agreement on subsets, tau-b": "subset_rank_correlation",
@@ -106,8 +115,11 @@ def _evaluation_table(step: PlannedStep) -> Table:
     record = read_checkpoint(step.place)
     measured = {} if record is None else record.metrics
     students = [name for name in step.models if name in measured]
-    table = Table("", *students, *(f"({name})" for name in BASELINES), title=step.name)
+    students += [name for name in measured if name not in students]  # beside a distiller
     first = measured[students[0]] if students else {}
+    label = " (cross_model)" if first.get("cross_model") else ""
+    headers = [*students, *(f"({name})" for name in BASELINES)]
+    table = Table("", *headers, title=f"{step.name}{label}")
     for header, name in MEASURED.items():
         cells = [_number(measured[student].get(name)) for student in students]
         if any(cell != "-" for cell in cells):

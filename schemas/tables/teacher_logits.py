@@ -3,7 +3,9 @@
 Values are log-probabilities of the *raw* distribution: natural log, temperature 1, after whatever
 the model's own config does to its logits (soft-capping, scaling), before any sampling processor.
 Entry j of a row is the distribution over the token at index ``first_target + j`` given all tokens
-before it. The first token of a document has no context and no entry. Of a preference pair, token
+before it. The first token of a document has no context and no entry. Where the input's rows name
+their scored tokens (``schemas.scored_spans``), entries are those of all spans end to end, and
+``first_target`` is where the first span begins. Of a preference pair, token
 ids are those of prompt, chosen and rejected end to end: ``first_target`` is where the chosen
 response begins, and a rejected token's context is the prompt and the rejected tokens before it.
 

@@ -67,6 +67,7 @@ COMMANDS = {
         *("--from", "--pairs", "--steps", "--beta", "--lr", "--batch-size", "--lora-rank"),
         "--seed",
     },
+    "mend vectors": {"--data", "--task", "--split"},
 }
 
 

@@ -1,6 +1,7 @@
 """Stage ``teacher_logits``: token sequences -> what the teacher predicts at every position.
 
-Of documents and episodes every position is scored, of preference pairs those of the two responses.
+Of documents and episodes every position is scored, of preference pairs those of the two responses,
+and of ``demonstrations``, whose rows name spans of their own, the query's and the answer's.
 """
 
 import math
@@ -11,11 +12,12 @@ from pydantic import Field
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS
-from stages.stage import Estimate, StageConfig, StageContext, TableStage
+from stages.stage import Estimate, SignalStage, StageConfig, StageContext
 
 EXACT_FILES = ("head.safetensors", "head.json")
 
@@ -43,14 +45,19 @@ class ExactEncoding(StageConfig):
 Encoding = Annotated[ThresholdEncoding | TopKEncoding | ExactEncoding, Field(discriminator="kind")]
 
 
-class TeacherLogitsStage(TableStage):
+class TeacherLogitsStage(SignalStage):
     """Score the rows of step ``input`` with ``model``, keep each distribution as ``encoding``.
 
     ``seed`` moves every random draw; equal seeds give equal draws on any number of workers.
     """
 
     VERSION: ClassVar[int] = 1
-    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (DOCUMENTS, EPISODES, PREFERENCE_PAIRS)
+    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (
+        DOCUMENTS,
+        EPISODES,
+        DEMONSTRATIONS,
+        PREFERENCE_PAIRS,
+    )
 
     stage: Literal["teacher_logits"]
     encoding: Encoding = ThresholdEncoding()
@@ -94,4 +101,6 @@ class TeacherLogitsStage(TableStage):
             case encoding:
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows
+        if source.table == DEMONSTRATIONS.name:
+            positions = source.num_positions
         return Estimate(positions, math.ceil(positions * per_position))

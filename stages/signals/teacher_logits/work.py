@@ -5,8 +5,10 @@ time, in blocks of positions, and the encoding keeps what the recipe asks for. A
 goes to the engine as one unit and in one order, so that a re-run meets the same batches.
 
 Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
-token t + 1, so entry j comes from index j and ``first_target`` is 1. Of a preference pair only the
-responses are scored, each after the prompt, which the engine is asked to run once.
+token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
+spans (``schemas.scored_spans``), their tokens alone are scored, and what follows the last is not
+read. Of a preference pair only the responses are scored, each after the prompt, which the engine is
+asked to run once.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
 """
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import quantise_sticks, round_mantissa, uniforms
+from schemas.scored_spans import SCORED, span_targets
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
@@ -64,6 +68,8 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
             if of_pairs:
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
+            if SCORED in shard.schema.names:
+                return score_spans(stage, engine, shard, context.engine)
             if engine.max_length < engine.window:
                 longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
                 require_room(longest, engine.max_length, context.engine)
@@ -87,6 +93,67 @@ def score_shard(
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
             yield Rejected(sample_id, reason)
+
+
+def score_spans(
+    stage: TeacherLogitsStage, engine: Engine, shard: pa.Table, options: EngineOptions
+) -> Iterable[AnyLogits | Rejected]:
+    """Yield one row, or one rejection, for each row of ``shard``, whose column names the spans."""
+    rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
+    reasons = [_span_reason(engine, row) for row in rows]
+    if engine.max_length < engine.window:
+        longest = max((len(row.read_T) for row in rows), default=0)
+        require_room(longest, engine.max_length, options)
+    fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    states = iter(
+        engine.last_hidden_states(
+            [row.read_T for row in fitting], [row.num_states for row in fitting]
+        )
+    )
+    blocks = LogitBlocks(engine.head)
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason:
+            yield Rejected(row.sample_id, reason)
+            continue
+        hidden_ND, first = next(states), int(row.targets_P[0])
+        wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
+        asked = _Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
+        yield _encode(stage, blocks, asked, hidden_ND[wanted_P])
+
+
+@dataclass(frozen=True, slots=True)
+class _Spanned:
+    """A row whose scored tokens are ``targets_P``, by index."""
+
+    sample_id: str
+    ids_T: TokenIds
+    targets_P: npt.NDArray[np.int64]
+
+    @property
+    def read_T(self) -> TokenIds:
+        """What the teacher has to read: all up to the last scored token, which nothing follows."""
+        return self.ids_T[: self.targets_P[-1]]
+
+    @property
+    def num_states(self) -> int:
+        """From the state that predicts the first scored token to the last one."""
+        return int(self.targets_P[-1] - self.targets_P[0]) + 1
+
+
+def _spanned_of(batch: pa.RecordBatch) -> Iterator[_Spanned]:
+    spans = DEMONSTRATIONS.column_values(batch, SCORED)
+    for (sample_id, ids_T), spans_S2 in zip(_sequences_of(batch), spans, strict=True):
+        yield _Spanned(sample_id, ids_T, span_targets(spans_S2))
+
+
+def _span_reason(engine: Engine, row: _Spanned) -> str:
+    """Say why a teacher cannot score a row, ``""`` if it can."""
+    if len(row.read_T) > engine.max_length:
+        return f"longer than the model's window of {engine.max_length} tokens"
+    largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size
+    if largest >= vocab_size:
+        return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"
+    return ""
 
 
 def score_pairs(

@@ -5,14 +5,50 @@ from typing import Any
 from schemas.storage.manifest import read_manifest
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
-from stages.stage import StepJob
+from stages.stage import StepJob, is_one_model
 from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate.vectors import evaluate_vectors
 
 
 def make(stage: EvaluateStage, job: StepJob) -> None:
     """Measure each student; ``evaluation.json`` has every number of every task."""
+    reports: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    if stage.reader is not None:
+        reports, metrics = _of_distillers(stage, job)
+    else:
+        reports, metrics = _of_students(stage, job)
+    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity, metrics=metrics)
+    write_evaluation(job.output, reports, record)
+
+
+def _of_distillers(
+    stage: EvaluateStage, job: StepJob
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    assert stage.reader is not None
+    job.said(f"measuring {', '.join(stage.students)}")
+    distillers = {name: job.models[name].path for name in stage.students}
+    reader = job.models[stage.reader].path
+    found = evaluate_vectors(distillers, reader, job.tables, scoring=stage.score)
+    label = {"cross_model": float(_is_cross_model(job))}
+    return (
+        {name: report.as_dict() for name, report in found.items()},
+        {name: report.summary() | label for name, report in found.items()},
+    )
+
+
+def _is_cross_model(job: StepJob) -> bool:
+    """Whether the reader, the last of the step's models, is another than the cached teacher."""
+    reader = job.identity["models"][-1]
+    made_by = [read_manifest(table).identity["models"] for table in job.tables]
+    return any(not is_one_model(model, reader) for models in made_by for model in models)
+
+
+def _of_students(
+    stage: EvaluateStage, job: StepJob
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     of_episodes = read_manifest(job.tables[0]).table == EPISODES.name
     reports: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -23,5 +59,4 @@ def make(stage: EvaluateStage, job: StepJob) -> None:
             reports[name], metrics[name] = report.as_dict(), report.summary()
         else:
             reports[name] = metrics[name] = evaluate(model.path, job.tables)
-    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity, metrics=metrics)
-    write_evaluation(job.output, reports, record)
+    return reports, metrics

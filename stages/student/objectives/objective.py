@@ -7,7 +7,7 @@ loads these files, so nothing in them loads torch before a training run asks: de
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
@@ -28,6 +28,8 @@ class Reads:
 
 class Objective(StageConfig, ABC):
     """What a student is trained for; ``loss`` names it in a recipe."""
+
+    USES_READER: ClassVar[bool] = False  # what is trained is a distiller before a frozen reader
 
     loss: str
 

@@ -1,0 +1,96 @@
+"""Rows of ``demonstrations`` -> batches: what the distiller reads, and what the reader reads then.
+
+The reader's sequence is a row's vectors and then ``input_ids``, the query with its answer, so
+``positions_N`` are places in the flattened [B, Q] batch of queries alone. The token of the query
+that a state predicts is the one the teacher's entry is about: both are found by the row's own
+spans, and a row whose signal is about others is refused.
+
+Dimensions: B = rows, L = tokens of the longest demonstrations, Q = of the longest query with its
+answer, N = scored positions of the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from schemas.dataset import CachedDataset, open_dataset
+from schemas.errors import ConfigError
+from schemas.scored_spans import SCORED
+from schemas.tables.demonstrations import DEMONSTRATIONS
+from stages.student.batches.signals import Collator, Row, check_ids, scored_targets
+from stages.student.distiller.distiller import Distiller
+from stages.student.distiller.reader import window_of
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationsCollator:
+    """A batch of ``signals`` over queries, and the demonstrations beside it.
+
+    With ``needs_answers`` a row without an answer is a ConfigError.
+    """
+
+    signals: Collator
+    needs_answers: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch; see the module. ``in_answer_N`` marks tokens of answers."""
+        batch: dict[str, Any] = {**self.signals([query_row(row) for row in rows])}
+        check_ids(rows, "distiller_ids_L", self.signals.vocab_size)
+        lengths_B = np.array([len(row["distiller_ids_L"]) for row in rows], np.int64)
+        demonstration_ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int64)
+        for b, row in enumerate(rows):
+            demonstration_ids_BL[b, : lengths_B[b]] = row["distiller_ids_L"]
+            if self.needs_answers and row["answer_start"] >= len(row["input_ids_T"]):
+                raise ConfigError(
+                    f"sample {row['sample_id']} has no answer, as it was cut from a document, and "
+                    f"objective 'mend' has answer_weight > 0: set it to 0, or train on episodes"
+                )
+        in_answer = [scored_targets(row) >= row["answer_start"] for row in rows]
+        return batch | {
+            "demonstration_ids_BL": torch.from_numpy(demonstration_ids_BL),
+            "demonstration_lengths_B": torch.from_numpy(lengths_B),
+            "in_answer_N": torch.from_numpy(np.concatenate(in_answer)),
+        }
+
+
+def check_rooms(distiller: Distiller, reader: PreTrainedModel, dataset: CachedDataset) -> None:
+    """Raise ConfigError for a row that the distiller or the reader has no room for.
+
+    Rows of all splits are looked at, before a step is spent.
+    """
+    tables = zip(dataset.manifests, dataset.folders, strict=True)
+    (folder,) = [place for manifest, place in tables if manifest.table == DEMONSTRATIONS.name]
+    rows = open_dataset([folder], verify=False)
+    num_vectors, room, window = distiller.config.num_vectors, distiller.window, window_of(reader)
+    for index in range(len(rows)):
+        row = rows[index]
+        shown, asked = len(row["distiller_ids_L"]), len(row["input_ids_T"]) - row["query_start"]
+        if room is not None and shown > room:
+            raise ConfigError(
+                f"sample {row['sample_id']} of {folder} has {shown} tokens of demonstrations, the "
+                f"distiller has room for {room} before its {num_vectors} vectors: set "
+                f"distiller_tokens of the step that made it to {room} or less"
+            )
+        if window is not None and num_vectors + asked > window:
+            raise ConfigError(
+                f"sample {row['sample_id']} of {folder} has a query of {asked} tokens, with "
+                f"{num_vectors} vectors more than the reader's window of {window}: take fewer "
+                f"vectors or shorter queries"
+            )
+
+
+def query_row(row: Row) -> dict[str, Any]:
+    """Return the row from its query's first token on: ids, spans and ``first_target``."""
+    scored_targets(row)  # refuses a signal that is about other tokens than the row's spans
+    start = int(row["query_start"])
+    moved = {
+        "input_ids_T": row["input_ids_T"][start:],
+        SCORED: np.asarray(row[SCORED], np.int64) - start,
+    }
+    if "first_target" in row:
+        moved["first_target"] = row["first_target"] - start
+    return {**row, **moved}
