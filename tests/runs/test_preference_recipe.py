@@ -183,9 +183,7 @@ def test_models_of_another_tokenizer_are_refused(tmp_path: Path, tiny_model: Pat
     """The vocabulary sizes agree; the tiny model's tokenizer knows no chat tokens."""
     other = f"models.other={{path: '{tiny_model}', dtype: float32, engine: transformers}}"
     for place in ("sft_advantages.reference", "sft_advantages.model", "sft_responses.model"):
-        with pytest.raises(
-            IdentityMismatch, match=r"of vocabulary .*, model 'other' has"
-        ):
+        with pytest.raises(IdentityMismatch, match=r"of vocabulary .*, model 'other' has"):
             plan_of("adpa", tmp_path, other, f"steps.{place}=other")
 
 

@@ -35,7 +35,13 @@ _VOCABULARY_FILES = (
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 _RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
-_CLASSES_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+# What transformers 5 builds of a vocabulary for a class, whatever the file's own pre-tokenizer is.
+_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_OF_BARE_BYTES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPECIAL_KEYS = (
     "bos_token",
     "eos_token",
@@ -57,7 +63,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
         "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
         "chat_templates": _chat_templates(folder, settings),
     }
-    if _lost_its_spaces(settings, body["vocabulary"]):
+    if _was_built_otherwise(settings, body["vocabulary"]):
         body["ids"] = TOKENIZER_JSON
     return _hash_of(body)
 
@@ -86,14 +92,20 @@ def _hash_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lost_its_spaces(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
-    """Whether transformers 5 drops the spaces of texts, as it does of byte-level files so declared.
+def _was_built_otherwise(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
+    """Whether transformers 5 opens the folder with another pre-tokenizer than its file's.
 
-    Tables were made of such ids once; so the right ones have a fingerprint of their own.
+    Spaces vanish, or digits are not taken apart. Tables were made of such ids once; so the right
+    ones have a fingerprint of their own.
     """
     named = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    pre_tokenizer = json.dumps(vocabulary.get("pre_tokenizer"))
-    return named in _CLASSES_OF_SENTENCEPIECE and '"ByteLevel"' in pre_tokenizer
+    found = vocabulary.get("pre_tokenizer") or {}
+    if named in _OF_SENTENCEPIECE:
+        return '"ByteLevel"' in json.dumps(found)
+    if named in _OF_BARE_BYTES:
+        return bool(found.get("type") == "Sequence")
+    patterns = [part.get("pattern") for part in found.get("pretokenizers", ())]
+    return named == "Qwen2Tokenizer" and {"Regex": _QWEN2_PATTERN} not in patterns
 
 
 def first_tokens(folder: Path) -> list[str] | None:
