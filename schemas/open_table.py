@@ -19,7 +19,7 @@ from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
 from .storage.records import ShardRecord
 from .storage.shard_cache import HeldFile, hold, local_file
-from .storage.shards import ROWS_PER_BATCH
+from .storage.shards import ROWS_PER_BATCH, rows_of_batch
 from .table import Table
 from .tables import TABLES
 
@@ -140,7 +140,7 @@ class OpenTable:
     def _batch(self, shard: int, batch: int) -> "_Batch":
         key = (shard, batch)
         if key not in self._batches:
-            content = self._reader(shard).batches.get_batch(batch)
+            content = self._content(shard, batch)
             is_wide = content.nbytes > WIDE_BYTES
             rows = [] if is_wide else self._rows(content, shard, batch * ROWS_PER_BATCH)
             self._batches[key] = _Batch(content, rows)
@@ -148,6 +148,20 @@ class OpenTable:
                 self._batches.popitem(last=False)
         self._batches.move_to_end(key)
         return self._batches[key]
+
+    def _content(self, shard: int, batch: int) -> pa.RecordBatch:
+        """Read a record batch, whose size has to be right: rows are found by their place."""
+        record, batches = self.shards[shard], self._reader(shard).batches
+        expected = rows_of_batch(record.num_rows, batch)
+        content = batches.get_batch(batch) if batch < batches.num_record_batches else None
+        if content is None or content.num_rows != expected:
+            found = "none" if content is None else f"{content.num_rows} rows"
+            raise StoreError(
+                f"{self.folder / record.file}: record batch {batch} has {found}, expected "
+                f"{expected} rows; its checksum is right, so it was written like that: delete this "
+                f"shard and the {MANIFEST} beside it and run the recipe again"
+            )
+        return content
 
     def _is_over_budget(self) -> bool:
         num_bytes = sum(batch.content.nbytes for batch in self._batches.values())

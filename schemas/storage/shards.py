@@ -58,6 +58,11 @@ def read_shard(path: Path) -> pa.Table:
         ) from error
 
 
+def rows_of_batch(num_rows: int, batch: int) -> int:
+    """Return how many rows record batch ``batch`` of a shard of ``num_rows`` rows holds."""
+    return max(0, min(ROWS_PER_BATCH, num_rows - batch * ROWS_PER_BATCH))
+
+
 def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     group: list[Any] = []
     for row in rows:
