@@ -32,6 +32,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, atomic_file, write_text
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.rotary_scaling import fixed_window
 
 HEAD_TENSORS = "head.safetensors"
@@ -184,7 +185,7 @@ class LanguageHead:
 def read_config(path: Path) -> PretrainedConfig:
     """Return a model folder's configuration. Raises ConfigError if it has none."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = open_pretrained(AutoConfig, path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is not a transformers model folder: {reason}") from error

@@ -21,6 +21,7 @@ from typing import Any
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.shard_cache import user_cache
 from stages.models.checkpoints.checkpoint import equal_modes
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,7 +129,7 @@ def _loaded(base: Path) -> Any:
 
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype="float32", local_files_only=True)
+        return open_pretrained(AutoModelForCausalLM, base, dtype="float32")
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"cannot load the model {base} to merge an adapter into it: {_first_line(error)}"

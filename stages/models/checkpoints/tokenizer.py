@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import TOKENIZER_JSON, first_tokens
 
 _PROBES = (
@@ -43,7 +44,7 @@ def open_tokenizer(folder: Path) -> Any:
     has_file = (folder / TOKENIZER_JSON).is_file()
     reference = _as_written(folder) if has_file else None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = open_pretrained(AutoTokenizer, folder)
     except Exception as error:
         if reference is None or isinstance(error, (OSError, ValueError, KeyError)):
             raise ConfigError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error

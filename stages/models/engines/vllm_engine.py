@@ -26,6 +26,7 @@ from torch import Tensor
 from schemas.errors import EngineError
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.adapters import served_rank
+from stages.models.checkpoints.own_code import is_trusted
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.models.spec import EngineOptions, HeadCheck
@@ -241,6 +242,7 @@ def common_arguments(
         "enable_chunked_prefill": options.enable_chunked_prefill,
         "enforce_eager": eager,
         "use_tqdm_on_load": False,
+        "trust_remote_code": is_trusted(model_path),
         **options.extra,
     }
 

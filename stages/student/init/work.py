@@ -34,6 +34,7 @@ from stages.models.checkpoints.checkpoint import (
     require_whole,
     write_checkpoint,
 )
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
 from stages.student.init.stage import StudentInitStage
@@ -133,7 +134,7 @@ def _load(folder: Path, dtype: Any) -> Any:
     require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = open_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"teacher: {folder} cannot be loaded: {reason}") from error
