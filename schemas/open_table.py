@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import SchemaMismatch, StoreError
-from .row_checks import contradicted, contradiction_in
+from .row_checks import Columns, Contradiction, contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
@@ -72,6 +72,10 @@ WIDE_BYTES = 4 << 20  # of a batch of which only the row that is asked for is de
 OPEN_SHARDS = 64  # of this machine's that one reader of a table keeps open
 HELD_SHARDS = 4  # copies of shards in an object store that one reader of a table keeps open
 FETCHED_AT_ONCE = 4
+_WRITTEN_SO = (
+    f"its checksum is right, so it was written like that: delete this shard and the {MANIFEST} "
+    f"beside it and run the recipe again"
+)
 
 
 @dataclass
@@ -158,8 +162,7 @@ class OpenTable:
             found = "none" if content is None else f"{content.num_rows} rows"
             raise StoreError(
                 f"{self.folder / record.file}: record batch {batch} has {found}, expected "
-                f"{expected} rows; its checksum is right, so it was written like that: delete this "
-                f"shard and the {MANIFEST} beside it and run the recipe again"
+                f"{expected} rows; {_WRITTEN_SO}"
             )
         return content
 
@@ -253,3 +256,11 @@ def known_table(manifest: Manifest, folder: Folder) -> Table[Any]:
             f"{manifest.version}, this code reads {known}: make it again or use the other version"
         )
     return table
+
+
+def contradicted(place: Any, first: int, columns: Columns, found: Contradiction) -> str:
+    """Say in one line what is wrong in the shard at ``place``, whose batch begins at ``first``."""
+    return (
+        f"{place} row {first + found.row} (sample {columns['sample_id'][found.row]}): "
+        f"{found.problem}; {_WRITTEN_SO}"
+    )

@@ -10,8 +10,8 @@ import pyarrow as pa
 from rich.console import Console
 
 from schemas.errors import ConfigError, TeacherCacheError
-from schemas.open_table import known_table
-from schemas.row_checks import contradicted, contradiction_in
+from schemas.open_table import contradicted, known_table
+from schemas.row_checks import contradiction_in
 from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from schemas.storage.object_path import ObjectPath

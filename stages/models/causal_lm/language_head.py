@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 from schemas.storage.files import Folder, atomic_file, write_text
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.rotary_scaling import fixed_window
@@ -187,8 +187,9 @@ def read_config(path: Path) -> PretrainedConfig:
     try:
         config = open_pretrained(AutoConfig, path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not a transformers model folder: {reason}") from error
+        raise ConfigError(
+            f"{path} is not a transformers model folder: {first_line(error)}"
+        ) from error
     assert isinstance(config, PretrainedConfig)
     return config
 

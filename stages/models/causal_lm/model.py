@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from schemas.dataset import CachedDataset
-from schemas.errors import ConfigError, IdentityMismatch
+from schemas.errors import ConfigError, IdentityMismatch, first_line
 from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
@@ -41,8 +41,7 @@ def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
     try:
         model = open_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load the student {folder}: {first_line}") from error
+        raise ConfigError(f"cannot load the student {folder}: {first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     model.to(device)
     _check_head(model, folder)

@@ -13,6 +13,7 @@ either moves no fingerprint.
 import hashlib
 import json
 import shutil
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,7 @@ _SPECIAL_KEYS = (
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Return the sha256 of the tokenizer in a model folder; raises ConfigError if there is none."""
-    settings = _settings(folder)
-    body = {
-        "vocabulary": _vocabulary(folder),
-        "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
-        "chat_templates": _chat_templates(folder, settings),
-    }
-    if _was_built_otherwise(settings, body["vocabulary"]):
-        body["ids"] = TOKENIZER_JSON
-    return _hash_of(body)
+    return _fingerprints(folder, _stamps(folder))[0]
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
@@ -74,17 +67,49 @@ def vocabulary_fingerprint(folder: Path) -> str:
     That is vocabulary, merges, normaliser, pre-tokeniser and added tokens. What stands around it
     (a BOS, an EOS, a chat template) is in the rows of a table already.
     """
-    vocabulary = _vocabulary(folder)
-    if (folder / TOKENIZER_JSON).is_file():
-        body = {key: vocabulary.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
-        body["added_tokens"] = [
+    return _fingerprints(folder, _stamps(folder))[1]
+
+
+@lru_cache(maxsize=64)
+def _fingerprints(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, str]:
+    """Return both, read once for each state of the files: a plan asks at every step."""
+    settings, vocabulary = _settings(folder), _vocabulary(folder)
+    body = {
+        "vocabulary": vocabulary,
+        "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
+        "chat_templates": _chat_templates(folder, settings),
+    }
+    if _was_built_otherwise(settings, vocabulary):
+        body["ids"] = TOKENIZER_JSON
+    return _hash_of(body), _hash_of(_meaning_of_ids(folder, settings, vocabulary))
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return name, size and time of whatever a fingerprint may be read from."""
+    found = [folder / name for name in _tokenizer_files()]
+    found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    stats = ((path.name, path.stat()) for path in found if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _tokenizer_files() -> tuple[str, ...]:
+    return (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)
+
+
+def _meaning_of_ids(
+    folder: Path, settings: dict[str, Any], vocabulary: dict[str, Any]
+) -> dict[str, Any]:
+    if not (folder / TOKENIZER_JSON).is_file():
+        added = settings.get("added_tokens_decoder", {})
+        return vocabulary | {"added_tokens": {key: _token(added[key]) for key in added}}
+    body = {key: vocabulary.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+    added_tokens = sorted(vocabulary.get("added_tokens", ()), key=lambda token: token["id"])
+    return body | {
+        "added_tokens": [
             {key: value for key, value in token.items() if key != "special"}
-            for token in sorted(vocabulary.get("added_tokens", ()), key=lambda token: token["id"])
+            for token in added_tokens
         ]
-    else:
-        added = _settings(folder).get("added_tokens_decoder", {})
-        body = vocabulary | {"added_tokens": {key: _token(added[key]) for key in added}}
-    return _hash_of(body)
+    }
 
 
 def _hash_of(body: dict[str, Any]) -> str:
@@ -151,8 +176,7 @@ def num_token_ids(folder: Path) -> int | None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files byte for byte, so that the copy has the same fingerprint."""
-    names = (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)
-    for name in names:
+    for name in _tokenizer_files():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / TEMPLATE_FOLDER).is_dir():

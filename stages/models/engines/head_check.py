@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from schemas.storage.files import write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.causal_lm.language_head import LanguageHead, read_config
@@ -242,9 +242,8 @@ def _computed(
             model = adapted_model(model, adapter, model_path).eval()
         kept = [_kept(model, ids_T) for ids_T in probes]
     except failures as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EngineError(
-            f"transformers cannot run {model_path} for the start-up check: {reason}"
+            f"transformers cannot run {model_path} for the start-up check: {first_line(error)}"
         ) from error
     finally:
         del model

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
@@ -133,7 +133,7 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         return model.base_model.eval().to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {str(error).splitlines()[0]}"
+            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
         ) from error
 
 

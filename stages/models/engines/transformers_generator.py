@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.distribution import uniforms
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.decoding import Decoding, Generated
@@ -174,5 +174,5 @@ def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
         return model.eval().to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {str(error).splitlines()[0]}"
+            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
         ) from error

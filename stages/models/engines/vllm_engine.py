@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.checkpoints.own_code import is_trusted
@@ -270,8 +270,3 @@ def _stated_window(model_path: Path) -> int | None:
     body = config.to_dict()
     by_length = fixed_window(body) is not None or is_longrope(body)
     return max_positions(config) if by_length else None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, or the error's name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

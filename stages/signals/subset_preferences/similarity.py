@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from schemas.tables.episodes import Episode
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer import open_tokenizer
@@ -32,8 +32,9 @@ class SentenceSimilarity:
         try:
             self._model: Any = open_pretrained(AutoModel, encoder).eval()
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"sampler.encoder {encoder} cannot be loaded: {reason}") from error
+            raise ConfigError(
+                f"sampler.encoder {encoder} cannot be loaded: {first_line(error)}"
+            ) from error
         self._tokenizer = open_tokenizer(encoder)
         self._decoder = open_tokenizer(texts_of)
 

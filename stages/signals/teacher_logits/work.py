@@ -64,9 +64,8 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
             if of_pairs:
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
-            if engine.max_length < engine.window:
-                longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
-                require_room(longest, engine.max_length, context.engine)
+            longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
+            require_room(engine, longest, context.engine)
             return score_shard(stage, engine, shard)
 
         yield work

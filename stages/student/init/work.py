@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 from stages.models.checkpoints.checkpoint import (
     CheckpointRecord,
     equal_modes,
@@ -136,8 +136,7 @@ def _load(folder: Path, dtype: Any) -> Any:
     try:
         model = open_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"teacher: {folder} cannot be loaded: {reason}") from error
+        raise ConfigError(f"teacher: {folder} cannot be loaded: {first_line(error)}") from error
     return model.eval()
 
 
