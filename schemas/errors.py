@@ -5,6 +5,11 @@ do about it. A fault only we can cause is an ``assert``, never one of these.
 """
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, without the lines below; its name if nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class TeacherCacheError(Exception):
     """Base of every error that the command line prints as one line instead of a traceback."""
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import SchemaMismatch, StoreError
-from .row_checks import contradicted, contradiction_in
+from .row_checks import Columns, Contradiction, contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
 from .storage.records import ShardRecord
 from .storage.shard_cache import HeldFile, hold, local_file
-from .storage.shards import ROWS_PER_BATCH
+from .storage.shards import ROWS_PER_BATCH, rows_of_batch
 from .table import Table
 from .tables import TABLES
 
@@ -72,6 +72,10 @@ WIDE_BYTES = 4 << 20  # of a batch of which only the row that is asked for is de
 OPEN_SHARDS = 64  # of this machine's that one reader of a table keeps open
 HELD_SHARDS = 4  # copies of shards in an object store that one reader of a table keeps open
 FETCHED_AT_ONCE = 4
+_WRITTEN_SO = (
+    f"its checksum is right, so it was written like that: delete this shard and the {MANIFEST} "
+    f"beside it and run the recipe again"
+)
 
 
 @dataclass
@@ -140,7 +144,7 @@ class OpenTable:
     def _batch(self, shard: int, batch: int) -> "_Batch":
         key = (shard, batch)
         if key not in self._batches:
-            content = self._reader(shard).batches.get_batch(batch)
+            content = self._content(shard, batch)
             is_wide = content.nbytes > WIDE_BYTES
             rows = [] if is_wide else self._rows(content, shard, batch * ROWS_PER_BATCH)
             self._batches[key] = _Batch(content, rows)
@@ -148,6 +152,19 @@ class OpenTable:
                 self._batches.popitem(last=False)
         self._batches.move_to_end(key)
         return self._batches[key]
+
+    def _content(self, shard: int, batch: int) -> pa.RecordBatch:
+        """Read a record batch, whose size has to be right: rows are found by their place."""
+        record, batches = self.shards[shard], self._reader(shard).batches
+        expected = rows_of_batch(record.num_rows, batch)
+        content = batches.get_batch(batch) if batch < batches.num_record_batches else None
+        if content is None or content.num_rows != expected:
+            found = "none" if content is None else f"{content.num_rows} rows"
+            raise StoreError(
+                f"{self.folder / record.file}: record batch {batch} has {found}, expected "
+                f"{expected} rows; {_WRITTEN_SO}"
+            )
+        return content
 
     def _is_over_budget(self) -> bool:
         num_bytes = sum(batch.content.nbytes for batch in self._batches.values())
@@ -239,3 +256,11 @@ def known_table(manifest: Manifest, folder: Folder) -> Table[Any]:
             f"{manifest.version}, this code reads {known}: make it again or use the other version"
         )
     return table
+
+
+def contradicted(place: Any, first: int, columns: Columns, found: Contradiction) -> str:
+    """Say in one line what is wrong in the shard at ``place``, whose batch begins at ``first``."""
+    return (
+        f"{place} row {first + found.row} (sample {columns['sample_id'][found.row]}): "
+        f"{found.problem}; {_WRITTEN_SO}"
+    )

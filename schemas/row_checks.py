@@ -26,11 +26,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .distribution import MAX_MASS_ERROR
+from .errors import first_line
 from .table import KEPT, LOG_VOCABULARY, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
-MANIFEST = "manifest.json"
 _ROUNDED = 1.0 + 1 / 64  # an entropy is stored to 7 significant bits
 
 
@@ -58,7 +58,7 @@ def contradiction_in(
     try:
         batch.validate(full=True)
     except (pa.ArrowInvalid, pa.ArrowIndexError) as error:
-        return Contradiction(0, f"torn record batch: {str(error).splitlines()[0]}")
+        return Contradiction(0, f"torn record batch: {first_line(error)}")
     for name, column in table.columns.items():
         array = batch.column(batch.schema.get_field_index(name))
         if array.null_count:
@@ -86,15 +86,6 @@ def _contradicted_row(columns: Columns, table: Table[Any], thorough: bool) -> Co
             if not abs(worst - 1) <= MAX_MASS_ERROR:
                 return Contradiction(index, f"the mass of a position is {worst:.3f}, not 1")
     return None
-
-
-def contradicted(place: Any, first: int, columns: Columns, found: Contradiction) -> str:
-    """Say in one line what is wrong in the shard at ``place``, whose batch begins at ``first``."""
-    return (
-        f"{place} row {first + found.row} (sample {columns['sample_id'][found.row]}): "
-        f"{found.problem}; its checksum is right, so it was written like that: delete this shard "
-        f"and the {MANIFEST} beside it and run the recipe again"
-    )
 
 
 def _outside(columns: Columns, name: str, column: Column, vocab_size: int) -> Contradiction | None:

@@ -255,6 +255,7 @@ class TableStage(Stage):
         Raises StoreError for a step's model whose files have changed since it was made.
         """
         for model in context.models.values():
+            model.admit_code()
             for folder in filter(None, (model.local_base, model.adapter)):
                 require_whole(folder)
         with self.work.open_work(self, context) as work:
@@ -283,4 +284,6 @@ class FolderStage(Stage):
 
     def make(self, job: StepJob) -> None:
         """Fill the folder, its ``checkpoint.json`` last."""
+        for model in job.models.values():
+            model.admit_code()
         self.work.make(self, job)

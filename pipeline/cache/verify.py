@@ -10,13 +10,13 @@ import pyarrow as pa
 from rich.console import Console
 
 from schemas.errors import ConfigError, TeacherCacheError
-from schemas.open_table import known_table
-from schemas.row_checks import contradicted, contradiction_in
+from schemas.open_table import contradicted, known_table
+from schemas.row_checks import contradiction_in
 from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord
-from schemas.storage.shards import read_shard
+from schemas.storage.shards import read_shard, rows_of_batch
 from schemas.table import Table
 from stages.models.checkpoints.checkpoint import CHECKPOINT, damaged_files, read_record
 
@@ -133,7 +133,10 @@ def _contradictions(
 ) -> Iterator[str]:
     """Yield a line for each record batch with a row that its own bytes contradict."""
     first = 0
-    for batch in content.to_batches():
+    for number, batch in enumerate(content.to_batches()):
+        if batch.num_rows != (expected := rows_of_batch(content.num_rows, number)):
+            yield f"{path}: record batch {number} has {batch.num_rows} rows, expected {expected}"
+            return
         columns = {name: table.column_values(batch, name) for name in table.columns}
         found = contradiction_in(batch, columns, table, vocab_size, thorough=True)
         if found is not None:

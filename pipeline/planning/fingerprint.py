@@ -16,6 +16,7 @@ from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.checkpoints.adapters import ADAPTER_CONFIG, adapter_files
+from stages.models.checkpoints.own_code import code_files
 from stages.models.checkpoints.rotary_scaling import fixed_window
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 
@@ -54,12 +55,17 @@ def _check_stable(value: Any, path: str) -> None:
 
 
 def model_identity(
-    folder: Path, *, dtype: str, engine: str, adapter: Path | None = None
+    folder: Path,
+    *,
+    dtype: str,
+    engine: str,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return what makes a model answer as it does: weights, config, tokenizer, dtype and engine.
 
     Weight files are hashed whole, once: the result is remembered by path, size and time. A PEFT
-    ``adapter`` adds its own weights and config.
+    ``adapter`` adds its own weights and config, ``trust_remote_code`` the folder's Python files.
     """
     config = _model_config(folder)
     weights = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
@@ -76,6 +82,11 @@ def model_identity(
         identity["rotary_window"] = window
     if adapter is not None:
         identity["adapter"] = _adapter_identity(adapter)
+    if trust_remote_code:
+        identity["code"] = {
+            path.relative_to(folder).as_posix(): remembered_sha256(path)
+            for path in code_files(folder)
+        }
     return identity
 
 

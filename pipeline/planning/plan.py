@@ -21,6 +21,7 @@ from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
 from stages.models.checkpoints.checkpoint import local_copy
+from stages.models.checkpoints.own_code import check_trust, trust
 from stages.models.checkpoints.tokenizer_identity import (
     tokenizer_fingerprint,
     vocabulary_fingerprint,
@@ -40,6 +41,7 @@ class Model:
     identity: Mapping[str, Any]
     vocabulary: str
     adapter: Path | None = None
+    trust_remote_code: bool = False
 
     @property
     def folder(self) -> Path:
@@ -53,7 +55,15 @@ class Model:
         if self.adapter is not None:
             parts = ("config", "weights", "tokenizer", "adapter", "dtype")
             merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
-        return ModelSpec(self.base, self.dtype, self.engine, width, self.adapter, merged_name)
+        return ModelSpec(
+            self.base,
+            self.dtype,
+            self.engine,
+            width,
+            self.adapter,
+            merged_name,
+            self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +103,28 @@ class PlannedStep:
 
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
     """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference."""
+    _admit_code(recipe)
     planned: dict[str, PlannedStep] = {}
     for name, stage in recipe.steps.items():
         planned[name] = _plan_step(name, stage, recipe, planned)
     return list(planned.values())
+
+
+def _admit_code(recipe: Recipe) -> None:
+    """Let this process run what code the recipe trusts; refuse what it leaves open."""
+    settings: dict[Path, tuple[str, bool]] = {}
+    for name, ref in recipe.models.items():
+        if ref.path is None:
+            continue
+        check_trust(ref.folder, ref.trust_remote_code, f"models.{name}")
+        setting = (name, bool(ref.trust_remote_code))
+        first, allowed = settings.setdefault(ref.folder.resolve(), setting)
+        if allowed != setting[1]:
+            raise ConfigError(
+                f"models.{name}.trust_remote_code: model '{first}' is the same folder "
+                f"({ref.folder}) and says otherwise: give both the same"
+            )
+        trust(ref.folder, allowed)
 
 
 def _plan_step(
@@ -140,6 +168,12 @@ def _models(
     extra = recipe.execution.engine.extra_in_name
     for setting, ref in stage.named(settings):
         model = _model(ref, recipe, planned, f"{place}.{setting}")
+        if model.trust_remote_code and stage.KIND == "checkpoint":
+            raise ConfigError(
+                f"{place}.{setting}: model '{ref}' brings code of its own, which the model that "
+                f"this step makes would need too; that is not supported: name a model of "
+                f"transformers' own classes"
+            )
         if extra and model.engine == "vllm" and isinstance(stage, TableStage):  # else none starts
             model = replace(model, identity={**model.identity, "engine_extra": extra})
         found[ref] = model
@@ -215,9 +249,16 @@ def _model(reference: str, recipe: Recipe, planned: Mapping[str, PlannedStep], p
     if ref.step is not None:
         return _checkpoint_model(ref, planned, f"models.{reference}.step")
     adapter = None if ref.adapter is None else Path(ref.adapter).expanduser()
-    identity = model_identity(ref.folder, dtype=ref.dtype, engine=ref.engine, adapter=adapter)
+    trusted = bool(ref.trust_remote_code)
+    identity = model_identity(
+        ref.folder,
+        dtype=ref.dtype,
+        engine=ref.engine,
+        adapter=adapter,
+        trust_remote_code=trusted,
+    )
     vocabulary = vocabulary_fingerprint(ref.folder)
-    return Model(ref.folder, ref.dtype, ref.engine, identity, vocabulary, adapter)
+    return Model(ref.folder, ref.dtype, ref.engine, identity, vocabulary, adapter, trusted)
 
 
 def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: str) -> Model:

@@ -19,7 +19,8 @@ from stages.stage import StageConfig
 class ModelRef(StageConfig):
     """A model to run: a local folder, or the checkpoint that an earlier step makes.
 
-    ``adapter`` is the folder of a PEFT adapter on a ``path`` model.
+    ``adapter`` is the folder of a PEFT adapter on a ``path`` model. ``trust_remote_code`` lets the
+    Python files that a ``path`` model brings run; it has to be said of a folder that brings some.
     """
 
     path: str | None = None
@@ -27,6 +28,7 @@ class ModelRef(StageConfig):
     adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     engine: Literal["vllm", "transformers"] = "vllm"
+    trust_remote_code: bool | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "ModelRef":
@@ -34,6 +36,11 @@ class ModelRef(StageConfig):
             raise ValueError("give either 'path' (a model folder) or 'step' (a step's name)")
         if self.adapter is not None and self.path is None:
             raise ValueError("'adapter' goes with 'path', the model folder it was trained on")
+        if self.trust_remote_code and (self.path is None or self.adapter is not None):
+            raise ValueError(
+                "'trust_remote_code' goes with 'path' alone, a model folder that brings its code: "
+                "merge an adapter into it beforehand"
+            )
         return self
 
     @property

@@ -87,7 +87,8 @@ class ConsoleReporter:
     def shard_finished(self, record: ShardRecord) -> None:
         """Count one more shard and say how fast it goes."""
         self._made.add(record)
-        done = self._before + self._made.shards
+        # A shard that was counted as kept and has changed since is made again, last of all.
+        done = min(self._before + self._made.shards, self._expected)
         self._advance(1, self._rates(), done, self._expected, "shards")
 
     def warned(self, line: str) -> None:

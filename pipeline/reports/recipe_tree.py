@@ -123,7 +123,8 @@ def _model_lines(recipe: Recipe, plan: Sequence[PlannedStep]) -> Iterator[Text]:
 def _maker(ref: ModelRef) -> str:
     if ref.step is not None:
         return f"made by {ref.step}"
-    return str(ref.folder) if ref.adapter is None else f"{ref.folder} with adapter {ref.adapter}"
+    adapted = "" if ref.adapter is None else f" with adapter {ref.adapter}"
+    return f"{ref.folder}{adapted}{', runs its own code' if ref.trust_remote_code else ''}"
 
 
 def _step_lines(recipe: Recipe, branches: Sequence[_Branch]) -> Iterator[Text]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
 from .files import Folder, atomic_file
 from .records import ShardRecord, shard_name
 
@@ -228,7 +228,7 @@ def _read(path: Folder, expected: ShardTotals) -> pa.Table:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _not_its_list(path, str(error).splitlines()[0]) from error
+        raise _not_its_list(path, first_line(error)) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected.shards_sha256:  # before anything is made of bytes that are not ours
         raise _not_its_list(path, f"sha256 {found[:12]}, not {expected.shards_sha256[:12]}")
@@ -236,7 +236,7 @@ def _read(path: Folder, expected: ShardTotals) -> pa.Table:
         table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
         totals = _totals(table, found)
     except (OSError, KeyError, AttributeError, pa.ArrowException) as error:
-        raise _not_its_list(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+        raise _not_its_list(path, first_line(error)) from error
     if totals != expected:
         raise _not_its_list(path, f"its shards come to {totals}, not {expected}")
     return table

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
 from ..table import BoundTable
 from .files import Folder, atomic_file
 
@@ -53,9 +53,14 @@ def read_shard(path: Path) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
-            f"cannot read shard {path}: {_first_line(error)}; `teachercache verify` says which "
+            f"cannot read shard {path}: {first_line(error)}; `teachercache verify` says which "
             f"shards are damaged and how to make them anew"
         ) from error
+
+
+def rows_of_batch(num_rows: int, batch: int) -> int:
+    """Return how many rows record batch ``batch`` of a shard of ``num_rows`` rows holds."""
+    return max(0, min(ROWS_PER_BATCH, num_rows - batch * ROWS_PER_BATCH))
 
 
 def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -67,10 +72,6 @@ def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _HashingStream:

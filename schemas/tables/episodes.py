@@ -13,7 +13,7 @@ Dimensions: T = tokens of the row, M = demonstrations, N = candidates, C = token
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -72,14 +72,12 @@ class Episode:
     @property
     def hashed_id(self) -> str:
         """The ``sample_id`` that these token ids and spans have, candidates' after the row's."""
+        num_tokens = len(self.input_ids_T)
         spans = [(int(a), int(b)) for row in self.demonstrations_M3 for a, b in pairwise(row)]
-        marks = [int(self.query_start), int(self.answer_start), len(self.input_ids_T)]
-        ends = len(self.input_ids_T) + np.cumsum(self.candidate_lengths_N, dtype=np.int64)
-        for end, length in zip(ends.tolist(), self.candidate_lengths_N, strict=True):
-            spans.append((end - int(length), end))
-        spans[2 * len(self.demonstrations_M3) : 2 * len(self.demonstrations_M3)] = pairwise(marks)
-        ids = np.concatenate([self.input_ids_T, self.candidate_ids_C])
-        return sample_id_of(ids, spans)
+        spans += pairwise([int(self.query_start), int(self.answer_start), num_tokens])
+        lengths = map(int, self.candidate_lengths_N)
+        spans += pairwise(accumulate(lengths, initial=num_tokens))
+        return sample_id_of(np.concatenate([self.input_ids_T, self.candidate_ids_C]), spans)
 
     @property
     def num_tokens(self) -> int:

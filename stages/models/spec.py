@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import merged_folder
 from stages.models.checkpoints.checkpoint import local_copy
+from stages.models.checkpoints.own_code import trust
 
 HeadCheck = Literal["transformers", "engine", "off"]
 
@@ -21,23 +22,27 @@ HeadCheck = Literal["transformers", "engine", "off"]
 MOVE_NUMBERS = (
     "additional_config",
     "attention_config",
+    "compilation_config",
     "config_format",
     "disable_sliding_window",
     "enable_mamba_cache_stochastic_rounding",
     "hf_config_path",
     "hf_overrides",
+    "ignore_patterns",
     "kv_cache_dtype",
     "kv_cache_dtype_skip_layers",
     "kv_sharing_fast_prefill",
     "load_format",
     "logits_processors",
     "lora_dtype",
+    "lora_target_modules",
     "mamba_cache_dtype",
     "mamba_ssm_cache_dtype",
     "model_class_overrides",
     "model_impl",
     "model_loader_extra_config",
     "model_weights",
+    "override_generation_config",
     "quantization",
     "quantization_config",
     "revision",
@@ -143,7 +148,7 @@ class ModelSpec:
     """A model as a stage sees it: where it lies, a dtype and an engine.
 
     ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold and of
-    the dtype.
+    the dtype. ``trust_remote_code`` lets the Python files of ``base`` run.
     """
 
     base: Folder
@@ -152,6 +157,12 @@ class ModelSpec:
     hidden_size: int
     adapter: Path | None = None
     merged_name: str = ""
+    trust_remote_code: bool = False
+
+    def admit_code(self) -> None:
+        """Let this process run the code that the model's folder brings, or forbid it."""
+        if isinstance(self.base, Path):  # a folder in a store is a step's, which brings none
+            trust(self.base, self.trust_remote_code)
 
     @property
     def path(self) -> Path:

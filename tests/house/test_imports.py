@@ -59,6 +59,23 @@ def test_one_file_opens_tokenizers() -> None:
             assert bool(opening.search(path.read_text())) == is_site, path
 
 
+def test_one_file_opens_model_folders() -> None:
+    """So that none runs a folder's own code unless the recipe says so."""
+    sites = {
+        f"stages/models/checkpoints/{name}.py" for name in ("own_code", "tokenizer", "adapters")
+    }
+    found = {
+        path.relative_to(REPOSITORY).as_posix(): re.findall(
+            r"(\w+)\.from_(?:pretrained|config)\(", path.read_text()
+        )
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*.py")
+    }
+    assert {name for name, calls in found.items() if calls} == sites
+    calls = {call for name in sites for call in found[name]}
+    assert calls == {"kind", "PreTrainedTokenizerFast", "PeftModel"}  # none of the others runs any
+
+
 def test_the_dags_import_nothing_of_ours() -> None:
     """Airflow's environment has none of it."""
     allowed = {"airflow", "httpx", "kubernetes", "yaml", *sys.stdlib_module_names}

@@ -280,6 +280,22 @@ def test_sound_rows_are_sound(name: str, variant: str, tmp_path: Path) -> None:
     assert any((name, variant) == fault[:2] for fault in FAULTS)
 
 
+@pytest.mark.parametrize("rows_a_batch", [8, 17, ROWS])
+def test_record_batches_of_another_size_are_named(
+    rows_a_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is found by its place: of batches of 17 rows, row 16 would be read for row 17."""
+    with monkeypatch.context() as patch:
+        patch.setattr("schemas.storage.shards.ROWS_PER_BATCH", rows_a_batch)
+        file = write(tmp_path, "documents", "", {})
+    (line,) = said_by_verify(tmp_path)
+    for said in (line, said_by_a_reader(tmp_path)):
+        assert said.startswith(f"{file}: record batch 0 has {rows_a_batch} rows, expected 16")
+    second = open_dataset([tmp_path])
+    with pytest.raises(StoreError, match="record batch 1 has"):
+        second[FAULTY]
+
+
 def test_a_mass_that_is_not_one_is_named_by_verify(tmp_path: Path) -> None:
     """Training finds it where the masses are added up: ``test_loader``."""
     low = {"rest_logprobs_P": np.full(P, -9.0)}

@@ -6,6 +6,7 @@ Imported before anything else of Ray: without the package this is where it is sa
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ except ImportError as missing:
     ) from missing
 
 CONNECT_TIMEOUT_S = 5.0
+HEAD_START_S = 60.0  # for the last parts of a head that listens already
 
 
 @contextmanager
@@ -48,7 +50,7 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
     before = Path.cwd()
     os.chdir(folder)
     try:
-        ray.init(address=address or "local", **arguments)
+        _init(address or "local", arguments)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise EngineError(_no_ray(address, first_line(error))) from error
     finally:
@@ -57,6 +59,25 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str, arguments: dict[str, Any]) -> None:
+    """Connect. A head that listens already may not be able to serve a client yet: then ask again.
+
+    The server of each client is made by an agent of the head, which is the last thing it starts.
+    """
+    deadline = time.monotonic() + HEAD_START_S
+    while True:
+        try:
+            ray.init(address=address, **arguments)
+        except ConnectionAbortedError as error:  # by the head, with the traceback it has there
+            ray.shutdown()
+            if time.monotonic() > deadline:
+                last_line = str(error).strip().splitlines()[-1]
+                raise ConnectionError(f"its server for a client failed: {last_line}") from error
+            time.sleep(1.0)
+        else:
+            return
 
 
 def _require_answer(address: str | None) -> None:

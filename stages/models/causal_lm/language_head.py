@@ -30,8 +30,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 from schemas.storage.files import Folder, atomic_file, write_text
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.rotary_scaling import fixed_window
 
 HEAD_TENSORS = "head.safetensors"
@@ -184,10 +185,11 @@ class LanguageHead:
 def read_config(path: Path) -> PretrainedConfig:
     """Return a model folder's configuration. Raises ConfigError if it has none."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = open_pretrained(AutoConfig, path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not a transformers model folder: {reason}") from error
+        raise ConfigError(
+            f"{path} is not a transformers model folder: {first_line(error)}"
+        ) from error
     assert isinstance(config, PretrainedConfig)
     return config
 

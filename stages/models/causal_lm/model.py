@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from schemas.dataset import CachedDataset
-from schemas.errors import ConfigError, IdentityMismatch
+from schemas.errors import ConfigError, IdentityMismatch, first_line
 from schemas.storage.manifest import MANIFEST
 from stages.models.causal_lm.chunked_loss import StudentHead
 from stages.models.causal_lm.language_head import head_features
 from stages.models.checkpoints.checkpoint import require_whole
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.rotary_scaling import ONE_SET, fixed_window
 from stages.models.checkpoints.tokenizer_identity import (
     num_token_ids,
@@ -38,10 +39,9 @@ def load_student(folder: Path, *, device: torch.device, role: str = "student") -
     require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = open_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"cannot load the {role} {folder}: {first_line}") from error
+        raise ConfigError(f"cannot load the {role} {folder}: {first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     model.to(device)
     _check_head(model, f"{role} {folder}")

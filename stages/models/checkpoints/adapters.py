@@ -18,9 +18,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 from schemas.storage.shard_cache import user_cache
 from stages.models.checkpoints.checkpoint import equal_modes
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -109,7 +110,7 @@ def _merge(base: Path, adapter: Path, output: Path, dtype: str) -> None:
             merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # safe_merge found a number that is none
         raise ConfigError(
-            f"the adapter {adapter} cannot be merged into {base}: {_first_line(error)}; train or "
+            f"the adapter {adapter} cannot be merged into {base}: {first_line(error)}; train or "
             f"save it again"
         ) from error
     after = {name: tuple(tensor.shape) for name, tensor in merged.state_dict().items()}
@@ -128,15 +129,11 @@ def _loaded(base: Path) -> Any:
 
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype="float32", local_files_only=True)
+        return open_pretrained(AutoModelForCausalLM, base, dtype="float32")
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
-            f"cannot load the model {base} to merge an adapter into it: {_first_line(error)}"
+            f"cannot load the model {base} to merge an adapter into it: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def adapted_model(model: Any, adapter: Path, base: Path) -> Any:
@@ -154,6 +151,6 @@ def adapted_model(model: Any, adapter: Path, base: Path) -> Any:
             return PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         raise ConfigError(
-            f"the adapter {adapter} does not fit the model {base}: {_first_line(error)}; use it "
+            f"the adapter {adapter} does not fit the model {base}: {first_line(error)}; use it "
             f"whole and with the model that it was trained on"
         ) from error

@@ -12,7 +12,8 @@ Nothing else opens a tokenizer. transformers is loaded when one is opened, not t
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import TOKENIZER_JSON, first_tokens
 
 _PROBES = (
@@ -43,10 +44,12 @@ def open_tokenizer(folder: Path) -> Any:
     has_file = (folder / TOKENIZER_JSON).is_file()
     reference = _as_written(folder) if has_file else None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = open_pretrained(AutoTokenizer, folder)
     except Exception as error:
         if reference is None or isinstance(error, (OSError, ValueError, KeyError)):
-            raise ConfigError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error
+            raise ConfigError(
+                f"cannot load the tokenizer of {folder}: {first_line(error)}"
+            ) from error
         tokenizer = None  # a class that cannot be built of this file's vocabulary
     if reference is None:
         return tokenizer
@@ -63,17 +66,15 @@ def open_tokenizer(folder: Path) -> Any:
     return own
 
 
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _as_written(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
         return _whole(Tokenizer.from_file(str(folder / TOKENIZER_JSON)))
     except Exception as error:  # tokenizers raises nothing more exact
-        raise ConfigError(f"{folder / TOKENIZER_JSON} cannot be read: {_line(error)}") from error
+        raise ConfigError(
+            f"{folder / TOKENIZER_JSON} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _whole(backend: Any) -> Any:

@@ -13,6 +13,7 @@ either moves no fingerprint.
 import hashlib
 import json
 import shutil
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ _VOCABULARY_FILES = (
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 _RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
-_CLASSES_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+# What transformers 5 builds of a vocabulary for a class, whatever the file's own pre-tokenizer is.
+_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_OF_BARE_BYTES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPECIAL_KEYS = (
     "bos_token",
     "eos_token",
@@ -51,15 +58,7 @@ _SPECIAL_KEYS = (
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Return the sha256 of the tokenizer in a model folder; raises ConfigError if there is none."""
-    settings = _settings(folder)
-    body = {
-        "vocabulary": _vocabulary(folder),
-        "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
-        "chat_templates": _chat_templates(folder, settings),
-    }
-    if _lost_its_spaces(settings, body["vocabulary"]):
-        body["ids"] = TOKENIZER_JSON
-    return _hash_of(body)
+    return _fingerprints(folder, _stamps(folder))[0]
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
@@ -68,17 +67,49 @@ def vocabulary_fingerprint(folder: Path) -> str:
     That is vocabulary, merges, normaliser, pre-tokeniser and added tokens. What stands around it
     (a BOS, an EOS, a chat template) is in the rows of a table already.
     """
-    vocabulary = _vocabulary(folder)
-    if (folder / TOKENIZER_JSON).is_file():
-        body = {key: vocabulary.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
-        body["added_tokens"] = [
+    return _fingerprints(folder, _stamps(folder))[1]
+
+
+@lru_cache(maxsize=64)
+def _fingerprints(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, str]:
+    """Return both, read once for each state of the files: a plan asks at every step."""
+    settings, vocabulary = _settings(folder), _vocabulary(folder)
+    body = {
+        "vocabulary": vocabulary,
+        "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
+        "chat_templates": _chat_templates(folder, settings),
+    }
+    if _was_built_otherwise(settings, vocabulary):
+        body["ids"] = TOKENIZER_JSON
+    return _hash_of(body), _hash_of(_meaning_of_ids(folder, settings, vocabulary))
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return name, size and time of whatever a fingerprint may be read from."""
+    found = [folder / name for name in _tokenizer_files()]
+    found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    stats = ((path.name, path.stat()) for path in found if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _tokenizer_files() -> tuple[str, ...]:
+    return (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)
+
+
+def _meaning_of_ids(
+    folder: Path, settings: dict[str, Any], vocabulary: dict[str, Any]
+) -> dict[str, Any]:
+    if not (folder / TOKENIZER_JSON).is_file():
+        added = settings.get("added_tokens_decoder", {})
+        return vocabulary | {"added_tokens": {key: _token(added[key]) for key in added}}
+    body = {key: vocabulary.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+    added_tokens = sorted(vocabulary.get("added_tokens", ()), key=lambda token: token["id"])
+    return body | {
+        "added_tokens": [
             {key: value for key, value in token.items() if key != "special"}
-            for token in sorted(vocabulary.get("added_tokens", ()), key=lambda token: token["id"])
+            for token in added_tokens
         ]
-    else:
-        added = _settings(folder).get("added_tokens_decoder", {})
-        body = vocabulary | {"added_tokens": {key: _token(added[key]) for key in added}}
-    return _hash_of(body)
+    }
 
 
 def _hash_of(body: dict[str, Any]) -> str:
@@ -86,14 +117,20 @@ def _hash_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lost_its_spaces(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
-    """Whether transformers 5 drops the spaces of texts, as it does of byte-level files so declared.
+def _was_built_otherwise(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
+    """Whether transformers 5 opens the folder with another pre-tokenizer than its file's.
 
-    Tables were made of such ids once; so the right ones have a fingerprint of their own.
+    Spaces vanish, or digits are not taken apart. Tables were made of such ids once; so the right
+    ones have a fingerprint of their own.
     """
     named = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    pre_tokenizer = json.dumps(vocabulary.get("pre_tokenizer"))
-    return named in _CLASSES_OF_SENTENCEPIECE and '"ByteLevel"' in pre_tokenizer
+    found = vocabulary.get("pre_tokenizer") or {}
+    if named in _OF_SENTENCEPIECE:
+        return '"ByteLevel"' in json.dumps(found)
+    if named in _OF_BARE_BYTES:
+        return bool(found.get("type") == "Sequence")
+    patterns = [part.get("pattern") for part in found.get("pretokenizers", ())]
+    return named == "Qwen2Tokenizer" and {"Regex": _QWEN2_PATTERN} not in patterns
 
 
 def first_tokens(folder: Path) -> list[str] | None:
@@ -139,8 +176,7 @@ def num_token_ids(folder: Path) -> int | None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files byte for byte, so that the copy has the same fingerprint."""
-    names = (TOKENIZER_JSON, *_VOCABULARY_FILES, *_SETTINGS_FILES, _TEMPLATE_FILE)
-    for name in names:
+    for name in _tokenizer_files():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / TEMPLATE_FOLDER).is_dir():

@@ -40,11 +40,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from schemas.storage.files import write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.causal_lm.language_head import LanguageHead, read_config
 from stages.models.checkpoints.adapters import adapted_model
+from stages.models.checkpoints.own_code import code_files, is_trusted, open_pretrained
 from stages.models.engines.memory import available_memory, weight_bytes
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.vllm_generator import VllmGenerator, installed_vllm
@@ -230,18 +231,19 @@ def _computed(
     # "auto" spreads a model that is larger than the device over the others and the CPU.
     device_map = "auto" if device.type == "cuda" else None
     model: Any = None
+    known = (OSError, ValueError, RuntimeError)
+    failures = (Exception,) if is_trusted(model_path) else known  # own code may raise anything
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, device_map=device_map, local_files_only=True
+        model = open_pretrained(
+            AutoModelForCausalLM, model_path, dtype=dtype, device_map=device_map
         ).eval()
         if adapter is not None:
             model = adapted_model(model, adapter, model_path).eval()
         kept = [_kept(model, ids_T) for ids_T in probes]
-    except (OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         raise EngineError(
-            f"transformers cannot run {model_path} for the start-up check: "
-            f"{str(error).splitlines()[0]}"
+            f"transformers cannot run {model_path} for the start-up check: {first_line(error)}"
         ) from error
     finally:
         del model
@@ -268,6 +270,12 @@ def _key(folders: Sequence[Path], dtype: torch.dtype, made_by: str) -> str:
     parts = [made_by, str(dtype), str(_PROBE_LENGTHS), str(_NUM_KEPT)]
     for file in (file for folder in folders for file in sorted(folder.glob("*"))):
         if file.suffix in (".safetensors", ".bin", ".json"):
-            stat = file.stat()
-            parts.append(f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}")
+            parts.append(_stamp(file))
+    for folder in filter(is_trusted, folders):
+        parts += ["own code", *map(_stamp, code_files(folder))]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}"

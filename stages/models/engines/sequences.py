@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +31,23 @@ def check_sequences(sequences: Sequence[TokenIds], *, max_length: int, vocab_siz
             )
 
 
+class HasWindow(Protocol):
+    """An engine or a generator: ``max_length`` is what settings or memory leave of ``window``."""
+
+    max_length: int
+    window: int
+
+
 def require_room(
-    longest: int, max_length: int, options: EngineOptions, *, what: str = "a row"
+    engine: HasWindow, longest: int, options: EngineOptions, *, what: str = "a row"
 ) -> None:
     """Raise ConfigError for a row that only the engine's settings or its memory keep out.
 
-    Those are no part of a table's name: to reject by them would give one name two contents.
+    Those are no part of a table's name: to reject by them would give one name two contents. What
+    the model's own window keeps out is rejected row by row, and no error.
     """
-    if longest <= max_length:
+    max_length = engine.max_length
+    if max_length >= engine.window or longest <= max_length:
         return
     if options.max_model_len is None:
         raise ConfigError(

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
 from stages.models.spec import EngineOptions, HeadCheck
 
@@ -128,11 +129,11 @@ class TransformersEngine:
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=True)
+        model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
         return model.base_model.eval().to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {str(error).splitlines()[0]}"
+            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
         ) from error
 
 

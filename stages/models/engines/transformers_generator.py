@@ -30,8 +30,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from schemas.distribution import uniforms
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import read_config
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
 from stages.models.engines.transformers_engine import batches, window_of
@@ -169,9 +170,9 @@ def _stacked(steps: Sequence[Tensor]) -> npt.NDArray[Any]:
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, local_files_only=True)
+        model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
         return model.eval().to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {str(error).splitlines()[0]}"
+            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
         ) from error

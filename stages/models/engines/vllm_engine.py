@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.adapters import served_rank
+from stages.models.checkpoints.own_code import is_trusted
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.models.spec import EngineOptions, HeadCheck
@@ -241,6 +242,7 @@ def common_arguments(
         "enable_chunked_prefill": options.enable_chunked_prefill,
         "enforce_eager": eager,
         "use_tqdm_on_load": False,
+        "trust_remote_code": is_trusted(model_path),
         **options.extra,
     }
 
@@ -268,8 +270,3 @@ def _stated_window(model_path: Path) -> int | None:
     body = config.to_dict()
     by_length = fixed_window(body) is not None or is_longrope(body)
     return max_positions(config) if by_length else None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, or the error's name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from schemas.errors import EngineError
+from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import read_config
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
 from stages.models.engines.vllm_engine import (
     common_arguments,
-    first_line,
     free_vllm,
     own_window,
     start_vllm,

@@ -44,9 +44,8 @@ def open_work(stage: CandidateScoresStage, context: StageContext) -> Iterator[Wo
         def work(shard: pa.Table) -> Iterable[CandidateScores | Rejected]:
             episodes = [episode for batch in shard.to_batches() for episode in EPISODES.rows(batch)]
             requests = [Branches.of(episode) for episode in episodes]
-            if engine.max_length < engine.window:
-                longest = max((request.longest for request in requests), default=0)
-                require_room(longest, engine.max_length, context.engine)
+            longest = max((request.longest for request in requests), default=0)
+            require_room(engine, longest, context.engine)
             return score_candidates(engine, requests)
 
         yield work

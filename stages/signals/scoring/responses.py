@@ -91,9 +91,7 @@ def response_states(
     Raises ConfigError where only ``options`` keep a row out.
     """
     reasons = [_reason(engine, row) for row in rows]
-    if engine.max_length < engine.window:
-        longest = max((row.longest for row in rows), default=0)
-        require_room(longest, engine.max_length, options)
+    require_room(engine, max((row.longest for row in rows), default=0), options)
     fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     states = iter(
         engine.last_hidden_states(

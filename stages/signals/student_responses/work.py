@@ -50,11 +50,9 @@ def open_work(stage: StudentResponsesStage, context: StageContext) -> Iterator[W
 
         def work(shard: pa.Table) -> Iterable[Responses | Rejected]:
             pairs = [pair for batch in shard.to_batches() for pair in PREFERENCE_PAIRS.rows(batch)]
-            if generator.max_length < generator.window:
-                longest = max((len(pair.prompt_ids_T) for pair in pairs), default=0)
-                longest += decoding.max_tokens
-                what = "a prompt with max_tokens"
-                require_room(longest, generator.max_length, context.engine, what=what)
+            longest = max((len(pair.prompt_ids_T) for pair in pairs), default=0)
+            longest += decoding.max_tokens
+            require_room(generator, longest, context.engine, what="a prompt with max_tokens")
             return generate_responses(stage, generator, decoding, pairs)
 
         yield work

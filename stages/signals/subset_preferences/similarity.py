@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from schemas.tables.episodes import Episode
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 
@@ -29,10 +30,11 @@ class SentenceSimilarity:
         """Load both, the encoder on the CPU in float32; raises ConfigError if it cannot be."""
         transformers_logging.disable_progress_bar()
         try:
-            self._model: Any = AutoModel.from_pretrained(encoder, local_files_only=True).eval()
+            self._model: Any = open_pretrained(AutoModel, encoder).eval()
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"sampler.encoder {encoder} cannot be loaded: {reason}") from error
+            raise ConfigError(
+                f"sampler.encoder {encoder} cannot be loaded: {first_line(error)}"
+            ) from error
         self._tokenizer = open_tokenizer(encoder)
         self._decoder = open_tokenizer(texts_of)
 

@@ -46,9 +46,8 @@ def open_work(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[
                 draw_subsets(stage, episode, similarity.of(episode) if similarity else None)
                 for episode in episodes
             ]
-            if engine.max_length < engine.window:
-                lengths = [len(ids_T) for subsets in drawn for ids_T in subsets.input_ids]
-                require_room(max(lengths, default=0), engine.max_length, context.engine)
+            lengths = (len(ids_T) for subsets in drawn for ids_T in subsets.input_ids)
+            require_room(engine, max(lengths, default=0), context.engine)
             return score_subsets(stage, engine, episodes, drawn)
 
         yield work

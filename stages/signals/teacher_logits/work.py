@@ -70,9 +70,8 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
             if SCORED in shard.schema.names:
                 return score_spans(stage, engine, shard, context.engine)
-            if engine.max_length < engine.window:
-                longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
-                require_room(longest, engine.max_length, context.engine)
+            longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
+            require_room(engine, longest, context.engine)
             return score_shard(stage, engine, shard)
 
         yield work
@@ -101,9 +100,7 @@ def score_spans(
     """Yield one row, or one rejection, for each row of ``shard``, whose column names the spans."""
     rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
     reasons = [_span_reason(engine, row) for row in rows]
-    if engine.max_length < engine.window:
-        longest = max((len(row.read_T) for row in rows), default=0)
-        require_room(longest, engine.max_length, options)
+    require_room(engine, max((len(row.read_T) for row in rows), default=0), options)
     fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     states = iter(
         engine.last_hidden_states(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from schemas.errors import StoreError
+from schemas.errors import StoreError, first_line
 from schemas.storage.files import atomic_file
 from schemas.tables.documents import SPLITS, Document
 
@@ -62,9 +62,8 @@ def _batches(path: Path, first: int, last: int | None) -> Iterator[pa.RecordBatc
             for number in range(first, reader.num_record_batches if last is None else last):
                 yield reader.get_batch(number)
     except (OSError, pa.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
-            f"cannot read {path}: {reason}; delete {path.parent.parent} and run again"
+            f"cannot read {path}: {first_line(error)}; delete {path.parent.parent} and run again"
         ) from error
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from schemas.errors import StoreError
+from schemas.errors import StoreError, first_line
 from schemas.storage.files import atomic_file
 
 KEY = ("key_hi", "key_lo")  # uint64 halves of the key, as columns
@@ -107,9 +107,9 @@ def _segment(path: Path) -> Iterator[Any]:
         with pa.OSFile(str(path)) as stream:
             yield pa.ipc.open_file(stream)
     except (OSError, pa.ArrowInvalid, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
-            f"cannot read {path}: {reason}; delete the folder {path.parent} and run again"
+            f"cannot read {path}: {first_line(error)}; delete the folder {path.parent} and run "
+            f"again"
         ) from error
 
 

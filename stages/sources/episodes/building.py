@@ -10,12 +10,13 @@ that the tokenizer cannot tell apart), ``answer_without_tokens``.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
 from schemas.errors import ConfigError
-from schemas.sample_id import HEX_DIGITS, sample_id_of
+from schemas.sample_id import HEX_DIGITS
 from schemas.tables.episodes import Episode
 from stages.sources.episodes.draws import DrawnEpisode
 from stages.sources.episodes.templates import EpisodeTemplate
@@ -154,13 +155,8 @@ class EpisodeBuilder:
         lengths_N = np.array([len(ids) for ids in candidates], np.int32)
         candidate_ids_C = np.concatenate([_NO_IDS, *candidates])
         options = drawn.task.options_of(drawn.query)
-        spans = [(int(a), int(b)) for start in spans_M3 for a, b in pairwise(start)]
-        num_tokens = len(input_ids_T)
-        spans += [(query_start, answer_start), (answer_start, num_tokens)]
-        ends = num_tokens + np.cumsum(lengths_N)
-        spans += [(int(end - n), int(end)) for end, n in zip(ends, lengths_N, strict=True)]
-        return Episode(
-            sample_id=sample_id_of(np.concatenate([input_ids_T, candidate_ids_C]), spans),
+        row = Episode(
+            sample_id="",
             split=drawn.split,
             task=drawn.task.name,
             kind=drawn.task.kind,
@@ -174,3 +170,4 @@ class EpisodeBuilder:
             candidate_lengths_N=lengths_N,
             gold=options.index(drawn.query.output) if options else -1,
         )
+        return replace(row, sample_id=row.hashed_id)

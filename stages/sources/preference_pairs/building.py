@@ -19,13 +19,11 @@ first character with what stands before it), and what the template would lose or
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
 
 import numpy as np
 
-from schemas.sample_id import sample_id_of
 from schemas.tables.documents import SPLITS
 from schemas.tables.preference_pairs import PreferencePair
 from stages.sources.dialogues.beside_text import Tools, as_read, tools_of
@@ -105,11 +103,10 @@ class PairBuilder:
         if np.array_equal(chosen_ids_C, rejected_ids_R):
             raise UnusablePair("same_response")
         parts = (prompt_ids_T, chosen_ids_C, rejected_ids_R)
-        ids = np.concatenate(parts)
-        if int(ids.max()) >= self.tokenizer.vocab_size:
+        if int(np.concatenate(parts).max()) >= self.tokenizer.vocab_size:
             raise UnusablePair("token_outside_vocabulary")
         row = PreferencePair(
-            sample_id=sample_id_of(ids, pairwise(accumulate(map(len, parts), initial=0))),
+            sample_id="",
             split=self._split(text),
             prompt_ids_T=prompt_ids_T,
             chosen_ids_C=chosen_ids_C,
@@ -117,6 +114,7 @@ class PairBuilder:
             chosen_finished=chosen_finished,
             rejected_finished=rejected_finished,
         )
+        row = replace(row, sample_id=row.hashed_id)
         dropped = len(pair.chosen.prompt) - len(prompt)
         return BuiltPair(row, dropped, 2 - chosen_finished - rejected_finished)
 

@@ -74,10 +74,15 @@ def _advice(stage: PreferencePairsStage, counts: Counter[str]) -> str:
     """Return what may keep rows, by what most of them were rejected for."""
     reason = max(counts, key=lambda why: counts[why], default="")
     if reason in ("not_after_header", "empty_reasoning"):
-        return (
+        opens = (
             f"the chat template in {stage.tokenizer} opens an answer with what these responses do "
-            f"not hold (a thought, say): give chat_template_kwargs (such as enable_thinking: "
-            f"false) with which the answer follows its header, or save another chat_template.jinja"
+            f"not hold (a thought, say)"
+        )
+        if stage.chat_template_kwargs:
+            return f"{opens}, with the chat_template_kwargs given too: save another template there"
+        return (
+            f"{opens}: give chat_template_kwargs (such as enable_thinking: false) with which the "
+            f"answer follows its header, or save another chat_template.jinja"
         )
     if reason == "several_messages" or (reason.startswith("unread_") and stage.template == "plain"):
         return "template: plain takes prompts that are one text; use template: chat"

@@ -28,7 +28,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from schemas.storage.file_locks import NO_LOCKS
 from stages.sources.reading.lines import field_of, json_object
 from stages.sources.reading.rejects import MalformedRecord
@@ -247,7 +247,6 @@ def readable(where: str, kind: str) -> Iterator[None]:
                 f"file system has no file locks ({error.strerror}): set HF_HOME to a folder on a "
                 f"disk of this machine"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{where}: cannot be read as {kind}: {reason}") from error
+        raise ConfigError(f"{where}: cannot be read as {kind}: {first_line(error)}") from error
     finally:
         logger.setLevel(level)

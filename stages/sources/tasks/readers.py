@@ -179,7 +179,7 @@ def _best(scores: Any) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isnan(value)
+    return isinstance(value, int) or (isinstance(value, float) and not isnan(value))
 
 
 def read_table(source: TableRows, rejects: Rejects) -> Task | None:

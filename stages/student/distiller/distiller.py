@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.checkpoints.checkpoint import require_whole
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
 
 MODEL_TYPE = "demonstration_distiller"
@@ -155,9 +156,7 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
             )
         distiller = Distiller.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot load the distiller {folder}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"cannot load the distiller {folder}: {first_line(error)}") from error
     assert isinstance(distiller, Distiller)
     distiller.to(device)
     return distiller
@@ -166,6 +165,6 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
 def _body(model: Path) -> Any:
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModel.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+        return open_pretrained(AutoModel, model, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"cannot load {model}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load {model}: {first_line(error)}") from error

@@ -27,13 +27,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, first_line
 from stages.models.checkpoints.checkpoint import (
     CheckpointRecord,
     equal_modes,
     require_whole,
     write_checkpoint,
 )
+from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
 from stages.student.init.stage import StudentInitStage
@@ -133,10 +134,9 @@ def _load(folder: Path, dtype: Any) -> Any:
     require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = open_pretrained(AutoModelForCausalLM, folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"teacher: {folder} cannot be loaded: {reason}") from error
+        raise ConfigError(f"teacher: {folder} cannot be loaded: {first_line(error)}") from error
     return model.eval()
 
 

@@ -23,21 +23,24 @@ from stages.student.distiller.reader import window_of
 SHORT, LONG = [1.0] * 16, [1.0 + index for index in range(16)]
 LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}
 
 
 def save_phi3(folder: Path, **rope: Any) -> Path:
     """A random Phi3 with a window of 256 tokens, of which its short factors serve 64."""
     torch.manual_seed(0)
     config = Phi3Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **SIZES,
         max_position_embeddings=256,
         original_max_position_embeddings=64,
         rope_parameters={**LONGROPE, "rope_theta": 10_000.0, **rope},
-        initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
@@ -49,16 +52,7 @@ def save_phi3(folder: Path, **rope: Any) -> Path:
 def save_dynamic_llama(folder: Path) -> Path:
     """A random Llama that stretches its rotary frequencies beyond 64 tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        rope_parameters=DYNAMIC,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters=DYNAMIC)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+from transformers.models.qwen2 import tokenization_qwen2 as qwen2
 
 from schemas.errors import ConfigError
 from stages.models.checkpoints.tokenizer import open_tokenizer
@@ -105,12 +107,33 @@ def test_what_stands_first_is_read_off_the_files(kind: str, tmp_path: Path) -> N
         assert len(TextTokenizer(folder).prefix_ids) == adds_bos
 
 
-def test_only_tables_whose_spaces_were_lost_have_another_fingerprint(tmp_path: Path) -> None:
-    def fingerprint(kind: str, name: str) -> str:
-        return tokenizer_fingerprint(save_kind(tmp_path, kind, name))
+def test_only_what_was_opened_otherwise_has_another_fingerprint(tmp_path: Path) -> None:
+    """Then the ids of old tables are wrong: they have to be made again."""
+    for kind in ("byte_level", "digit_by_digit"):
+        right = tokenizer_fingerprint(save_kind(tmp_path, kind, "PreTrainedTokenizerFast"))
+        file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for name in ("LlamaTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"):
+            folder = save_kind(tmp_path, kind, name)
+            opened = AutoTokenizer.from_pretrained(folder)
+            text = "we add 2026 words"
+            is_wrong = opened.encode(text, add_special_tokens=False) != file.encode(text).ids
+            assert (tokenizer_fingerprint(folder) != right) == is_wrong, (kind, name)
+    of_llama = tokenizer_fingerprint(save_kind(tmp_path, "metaspace", "LlamaTokenizer"))
+    folder = save_kind(tmp_path, "metaspace", "PreTrainedTokenizerFast")
+    assert tokenizer_fingerprint(folder) == of_llama
 
-    right = fingerprint("byte_level", "PreTrainedTokenizerFast")
-    assert fingerprint("byte_level", "GPT2Tokenizer") == right
-    assert fingerprint("byte_level", "LlamaTokenizerFast") != right
-    of_llama = fingerprint("metaspace", "LlamaTokenizer")
-    assert fingerprint("metaspace", "PreTrainedTokenizerFast") == of_llama
+
+def test_a_qwen2_folder_with_its_own_pattern_is_as_it_was(tmp_path: Path) -> None:
+    prints = []
+    for pattern in (qwen2.PRETOKENIZE_REGEX, r"\d+|\D+"):
+        folder = save_kind(tmp_path, "byte_level", "Qwen2Tokenizer")
+        file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        apart = pre_tokenizers.Split(Regex(pattern), "isolated")
+        file.pre_tokenizer = pre_tokenizers.Sequence([apart, bytes_alone])
+        file.save(str(folder / "tokenizer.json"))
+        found = tokenizer_fingerprint(folder)
+        save = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+        (folder / "tokenizer_config.json").write_text(json.dumps(save))
+        prints.append(found == tokenizer_fingerprint(folder))
+    assert prints == [True, False]

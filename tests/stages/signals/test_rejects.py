@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,9 +95,10 @@ def test_a_setting_that_leaves_the_window_whole_rejects_as_no_setting_does(
 
 
 def test_a_row_that_memory_keeps_out_is_refused_with_what_gives_it_more() -> None:
-    require_room(100, 100, EngineOptions())
+    engine = SimpleNamespace(max_length=100, window=200)
+    require_room(engine, 100, EngineOptions())
     with pytest.raises(ConfigError, match=r"holds 100 tokens of a row, a row has 101: give it"):
-        require_room(101, 100, EngineOptions())
+        require_room(engine, 101, EngineOptions())
 
 
 POISON = 7  # a byte token outside the ids that the start-up check uses

@@ -346,6 +346,16 @@ def test_what_overlaps_a_target_is_not_trained_on(
     assert len(heldout) + rejects["overlaps_demonstration"] == 22 - 5
 
 
+def stage_of_options(
+    folder: Path, model: Path, examples: list[dict[str, Any]], **settings: Any
+) -> EpisodesStage:
+    """Episodes of one BIG-bench task, which is a target."""
+    file = folder / "task.json"
+    file.write_text(json.dumps({"name": "options", "examples": examples}))
+    sources = [{"kind": "bigbench", "paths": [str(file)]}]
+    return stage_for(folder, model, sources=sources, targets=["options"], **settings)
+
+
 def test_questions_that_stand_in_their_options_are_told_apart(
     tiny_model: Path, tiny: Opened, tmp_path: Path
 ) -> None:
@@ -353,14 +363,7 @@ def test_questions_that_stand_in_their_options_are_told_apart(
     scores = [{f"this {i}": 1, f"that {i}": 0} for i in range(20)]
     scores += [{f"this {i}": 1, f"else {i}": 0} for i in range(10)]
     examples = [{"input": "Which is so?", "target_scores": score} for score in scores]
-    file = tmp_path / "task.json"
-    file.write_text(json.dumps({"name": "options", "examples": examples}))
-    stage = stage_for(
-        tmp_path,
-        tiny_model,
-        sources=[{"kind": "bigbench", "paths": [str(file)]}],
-        targets=["options"],
-    )
+    stage = stage_of_options(tmp_path, tiny_model, examples)
     rows = rows_of(stage, tmp_path / "work")
     rejects = dict(stage.prepare(tmp_path / "work").rejects)
     assert len(rows) + rejects.pop("overlaps_demonstration") == 30 - 5 and not rejects
@@ -379,15 +382,7 @@ def test_an_unusable_example_costs_its_own_episodes_alone(tmp_path: Path, tiny_m
         {"input": f"q {i}", "target_scores": {f"a {i}": 1, f"{'A' if i == 3 else 'b'} {i}": 0}}
         for i in range(12)
     ]
-    file = tmp_path / "task.json"
-    file.write_text(json.dumps({"name": "options", "examples": examples}))
-    stage = stage_for(
-        tmp_path,
-        folder,
-        sources=[{"kind": "bigbench", "paths": [str(file)]}],
-        targets=["options"],
-        seed=1,
-    )
+    stage = stage_of_options(tmp_path, folder, examples, seed=1)
     rows = rows_of(stage, tmp_path / "work")
     rejects = stage.prepare(tmp_path / "work").rejects
     assert rejects == {"options_of_same_tokens": 1} and len(rows) == 12 - 5 - 1

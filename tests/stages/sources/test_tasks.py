@@ -276,6 +276,7 @@ def test_bigbench_reads_targets_and_scores(tmp_path: Path) -> None:
             "'target_scores' is a dict: {'a': nan, 'b': 0}, expected a number for each option",
         ),
         ({"input": "q", "target_scores": {"a": "1"}}, "bad_scores", "'target_scores' is a d"),
+        ({"input": "q", "target_scores": {"a": 10**400, "b": "0"}}, "bad_scores", "'target_scores"),
         ({"input": "q", "target": []}, "not_a_string", "'target' is a list: [], expected a text"),
         ({"input": "q", "target": "a"}, "no_options", "no options, and a multiple_choice row"),
         ({"target": "a"}, "missing_column", "no column 'input'; it has 'target'"),
@@ -289,6 +290,11 @@ def test_bad_bigbench_examples(example: object, reason: str, message: str, tmp_p
     (task,), counts, lines = rejected(kind="bigbench", paths=[path])
     assert (texts(task), counts) == ([("p", "a"), ("r", "a")], {reason: 1})
     assert len(lines) == 1 and f"task.json: example 2: {message}" in lines[0]
+
+
+def test_a_score_too_long_for_a_float_is_a_number(tmp_path: Path) -> None:
+    path = bigbench(tmp_path / "task.json", {"input": "p", "target_scores": {"a": 0, "b": 10**400}})
+    assert texts(read_one(kind="bigbench", paths=[path])) == [("p", "b")]
 
 
 def test_a_bigbench_file_that_is_no_task_costs_itself_alone(tmp_path: Path) -> None:

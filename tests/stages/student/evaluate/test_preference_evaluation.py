@@ -324,15 +324,15 @@ def test_cached_scores_of_the_judge_give_what_live_ones_do(
 @pytest.mark.slow
 def test_the_first_table_is_the_teachers(made: Made) -> None:
     """Other numbers in the tables show up with the sign of their place; live ones do not move."""
-    write_scores(made, "shifted_scores", "teacher", made.held_out[:7], shift=100.0)
+    write_scores(made, "shifted_scores", "teacher", made.held_out[:7], shift=-100.0)
     live = made.measure()
     cached = made.measure("shifted_scores", "reference_scores")
     swapped = made.measure("reference_scores", "shifted_scores")
     assert cached.num_missing == 4 and cached.num_prompts == 7  # the long one has no score either
     assert cached.judge is not None and swapped.judge is not None
-    assert cached.judge.accuracy == 1.0 and swapped.judge.accuracy == 0.0
+    assert cached.judge.accuracy == 0.0 and swapped.judge.accuracy == 1.0
     assert cached.judge.margin == pytest.approx(-swapped.judge.margin)
-    assert cached.data["chosen"]["reward"] > 0.9 * BETA * 100
+    assert cached.data["chosen"]["reward"] < -0.9 * BETA * 100
     assert cached.students["dpo"]["reward"] == pytest.approx(
         swapped.students["dpo"]["reward"], **CLOSE
     )
