@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from schemas.errors import ConfigError, first_line
 from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.checkpoints.checkpoint import require_whole
-from stages.models.checkpoints.own_code import open_pretrained
+from stages.models.checkpoints.own_code import built_from, open_pretrained
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
 
 MODEL_TYPE = "demonstration_distiller"
@@ -64,7 +64,7 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
         """Build it with random weights; ``distiller_of`` starts from a model's."""
         super().__init__(config)
         assert isinstance(config.text_config, PreTrainedConfig)
-        self.body: Any = AutoModel.from_config(config.text_config)
+        self.body: Any = built_from(AutoModel, config.text_config)
         width = self.body.get_input_embeddings().weight.shape[1]
         self.prompt_embeddings_MD = nn.Parameter(torch.zeros(config.num_vectors, width))
         self.projection: nn.Linear | None = None
@@ -115,15 +115,21 @@ def distiller_of(
     ConfigError where the vocabulary has not so many rows or the folder is no model.
     """
     text_config = read_config(model).get_text_config()
-    config = DistillerConfig(
-        text_config=text_config.to_dict() | {"_name_or_path": ""},
-        num_vectors=num_vectors,
-        reader_hidden_size=reader_hidden_size,
-        reader=reader,
-    )
-    with torch.random.fork_rng(devices=[]):  # the projection's weights are torch's own
-        torch.manual_seed(seed)
-        distiller = Distiller(config)
+    try:
+        config = DistillerConfig(
+            text_config=text_config.to_dict() | {"_name_or_path": ""},
+            num_vectors=num_vectors,
+            reader_hidden_size=reader_hidden_size,
+            reader=reader,
+        )
+        with torch.random.fork_rng(devices=[]):  # the projection's weights are torch's own
+            torch.manual_seed(seed)
+            distiller = Distiller(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot make a distiller of {model}: {first_line(error)}; use a model whose class "
+            f"transformers itself has"
+        ) from error
     distiller.body = _body(model)
     embeddings_VD = distiller.get_input_embeddings().weight.detach()
     embeddings_VD = embeddings_VD[: num_token_ids(model)]  # what follows pads the matrix
@@ -154,7 +160,7 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
                 f"{folder} holds {config.get('model_type', 'no model')}, expected a distiller: "
                 f"begin with a step of stage distiller_init"
             )
-        distiller = Distiller.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        distiller = open_pretrained(Distiller, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the distiller {folder}: {first_line(error)}") from error
     assert isinstance(distiller, Distiller)
