@@ -4,6 +4,7 @@ KINDS = {
     "ingest": "source",
     "episodes": "source",
     "demonstrations": "table",
+    "conversations": "source",
     "preference_pairs": "source",
     "teacher_logits": "table",
     "subset_preferences": "table",

@@ -14,6 +14,7 @@ from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.student_responses.stage import StudentResponsesStage
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.conversations.stage import ConversationsStage
 from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
@@ -30,6 +31,7 @@ Step = Annotated[
     IngestStage
     | EpisodesStage
     | DemonstrationsStage
+    | ConversationsStage
     | PreferencePairsStage
     | TeacherLogitsStage
     | SubsetPreferencesStage

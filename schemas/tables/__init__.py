@@ -5,6 +5,7 @@ from typing import Any
 from ..table import Table
 from .advantages import SUPPORTS
 from .candidate_scores import CANDIDATE_SCORES
+from .conversations import CONVERSATIONS
 from .demonstrations import DEMONSTRATIONS
 from .documents import DOCUMENTS
 from .episodes import EPISODES
@@ -17,6 +18,7 @@ from .teacher_logits import ENCODINGS
 _KNOWN: tuple[Table[Any], ...] = (
     DOCUMENTS,
     EPISODES,
+    CONVERSATIONS,
     DEMONSTRATIONS,
     SUBSET_PREFERENCES,
     CANDIDATE_SCORES,

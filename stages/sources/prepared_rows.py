@@ -15,8 +15,10 @@ from schemas.errors import StoreError
 from schemas.storage.files import write_text
 from schemas.storage.shards import read_shard, write_shard
 from schemas.table import Table
+from schemas.tables.documents import SPLITS
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.sources.prepared import PreparedShards, SourceShard
+from stages.sources.prepared import PreparedShards, SourceShard, cut_shards, within
+from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer, model_limits
 from stages.stage import SourceStage
 
@@ -48,6 +50,24 @@ def prepare_rows(
         rows, prepared = make(tokenizer)
         made.write(rows, prepared, identity=identity, vocab_size=tokenizer.vocab_size)
     return prepared
+
+
+def sampled(
+    found: Sequence[Any], read: Rejects, *, rows_per_shard: int, max_rows: int | None
+) -> tuple[list[Any], PreparedShards]:
+    """Return the rows to keep, train first, by the order of their ``sample_id``, and their shards.
+
+    What is beyond ``max_rows`` is counted among the rejects, in proportion to the splits.
+    """
+    by_split: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    for row in sorted(found, key=lambda row: row.sample_id):
+        by_split[row.split].append(row)
+    kept = within({split: len(rows) for split, rows in by_split.items()}, max_rows)
+    read.counts["beyond_max_rows"] = len(found) - sum(kept.values())
+    rows = [row for split in SPLITS for row in by_split[split][: kept[split]]]
+    rejects = {why: count for why, count in sorted(read.counts.items()) if count}
+    shards = cut_shards(kept, rows_per_shard)
+    return rows, PreparedShards(shards=shards, rejects=rejects, rejected=tuple(read.listed))
 
 
 class PreparedRows:

@@ -21,11 +21,13 @@ def test_nothing_is_left_unfinished() -> None:
             assert not any(word in text for word in words), path
 
 
-def test_the_readme_has_a_line_for_every_folder() -> None:
+def test_the_readme_has_a_line_for_every_room() -> None:
     text = (REPOSITORY / "README.md").read_text()
     for package in PACKAGES:
         for path in (REPOSITORY / package).rglob("__init__.py"):
             folder = path.parent.relative_to(REPOSITORY).as_posix()
+            if folder.count("/") > 1:
+                continue
             line = ast.get_docstring(ast.parse(path.read_text()), clean=True)
             found = re.search(rf"^{folder}/ +(.*)$", text, re.M)
             is_equal = line and found and found[1] == line.splitlines()[0]

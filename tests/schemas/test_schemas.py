@@ -21,6 +21,7 @@ from schemas.tables.advantages import (
     UnionAdvantages,
 )
 from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
@@ -37,6 +38,7 @@ BOUND: dict[str, BoundTable[Any]] = {
     "documents_large_vocabulary": DOCUMENTS.bind(vocab_size=262_144),
     "episodes": EPISODES.bind(vocab_size=49_152),
     "episodes_large_vocabulary": EPISODES.bind(vocab_size=262_144),
+    "conversations": CONVERSATIONS.bind(vocab_size=49_152),
     "demonstrations": DEMONSTRATIONS.bind(vocab_size=49_152),
     "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
     "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),

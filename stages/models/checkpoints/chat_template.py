@@ -70,6 +70,32 @@ class ChatTemplate:
             raise _refusal(error) from error
         return text
 
+    def write_marked(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of some messages, and where its ``{% generation %}`` blocks stand.
+
+        Blocks are in characters, one for each answer that the template marks. A template without
+        such marks has no block. Raises TemplateRefusal.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template  # loads torch
+
+        source = self._tokenizer.get_chat_template(tools=list(tools) or None)
+        if not _GENERATION.search(source):
+            return self.write(messages, header=False, tools=tools), []
+        try:
+            (text,), (blocks,) = render_jinja_template(
+                [[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=source,
+                return_assistant_tokens_mask=True,
+                strftime_now=_TODAY.strftime,
+                **{**self._tokenizer.special_tokens_map, **self._settings},
+            )
+        except _REFUSALS as error:
+            raise _refusal(error) from error
+        return text, [(int(start), int(end)) for start, end in blocks]
+
     def reads(self, key: str, *, with_tools: bool = False) -> bool:
         """Return whether the template that writes such rows names this key of a message.
 

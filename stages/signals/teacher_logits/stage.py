@@ -1,7 +1,7 @@
 """Stage ``teacher_logits``: token sequences -> what the teacher predicts at every position.
 
 Of documents and episodes every position is scored, of preference pairs those of the two responses,
-and of ``demonstrations``, whose rows name spans of their own, the query's and the answer's.
+and of conversations and ``demonstrations``, whose rows name spans of their own, those of the spans.
 """
 
 import math
@@ -12,6 +12,7 @@ from pydantic import Field
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
@@ -55,6 +56,7 @@ class TeacherLogitsStage(SignalStage):
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (
         DOCUMENTS,
         EPISODES,
+        CONVERSATIONS,
         DEMONSTRATIONS,
         PREFERENCE_PAIRS,
     )
@@ -101,6 +103,6 @@ class TeacherLogitsStage(SignalStage):
             case encoding:
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows
-        if source.table == DEMONSTRATIONS.name:
+        if source.table in (DEMONSTRATIONS.name, CONVERSATIONS.name):
             positions = source.num_positions
         return Estimate(positions, math.ceil(positions * per_position))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stages.sources.dialogues.dialogue import Message, UnusablePair
+from stages.sources.dialogues.dialogue import Message, UnusableDialogue
 
 Tools = tuple[dict[str, Any], ...]
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -20,39 +20,39 @@ _SAID = ("tool_calls", "function_call", *REASONING)
 def as_read(message: Message, reads: Callable[[str], bool]) -> Message:
     """Return the message with the keys alone that a template reads.
 
-    Raises UnusablePair where it would lose what it says (``unread_`` and the key), or where that
-    is malformed (``bad_reasoning``, ``bad_tool_calls``). Other keys, an ``id``, say nothing.
+    Raises UnusableDialogue where it would lose what it says (``unread_`` and the key), or where
+    that is malformed (``bad_reasoning``, ``bad_tool_calls``). Other keys, an ``id``, say nothing.
     """
     for key in _SAID:
         if message.more.get(key) and not reads(key):
-            raise UnusablePair(f"unread_{key}")
+            raise UnusableDialogue(f"unread_{key}")
     read = {key: value for key, value in message.more.items() if reads(key)}
     if any(not isinstance(read.get(key, ""), str) for key in REASONING):
-        raise UnusablePair("bad_reasoning")
+        raise UnusableDialogue("bad_reasoning")
     if "tool_calls" in read:
         read["tool_calls"] = calls_of(read["tool_calls"])
     return replace(message, more=read)
 
 
 def tools_of(value: object) -> Tools:
-    """Return a row's tools, none for null or nothing; raises UnusablePair (``bad_tools``)."""
+    """Return a row's tools, none for null or nothing; raises UnusableDialogue (``bad_tools``)."""
     tools = _parsed(value, "bad_tools") if value else []
     if not isinstance(tools, list):
-        raise UnusablePair("bad_tools")
+        raise UnusableDialogue("bad_tools")
     objects = [_parsed(tool, "bad_tools") for tool in tools]
     if not all(isinstance(tool, dict) for tool in objects):
-        raise UnusablePair("bad_tools")
+        raise UnusableDialogue("bad_tools")
     return tuple(objects)
 
 
 def calls_of(value: object) -> list[dict[str, Any]]:
     """Return a message's calls with their arguments as objects.
 
-    Raises UnusablePair (``bad_tool_calls``) for what is no list of named calls.
+    Raises UnusableDialogue (``bad_tool_calls``) for what is no list of named calls.
     """
     calls = _parsed(value, "bad_tool_calls") if value else []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UnusablePair("bad_tool_calls")
+        raise UnusableDialogue("bad_tool_calls")
     return [_with_arguments(call) for call in calls]
 
 
@@ -65,10 +65,10 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, dict) else None
     if not name or not isinstance(name, str):
-        raise UnusablePair("bad_tool_calls")
+        raise UnusableDialogue("bad_tool_calls")
     arguments = _parsed(function.get("arguments") or {}, "bad_tool_calls")
     if not isinstance(arguments, dict):
-        raise UnusablePair("bad_tool_calls")
+        raise UnusableDialogue("bad_tool_calls")
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 
@@ -80,4 +80,4 @@ def _parsed(value: object, reason: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise UnusablePair(reason) from error
+        raise UnusableDialogue(reason) from error

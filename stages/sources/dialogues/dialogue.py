@@ -35,7 +35,7 @@ class Message:
         return {"role": self.role, "content": self.text} | dict(self.more)
 
 
-class UnusablePair(Exception):
+class UnusableDialogue(Exception):
     """A pair that cannot become a row; ``reason`` is what it is counted under."""
 
     def __init__(self, reason: str) -> None:

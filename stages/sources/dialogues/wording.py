@@ -24,7 +24,7 @@ import numpy as np
 from schemas.errors import ConfigError
 from stages.models.checkpoints.chat_template import TemplateRefusal, any_of
 from stages.sources.dialogues.beside_text import REASONING, Tools, names_of
-from stages.sources.dialogues.dialogue import ASSISTANT, USER, Message, UnusablePair
+from stages.sources.dialogues.dialogue import ASSISTANT, USER, Message, UnusableDialogue
 from stages.sources.reading.boundary import at_spaces
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 
@@ -90,10 +90,10 @@ class ChatWording:
         return self._template.reads(key, with_tools=with_tools)
 
     def prompt_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
-        """Return the dialogue with the header of the assistant's turn; raises UnusablePair."""
+        """Return the dialogue with the header of the assistant's turn; raises UnusableDialogue."""
         written = self._written(prompt, header=True, tools=tools)
         if tools and written == self._written(prompt, header=True):
-            raise UnusablePair("unread_tools")
+            raise UnusableDialogue("unread_tools")
         return at_spaces(written)[0]
 
     def prompt_ids(self, text: str) -> IdArray:
@@ -105,24 +105,70 @@ class ChatWording:
     ) -> IdArray:
         """Return the ids of what the template writes after the header, up to the closing token.
 
-        Raises UnusablePair where that is not what the response says.
+        Raises UnusableDialogue where that is not what the response says.
         """
+        _, text = self.response_text(prompt, response, tools)
+        ids_A = part_ids(self.tokenizer, text)
+        return ids_A if self.closes else np.append(ids_A, eos_of(self.tokenizer))
+
+    def response_text(
+        self, prompt: Sequence[Message], response: Message, tools: Tools = ()
+    ) -> tuple[str, str]:
+        """Return what stands before a response, and its own text up to what closes it."""
         before = self._written(prompt, header=True, tools=tools)
         whole = self._written((*prompt, response), header=False, tools=tools)
         if not whole.startswith(before):
-            raise UnusablePair("not_after_header")
+            raise UnusableDialogue("not_after_header")
         written = whole[len(before) :]
-        _require_all_said(before, written, response)
-        text = at_spaces(before)[1] + self._until_closed(written)
-        ids_A = _part_ids(self.tokenizer, text)
-        return ids_A if self._closing else np.append(ids_A, eos_of(self.tokenizer))
+        require_all_said(before, written, response)
+        bare, spaces = at_spaces(before)
+        return bare, spaces + self._until_closed(written)
+
+    def marked_text(
+        self, messages: Sequence[Message], tools: Tools = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return a dialogue's text, and where the template itself says that answers stand.
+
+        ``[start, end)`` in characters, of each answer; none where the template marks none. An end
+        is moved to what closes the turn: templates mark line breaks behind it too, or leave it out.
+        """
+        said = [message.as_dict() for message in messages]
+        try:
+            text, blocks = self._template.write_marked(said, tools=tools)
+        except TemplateRefusal as error:
+            raise UnusableDialogue("refused_by_template") from error
+        if tools and text == self._written(messages, header=False):
+            raise UnusableDialogue("unread_tools")
+        return text, [(start, self._closed_end(text, start, end)) for start, end in blocks]
+
+    def opening_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
+        """Return all that is written before a response, spaces included."""
+        return self._written(prompt, header=True, tools=tools)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the template closes answers with a token of its own."""
+        return self._closing is not None
+
+    def _closed_end(self, text: str, start: int, end: int) -> int:
+        """Return where a block that ends at ``end`` is closed."""
+        if self._closing is None:
+            return start + len(text[start:end].rstrip())
+        inside = text.rfind(self._closing, start, end)
+        if inside >= 0 and not text[inside + len(self._closing) : end].strip():
+            return inside + len(self._closing)
+        behind = text[end:]
+        skipped = len(behind) - len(behind.lstrip())
+        if behind.startswith(self._closing, skipped):
+            return end + skipped + len(self._closing)
+        raise UnusableDialogue("unclosed_by_template")
 
     def _written(self, messages: Sequence[Message], *, header: bool, tools: Tools = ()) -> str:
         said = [message.as_dict() for message in messages]
         try:
             return self._template.write(said, header=header, tools=tools)
         except TemplateRefusal as error:
-            raise UnusablePair("refused_by_template") from error
+            raise UnusableDialogue("refused_by_template") from error
 
     def _until_closed(self, text: str) -> str:
         """Cut after the closing token; where there is none, drop the blanks at the end."""
@@ -130,24 +176,24 @@ class ChatWording:
             return text.rstrip()
         end = text.rfind(self._closing)
         if end < 0:
-            raise UnusablePair("unclosed_by_template")
+            raise UnusableDialogue("unclosed_by_template")
         return text[: end + len(self._closing)]
 
 
-def _require_all_said(before: str, written: str, response: Message) -> None:
-    """Raise UnusablePair where a template lost a part of the response, or put a thought into it."""
+def require_all_said(before: str, written: str, response: Message) -> None:
+    """Raise UnusableDialogue where a template lost a part of a response, or put a thought in it."""
     thoughts = [response.more.get(key, "").strip() for key in REASONING]
     calls = names_of(response.more.get("tool_calls") or ())
     said = (*thoughts, response.words.strip(), *calls)
     if any(part not in written for part in said):
-        raise UnusablePair("changed_by_template")
+        raise UnusableDialogue("changed_by_template")
     if any(thoughts):
         return
     start = max(0, len(before) - _HEADER_CHARS)
     for block in _EMPTY_BLOCK.finditer(before[start:] + written):
         in_header = start + block.end() <= len(before)
         if not in_header and not any(block.group() in text for text in response.strings):
-            raise UnusablePair("empty_reasoning")
+            raise UnusableDialogue("empty_reasoning")
 
 
 class PlainWording:
@@ -168,9 +214,9 @@ class PlainWording:
         return False
 
     def prompt_text(self, prompt: Sequence[Message], tools: Tools = ()) -> str:
-        """Return the text as it is, but for spaces at its end; raises UnusablePair."""
+        """Return the text as it is, but for spaces at its end; raises UnusableDialogue."""
         if tools:
-            raise UnusablePair("unread_tools")
+            raise UnusableDialogue("unread_tools")
         return at_spaces(self._text(prompt))[0]
 
     def prompt_ids(self, text: str) -> IdArray:
@@ -180,25 +226,26 @@ class PlainWording:
     def response_ids(
         self, prompt: Sequence[Message], response: Message, tools: Tools = ()
     ) -> IdArray:
-        """Return the ids of the text, and EOS; raises UnusablePair."""
+        """Return the ids of the text, and EOS; raises UnusableDialogue."""
         spaces = at_spaces(self._text(prompt))[1]
-        return np.append(_part_ids(self.tokenizer, spaces + response.words), self.eos_id)
+        return np.append(part_ids(self.tokenizer, spaces + response.words), self.eos_id)
 
     def _text(self, prompt: Sequence[Message]) -> str:
-        """Return what stands before a response, spaces included; raises UnusablePair."""
+        """Return what stands before a response, spaces included; raises UnusableDialogue."""
         if self.is_transcript:
             turns = (f"\n\n{_TRANSCRIPT_NAMES[turn.role]}: {turn.words}" for turn in prompt)
             return f"{''.join(turns)}\n\n{_TRANSCRIPT_NAMES[ASSISTANT]}: "
         if len(prompt) != 1:
-            raise UnusablePair("several_messages")
+            raise UnusableDialogue("several_messages")
         return prompt[0].words
 
 
-def _part_ids(tokenizer: TextTokenizer, text: str) -> IdArray:
+def part_ids(tokenizer: TextTokenizer, text: str) -> IdArray:
+    """Return the ids of a text behind another one; raises UnusableDialogue where they join."""
     try:
         return tokenizer.encode_part(text)
     except ConfigError as error:  # a sentencepiece tokenizer that joins it with a line break before
-        raise UnusablePair("joined_by_tokenizer") from error
+        raise UnusableDialogue("joined_by_tokenizer") from error
 
 
 def eos_of(tokenizer: TextTokenizer) -> np.uint32:

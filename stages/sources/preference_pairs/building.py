@@ -27,7 +27,7 @@ import numpy as np
 from schemas.tables.documents import SPLITS
 from schemas.tables.preference_pairs import PreferencePair
 from stages.sources.dialogues.beside_text import Tools, as_read, tools_of
-from stages.sources.dialogues.dialogue import USER, Message, UnusablePair, parts_of
+from stages.sources.dialogues.dialogue import USER, Message, UnusableDialogue, parts_of
 from stages.sources.dialogues.wording import ChatWording, PlainWording, Wording
 from stages.sources.preference_pairs.pairs import (
     Branch,
@@ -79,7 +79,7 @@ class PairBuilder:
         for pair in pairs:
             try:
                 built = self.build(pair)
-            except UnusablePair as error:
+            except UnusableDialogue as error:
                 self.counts[error.reason] += 1
                 continue
             if built.row.sample_id in rows:
@@ -91,7 +91,7 @@ class PairBuilder:
         return list(rows.values())
 
     def build(self, pair: RawPair) -> BuiltPair:
-        """Return the row; raises UnusablePair with the reason why there is none."""
+        """Return the row; raises UnusableDialogue with the reason why there is none."""
         tools = tools_of(pair.tools)
         chosen, rejected = self._as_read(pair.chosen, tools), self._as_read(pair.rejected, tools)
         require_usable(RawPair(pair.place, chosen, rejected, tools), self.wording.marks)
@@ -101,10 +101,10 @@ class PairBuilder:
         chosen_ids_C, chosen_finished = self._response(prompt, chosen.response, tools)
         rejected_ids_R, rejected_finished = self._response(prompt, rejected.response, tools)
         if np.array_equal(chosen_ids_C, rejected_ids_R):
-            raise UnusablePair("same_response")
+            raise UnusableDialogue("same_response")
         parts = (prompt_ids_T, chosen_ids_C, rejected_ids_R)
         if int(np.concatenate(parts).max()) >= self.tokenizer.vocab_size:
-            raise UnusablePair("token_outside_vocabulary")
+            raise UnusableDialogue("token_outside_vocabulary")
         row = PreferencePair(
             sample_id="",
             split=self._split(text),
@@ -119,7 +119,7 @@ class PairBuilder:
         return BuiltPair(row, dropped, 2 - chosen_finished - rejected_finished)
 
     def _as_read(self, branch: Branch, tools: Tools) -> Branch:
-        """Return a branch with what the wording reads of each message; raises UnusablePair."""
+        """Return a branch with what the wording reads of each message; raises UnusableDialogue."""
         reads = partial(self.wording.reads, with_tools=bool(tools))
         prompt = tuple(as_read(message, reads) for message in branch.prompt)
         return Branch(prompt, as_read(branch.response, reads))
@@ -135,7 +135,7 @@ class PairBuilder:
             ids_T = self.wording.prompt_ids(text)
             if len(ids_T) <= self.stage.max_prompt_length:
                 return kept, text, ids_T
-        raise UnusablePair("prompt_too_long")
+        raise UnusableDialogue("prompt_too_long")
 
     def _response(
         self, prompt: tuple[Message, ...], response: Message, tools: Tools
@@ -146,7 +146,7 @@ class PairBuilder:
         if len(ids_A) <= limit:
             return ids_A, True
         if self.stage.long_responses == "reject":
-            raise UnusablePair("response_too_long")
+            raise UnusableDialogue("response_too_long")
         return ids_A[:limit].copy(), False
 
     def _split(self, text: str) -> str:

@@ -13,7 +13,7 @@ from stages.sources.dialogues.dialogue import (
     TOOL,
     USER,
     Message,
-    UnusablePair,
+    UnusableDialogue,
     parts_of,
     strings_of,
 )
@@ -50,7 +50,7 @@ class RawPair:
 
 
 def require_usable(pair: RawPair, marks: re.Pattern[str]) -> None:
-    """Raise UnusablePair where the two branches do not make one well-formed dialogue.
+    """Raise UnusableDialogue where the two branches do not make one well-formed dialogue.
 
     Reasons: prompts_differ, no_user_turn, bad_roles, empty_prompt, empty_response,
     special_token_in_text: a text that spells one of ``marks`` could close its own turn.
@@ -71,17 +71,17 @@ def require_usable(pair: RawPair, marks: re.Pattern[str]) -> None:
     }
     for reason, is_so in checks.items():
         if is_so:
-            raise UnusablePair(reason)
+            raise UnusableDialogue(reason)
 
 
 def require_one_speaker(responses: Iterable[Message]) -> None:
-    """Raise UnusablePair (``speaker_in_response``) where a response names who speaks in it.
+    """Raise UnusableDialogue (``speaker_in_response``) where a response names who speaks in it.
 
     In a transcript that is a turn without the empty line that parts turns: 1 in 100 chosen
     responses of HH-RLHF begin with ``Human:`` or run on into what the human would say.
     """
     if any(_SPEAKER.search(response.words) for response in responses):
-        raise UnusablePair("speaker_in_response")
+        raise UnusableDialogue("speaker_in_response")
 
 
 def _is_empty(response: Message) -> bool:

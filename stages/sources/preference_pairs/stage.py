@@ -6,24 +6,15 @@ applied once, to text, and ids are kept, so no model sees a second BOS; the toke
 assistant's turn is part of a finished response; a response cut to length is marked as such.
 """
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
 from schemas.table import Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from stages.sources.dialogues.template_settings import check_settings
 from stages.sources.reading.source import HubData, RowFiles
 from stages.stage import SourceStage, StageConfig
-
-_OF_THE_STAGE = frozenset(  # what it gives a chat template itself, or asks of transformers
-    (
-        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "tokenize", "tokenizer_kwargs", "strftime_now"),
-        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        "return_assistant_tokens_mask",
-    )
-)
 
 
 class PairColumns(StageConfig):
@@ -87,15 +78,7 @@ class PreferencePairsStage(SourceStage):
     def _settings_of_a_template(self) -> "PreferencePairsStage":
         if self.chat_template_kwargs and self.template == "plain":
             raise ValueError("chat_template_kwargs: template: plain has none; leave them out")
-        if taken := _OF_THE_STAGE.intersection(self.chat_template_kwargs):
-            raise ValueError(
-                f"chat_template_kwargs: {', '.join(sorted(taken))} is given by the stage itself, "
-                f"expected what the template alone reads, such as enable_thinking"
-            )
-        try:
-            json.dumps(self.chat_template_kwargs, allow_nan=False)
-        except ValueError:
-            raise ValueError("chat_template_kwargs: a number is not finite") from None
+        check_settings(self.chat_template_kwargs)
         return self
 
     @property

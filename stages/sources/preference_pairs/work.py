@@ -18,8 +18,8 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.sources.preference_pairs.building import PairBuilder
 from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PreferencePairsStage
-from stages.sources.prepared import PreparedShards, cut_shards, within
-from stages.sources.prepared_rows import PreparedRows, prepare_rows
+from stages.sources.prepared import PreparedShards
+from stages.sources.prepared_rows import PreparedRows, prepare_rows, sampled
 from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
@@ -47,16 +47,9 @@ def _make(
     found = PairBuilder(stage, tokenizer, counts).build_all(read_pairs(stage.source, read))
     read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} preference pairs")
-    found.sort(key=lambda row: row.sample_id)
-    by_split = {split: [row for row in found if row.split == split] for split in SPLITS}
-    there = {split: len(rows) for split, rows in by_split.items()}
+    there = {split: sum(row.split == split for row in found) for split in SPLITS}
     _require_rows(stage, there, counts)
-    kept = within(there, stage.max_rows)
-    counts["beyond_max_rows"] = len(found) - sum(kept.values())
-    rows = [row for split in SPLITS for row in by_split[split][: kept[split]]]
-    rejects = {why: count for why, count in sorted(counts.items()) if count}
-    shards = cut_shards(kept, stage.rows_per_shard)
-    return rows, PreparedShards(shards=shards, rejects=rejects, rejected=tuple(read.listed))
+    return sampled(found, read, rows_per_shard=stage.rows_per_shard, max_rows=stage.max_rows)
 
 
 def _require_rows(stage: PreferencePairsStage, there: dict[str, int], counts: Counter[str]) -> None:

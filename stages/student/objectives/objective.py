@@ -6,6 +6,7 @@ loads these files, so nothing in them loads torch before a training run asks: de
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The tables an objective reads: those of ``data``, and of ``lm_data`` where it reads text."""
+    """The tables an objective reads: those of ``data``, and of ``lm_data`` where it reads text.
+
+    Of ``one_of``, which are about samples too, ``data`` has any one.
+    """
 
     data: tuple[str, ...] = ()
     lm_data: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
 
 
 class Objective(StageConfig, ABC):
@@ -60,16 +65,20 @@ class Objective(StageConfig, ABC):
         num_tables = len(lm_dataset.manifests) if lm_dataset is not None else 0
         if problem := self.lm_data_problem(num_tables):
             raise ConfigError(problem)
-        self._require(self.reads.data, dataset, "data")
+        needed = [(table,) for table in self.reads.data]
+        one_of = [self.reads.one_of] if self.reads.one_of else []
+        self._require([*one_of, *needed], dataset, "data")
         if lm_dataset is not None:
-            self._require(self.reads.lm_data, lm_dataset, "lm_data")
+            self._require([(table,) for table in self.reads.lm_data], lm_dataset, "lm_data")
 
-    def _require(self, needed: tuple[str, ...], dataset: CachedDataset, name: str) -> None:
+    def _require(
+        self, needed: Sequence[tuple[str, ...]], dataset: CachedDataset, name: str
+    ) -> None:
         found = [manifest.table for manifest in dataset.manifests]
-        for table in needed:
-            if table not in found:
-                article = "an" if table[0] in "aeiou" else "a"
+        for tables in needed:
+            if not set(tables).intersection(found):
+                article = "an" if tables[0][0] in "aeiou" else "a"
                 raise ConfigError(
-                    f"objective '{self.loss}' needs {article} {table} table, the {name} has: "
-                    f"{', '.join(found)}; add the step that makes it to {name}"
+                    f"objective '{self.loss}' needs {article} {' or '.join(tables)} table, the "
+                    f"{name} has: {', '.join(found)}; add the step that makes it to {name}"
                 )

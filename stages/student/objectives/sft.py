@@ -1,6 +1,7 @@
-"""Supervised fine-tuning on chosen responses: cross-entropy of their tokens, the last included.
+"""Supervised fine-tuning on responses: cross-entropy of their tokens, the last included.
 
-A mean over the step's response tokens; prompts are not learnt. The end-of-turn token is a token
+Of preference pairs the chosen response is learnt, of conversations what is scored. A mean over the
+step's response tokens; prompts are not learnt. The end-of-turn token is a token
 like any other, so a student learns to stop; a response that was cut has none, and teaches nothing
 of the kind. All values in nats.
 """
@@ -15,17 +16,19 @@ if TYPE_CHECKING:
 
 
 class SftConfig(Objective):
-    """Cross-entropy on the chosen responses of preference pairs, over all their tokens."""
+    """Cross-entropy on chosen responses of pairs, or answers of conversations: all their tokens."""
 
     loss: Literal["sft"] = "sft"
 
     @property
     def reads(self) -> Reads:
-        """The pairs."""
-        return Reads(data=("preference_pairs",))
+        """Pairs or conversations."""
+        return Reads(one_of=("preference_pairs", "conversations"))
 
     def batches(self, data: "TrainingData") -> "Batches":
-        """Return the chosen responses, each after its prompt."""
+        """Return the responses, each after its prompt."""
+        if data.dataset.manifests[0].table == "conversations":
+            return data.rows(data.tokens())
         from stages.student.batches.pairs import ChosenCollator  # loads torch
 
         return data.rows(ChosenCollator(data.tokens()))

@@ -1,0 +1,1 @@
+"""Stage ``conversations``: chats -> ``conversations``, which say what an assistant said."""
