@@ -102,7 +102,7 @@ class Make:
         work = self.root / f"work-{self.calls}"
         prepared = stage.prepare(work)
         made = [row for index in range(len(prepared.shards)) for row in stage.read(work, index)]
-        return made, prepared.rejects
+        return made, dict(prepared.rejects)
 
 
 @pytest.fixture
@@ -318,7 +318,12 @@ def test_nothing_left_is_one_line_that_says_why(make: Make, tokenizers: dict[str
         read.chat_template = None
         read.save_pretrained(make.root / "bare")
         make([said("Hi.", "Yes?")], make.root / "bare")
-    for bad in ({"chat_template_kwargs": {"tools": []}}, {"turns": "user"}, {"max_length": 1}):
+    changes: list[dict[str, Any]] = [
+        {"chat_template_kwargs": {"tools": []}},
+        {"turns": "user"},
+        {"max_length": 1},
+    ]
+    for bad in changes:
         with pytest.raises(ValidationError):
             make([said("Hi.", "Yes?")], tokenizers["qwen2_5"], **bad)
     with pytest.raises(ValidationError, match="has columns of its own names"):
