@@ -5,11 +5,12 @@ KINDS = {
     "episodes": "source",
     "demonstrations": "table",
     "conversations": "source",
+    "answers": "table",
     "preference_pairs": "source",
     "teacher_logits": "table",
     "subset_preferences": "table",
     "candidate_scores": "table",
-    "student_responses": "table",
+    "responses": "table",
     "response_logprobs": "table",
     "advantages": "table",
     "teacher_align": "checkpoint",
@@ -21,6 +22,7 @@ KINDS = {
 }
 REFERENCES = (
     "input",
+    "tokenizer",
     "model",
     "sampler",
     "reference",

@@ -21,3 +21,14 @@ def sample_id_of(input_ids_T: npt.NDArray[Any], spans: Iterable[tuple[int, int]]
     if listed := list(spans):
         digest.update(np.asarray(listed, dtype="<i8").reshape(-1, 2).tobytes())
     return digest.hexdigest()
+
+
+def is_sample_id(text: str) -> bool:
+    """Return whether a text has the form of one."""
+    return len(text) == HEX_DIGITS and set(text) <= set("0123456789abcdef")
+
+
+def id_spans(sample_id: str) -> list[tuple[int, int]]:
+    """Return another row's key as a span to be hashed with one's own; none for an empty text."""
+    half = HEX_DIGITS // 2
+    return [(int(sample_id[:half], 16), int(sample_id[half:], 16))] if sample_id else []

@@ -11,9 +11,10 @@ from pydantic import Field
 from stages.signals.advantages.stage import AdvantagesStage
 from stages.signals.candidate_scores.stage import CandidateScoresStage
 from stages.signals.response_logprobs.stage import ResponseLogprobsStage
-from stages.signals.student_responses.stage import StudentResponsesStage
+from stages.signals.responses.stage import ResponsesStage
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.answers.stage import AnswersStage
 from stages.sources.conversations.stage import ConversationsStage
 from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
@@ -32,11 +33,12 @@ Step = Annotated[
     | EpisodesStage
     | DemonstrationsStage
     | ConversationsStage
+    | AnswersStage
     | PreferencePairsStage
     | TeacherLogitsStage
     | SubsetPreferencesStage
     | CandidateScoresStage
-    | StudentResponsesStage
+    | ResponsesStage
     | ResponseLogprobsStage
     | AdvantagesStage
     | TeacherAlignStage

@@ -19,7 +19,7 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
-from schemas.storage.shards import read_shard, write_shard
+from schemas.storage.shards import read_shard, with_split, write_shard
 from schemas.table import BoundTable
 from stages.stage import Rejected, Work
 
@@ -124,6 +124,10 @@ def sample_id_at(task: ShardTask, row: int) -> str:
 
 
 def _input_of(task: ShardTask) -> pa.Table:
+    return with_split(_read(task), task.split)
+
+
+def _read(task: ShardTask) -> pa.Table:
     if isinstance(task.input_file, ObjectPath):
         with local_file(task.input_file, task.input_sha256) as file:
             return read_shard(file)
@@ -149,7 +153,7 @@ def _results(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterat
 
 
 def _one_each(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
-    """Yield the work's results, of which each row has to have one, in order.
+    """Yield the work's results, of which each row has to have one, in order, or a list of some.
 
     A result with a ``source_id`` is a row with a key of its own, made of the row of that key.
     """
@@ -158,15 +162,17 @@ def _one_each(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Itera
     for row, (sample_id, result) in enumerate(
         zip_longest(sample_ids, work(shard), fillvalue=missing)
     ):
-        found = getattr(result, "source_id", getattr(result, "sample_id", "none"))
-        if sample_id is missing or found != sample_id:
+        made = result if isinstance(result, list) else [result]
+        keys = {getattr(one, "source_id", getattr(one, "sample_id", "none")) for one in made}
+        if sample_id is missing or keys != {sample_id}:
+            found = ", ".join(sorted(map(str, keys))) or "none"
             asked = "none" if sample_id is missing else sample_id
             raise TeacherCacheError(
                 f"{task.folder / task.name}: the stage that writes {table} was given "
                 f"{len(sample_ids)} rows; row {row} is sample {asked}, its result is of sample "
                 f"{found}: a stage answers each row once and in order, mend its work"
             )
-        yield result
+        yield from made
 
 
 @dataclass

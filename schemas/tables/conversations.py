@@ -2,7 +2,8 @@
 
 The ids are what a model reads and writes: the text of the chat template, with each scored part
 tokenised apart from what stands before it, as it is when a model begins to answer there. A scored
-part ends with the token that closes the turn; a row that was cut may end without one.
+part ends with the token that closes the turn; a row that was cut may end without one. A row with
+no scored part is a prompt: it ends with what opens the assistant's turn.
 
 Dimensions: T = tokens of the row, S = scored spans.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..sample_id import sample_id_of
+from ..sample_id import id_spans, is_sample_id, sample_id_of
 from ..scored_spans import span_problem, span_targets
 from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
@@ -26,28 +27,37 @@ Array = npt.NDArray[Any]
 class Conversation:
     """One conversation, or the part of one that is read and answered together."""
 
-    sample_id: Annotated[str, Column(pa.string(), "hash of all token ids and spans of the row")]
+    sample_id: Annotated[str, Column(pa.string(), "hash of all token ids, spans and the source's")]
     split: Annotated[str, Column(pa.string(), "train or heldout, by content hash of the opening")]
+    source_id: Annotated[
+        str, Column(pa.string(), "sample_id of the prompt that was answered, empty for a chat read")
+    ]
     input_ids_T: Annotated[Array, Column(TOKEN_ID, "token ids", dims="T")]
     scored_S2: Annotated[
         Array, Column(pa.int32(), "start and end of the tokens that are scored", dims="S2")
     ]
-    num_messages: Annotated[int, Column(pa.int32(), "messages in the row, a system's too", low=1)]
     is_cut: Annotated[bool, Column(pa.bool_(), "true: its end was cut to a length")]
 
     def __post_init__(self) -> None:
         """Check what every reader relies on; raises ValueError naming the sample."""
-        problem = span_problem(self.scored_S2, len(self.input_ids_T))
-        if self.split not in SPLITS:
+        problem = ""
+        if len(self.scored_S2):
+            problem = span_problem(self.scored_S2, len(self.input_ids_T))
+        if not len(self.input_ids_T):
+            problem = "it has no token"
+        elif self.source_id and not is_sample_id(self.source_id):
+            problem = f"source_id '{self.source_id}' is no sample_id"
+        elif self.split not in SPLITS:
             problem = f"split '{self.split}' is none of {SPLITS}"
         if problem:
             raise ValueError(f"sample {self.sample_id}: {problem}")
 
     @property
     def hashed_id(self) -> str:
-        """The ``sample_id`` that these token ids and spans have."""
+        """The ``sample_id`` of these token ids and spans, and of the source's key, if any."""
         spans_S2 = np.asarray(self.scored_S2, np.int64).reshape(-1, 2)
-        return sample_id_of(self.input_ids_T, [(int(a), int(b)) for a, b in spans_S2])
+        spans = [(int(start), int(end)) for start, end in spans_S2]
+        return sample_id_of(self.input_ids_T, [*spans, *id_spans(self.source_id)])
 
     @property
     def num_tokens(self) -> int:

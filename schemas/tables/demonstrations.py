@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..sample_id import HEX_DIGITS, sample_id_of
+from ..sample_id import id_spans, is_sample_id, sample_id_of
 from ..scored_spans import span_problem, span_targets
 from ..table import TOKEN_ID, Column, Table
 from .documents import SPLITS
@@ -70,7 +70,7 @@ class Demonstrated:
         problem = span_problem(self.scored_S2, num_tokens)
         if self.split not in SPLITS or self.kind not in ("", *TASK_KINDS):
             problem = f"split '{self.split}' or kind '{self.kind}' is unknown"
-        elif not _is_sample_id(self.source_id):
+        elif not is_sample_id(self.source_id):
             problem = f"source_id '{self.source_id}' is no sample_id"
         elif not 0 < self.query_start < self.answer_start <= num_tokens:
             problem = (
@@ -93,12 +93,12 @@ class Demonstrated:
     @property
     def hashed_id(self) -> str:
         """The ``sample_id`` of all token ids end to end, all spans and the source's sample_id."""
-        num_tokens, half = len(self.input_ids_T), HEX_DIGITS // 2
+        num_tokens = len(self.input_ids_T)
         ends = np.cumsum(self.candidate_lengths_N, dtype=np.int64).tolist()
         spans = [(int(self.query_start), int(self.answer_start))]
         spans += [(int(start), int(end)) for start, end in self.scored_S2]
         spans += pairwise([num_tokens, *(num_tokens + end for end in ends)])
-        spans.append((int(self.source_id[:half], 16), int(self.source_id[half:], 16)))
+        spans += id_spans(self.source_id)
         ids = np.concatenate([self.input_ids_T, self.candidate_ids_C, self.distiller_ids_L])
         return sample_id_of(ids, spans)
 
@@ -111,10 +111,6 @@ class Demonstrated:
     def num_positions(self) -> int:
         """Tokens to be scored."""
         return len(span_targets(self.scored_S2))
-
-
-def _is_sample_id(text: str) -> bool:
-    return len(text) == HEX_DIGITS and set(text) <= set("0123456789abcdef")
 
 
 DEMONSTRATIONS = Table(Demonstrated, name="demonstrations", version=1)

@@ -1,4 +1,4 @@
-"""Table ``responses``: what a student answered to the prompts of preference pairs.
+"""Table ``responses``: what a model answered to prompts of preference pairs or conversations.
 
 Token ids are those that were generated, never text tokenised again. A response that ended by itself
 has its stop token as last token; one that ran out of tokens has none. Log-probs are of the *raw*
@@ -24,7 +24,7 @@ FINISH_REASONS: Final = ("length", "stop")  # as they are numbered in the table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
-    """A student's N responses to one prompt."""
+    """A model's N responses to one prompt."""
 
     sample_id: Annotated[str, Column(pa.string(), "joins preference_pairs.sample_id")]
     prompt_ids_T: Annotated[Array, Column(TOKEN_ID, "equal to the pair's", dims="T")]

@@ -33,6 +33,17 @@ STEPS: dict[str, Any] = {
     "sparse_kd": {**TRAIN, "data": ["chats", "sparse_signals"], "objective": {"loss": "kd"}},
     "sft": {**TRAIN, "data": ["chats"], "objective": {"loss": "sft"}},
     "plain": {**TRAIN, "data": BOTH, "objective": {"loss": "cross_entropy"}},
+    "said": {
+        "stage": "responses",
+        "input": "chats",
+        "model": "teacher",
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "n": 2,
+    },
+    "answered": {"stage": "answers", "input": "said", "finish_reasons": ["stop", "length"]},
+    "answer_signals": {"stage": "teacher_logits", "input": "answered", "model": "teacher"},
+    "seq_kd": {**TRAIN, "data": ["answered", "answer_signals"], "objective": {"loss": "kd"}},
     "results": {"stage": "evaluate", "students": ["small", "kd", "sft"], "data": BOTH},
 }
 
@@ -141,3 +152,25 @@ def test_students_are_measured_at_the_answers(ran: TinyRecipe) -> None:
     assert losses["kd"]["after"]["kl_to_teacher"] < losses["kd"]["before"]["kl_to_teacher"]
     sparse = losses["sparse_kd"]
     assert sparse["after"]["cross_entropy"] != sparse["before"]["cross_entropy"]
+
+
+@pytest.mark.slow
+def test_the_teachers_own_answers_are_conversations(ran: TinyRecipe) -> None:
+    """Each after its prompt, on the prompt's side, under a key of its own; students learn them."""
+    chats, said_by = tables_of(ran, "chats"), tables_of(ran, "said")
+    answered = tables_of(ran, "answered", "answer_signals")
+    prompts = {chats[index]["sample_id"]: chats[index] for index in range(len(chats))}
+    responses = {said_by[index]["sample_id"]: said_by[index] for index in range(len(said_by))}
+    assert answered.num_missing == 0 and len(answered) >= len(prompts)
+    for index in range(len(answered)):
+        row = answered[index]
+        prompt, said_row = prompts[row["source_id"]], responses[row["source_id"]]
+        ((start, end),) = row["scored_S2"].tolist()
+        assert start == prompt["scored_S2"][-1][0] and row["split"] == prompt["split"]
+        np.testing.assert_array_equal(row["input_ids_T"][:start], prompt["input_ids_T"][:start])
+        first, second = np.split(said_row["response_ids_A"], said_row["response_lengths_N"][:1])
+        found = row["input_ids_T"][start:end].tolist()
+        assert found in (first.tolist(), second.tolist())
+        assert len(row["next_token_logprobs_P"]) == end - start
+    trained = read_checkpoint(ran.step("seq_kd").folder)
+    assert trained is not None and trained.metrics["after"]["tokens"] > 0

@@ -60,9 +60,9 @@ def some_row(name: str, variant: str, index: int) -> Values:
         ("conversations", ""): {
             "sample_id": sample_id_of(ids_T, [(1, 2), (2, 3)]),
             "split": "train",
+            "source_id": "",
             "input_ids_T": ids_T,
             "scored_S2": np.array([[1, 2], [2, 3]]),
-            "num_messages": 4,
             "is_cut": False,
         },
         ("subset_preferences", ""): {
@@ -194,7 +194,8 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("episodes", "", lambda row: {"gold": 2}, "gold is 2 of 2"),
     ("conversations", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
     ("conversations", "", plant("scored_S2", 9), "do not lie in order within tokens 1 to 2"),
-    ("conversations", "", lambda row: {"num_messages": 0}, "num_messages holds 0"),
+    ("conversations", "", lambda row: {"source_id": "0" * 24}, "sample_id does not name"),
+    ("conversations", "", lambda row: {"source_id": "none"}, "source_id 'none' is no sample_id"),
     ("demonstrations", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("distiller_ids_L", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),

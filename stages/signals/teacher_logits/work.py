@@ -129,7 +129,7 @@ class _Spanned:
     @property
     def read_T(self) -> TokenIds:
         """What the teacher has to read: all up to the last scored token, which nothing follows."""
-        return self.ids_T[: self.targets_P[-1]]
+        return self.ids_T[: max(self.targets_P, default=0)]
 
     @property
     def num_states(self) -> int:
@@ -145,6 +145,8 @@ def _spanned_of(batch: pa.RecordBatch) -> Iterator[_Spanned]:
 
 def _span_reason(engine: Engine, row: _Spanned) -> str:
     """Say why a teacher cannot score a row, ``""`` if it can."""
+    if not len(row.targets_P):
+        return "no token of it is scored: it is a prompt"
     if len(row.read_T) > engine.max_length:
         return f"longer than the model's window of {engine.max_length} tokens"
     largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size

@@ -75,7 +75,10 @@ class ConversationBuilder:
         """Yield the rows; raises UnusableDialogue with the reason why there is none."""
         tools = tools_of(conversation.tools)
         reads = partial(self.wording.reads, with_tools=bool(tools))
-        said = tuple(as_read(message, reads) for message in conversation.messages)
+        messages = conversation.messages
+        if self.stage.turns == "none":
+            messages = _asked(messages)
+        said = tuple(as_read(message, reads) for message in messages)
         self._require_usable(said, conversation.tools)
         split = self._split(said)
         for worded in worded_rows(self.wording, said, tools, self.stage.turns):
@@ -86,8 +89,8 @@ class ConversationBuilder:
         strings = [text for message in said for text in message.strings]
         checks = {
             "bad_roles": any(message.role not in _ROLES for message in said),
-            "no_assistant_turn": not answers,
-            "nothing_asked": bool(answers) and said[0].role == ASSISTANT,
+            "no_assistant_turn": not answers and self.stage.turns != "none",
+            "nothing_asked": not said or said[0].role == ASSISTANT,
             "empty_response": any(map(_is_empty, answers)),
             "special_token_in_text": any(
                 map(self.wording.marks.search, (*strings, *strings_of(tools)))
@@ -104,13 +107,14 @@ class ConversationBuilder:
         for text, is_scored in _parts(worded):
             parts.append(part_ids(self.tokenizer, text) if parts else self._first_ids(text))
             scored.append(is_scored)
-        if not self.wording.closes:
+        if worded.spans and not self.wording.closes:
             parts[-1] = np.append(parts[-1], eos_of(self.tokenizer))
         ids_T = np.concatenate(parts)
         if int(ids_T.max()) >= self.tokenizer.vocab_size:
             raise UnusableDialogue("token_outside_vocabulary")
         limit = self.stage.max_length
-        if len(ids_T) > limit and self.stage.long_conversations == "reject":
+        may_cut = worded.spans and self.stage.long_conversations == "truncate"
+        if len(ids_T) > limit and not may_cut:
             raise UnusableDialogue("too_long")
         ends = pairwise(accumulate(map(len, parts), initial=0))
         spans = [
@@ -118,14 +122,14 @@ class ConversationBuilder:
             for (start, end), is_scored in zip(ends, scored, strict=True)
             if is_scored and max(start, 1) < min(end, limit)
         ]
-        if not spans:
+        if worded.spans and not spans:
             raise UnusableDialogue("too_long" if len(ids_T) > limit else "nothing_asked")
         row = Conversation(
             sample_id="",
             split=split,
+            source_id="",
             input_ids_T=ids_T[:limit],
-            scored_S2=np.array(spans, np.int32),
-            num_messages=worded.num_messages,
+            scored_S2=np.array(spans, np.int32).reshape(-1, 2),
             is_cut=len(ids_T) > limit,
         )
         return replace(row, sample_id=row.hashed_id)
@@ -152,6 +156,13 @@ def _parts(worded: WordedRow) -> Iterator[tuple[str, bool]]:
     for number, (start, end) in enumerate(pairwise(marks)):
         if start < end:
             yield worded.text[start:end], number % 2 == 1
+
+
+def _asked(said: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages without answers at the end."""
+    while said and said[-1].role == ASSISTANT:
+        said = said[:-1]
+    return said
 
 
 def _is_empty(message: Message) -> bool:

@@ -54,14 +54,15 @@ ChatSource = Annotated[ChatFiles | HubChats, Field(discriminator="kind")]
 class ConversationsStage(SourceStage):
     """Read conversations, apply the chat template, tokenise, split by content of the opening.
 
-    ``turns`` says which tokens are scored: all answers of the assistant, the ``last`` one alone, or
-    ``all`` tokens but the first. A row ends with the last answer. Where a template writes an
-    earlier answer otherwise than it was given (Qwen3 drops its thoughts), that answer is scored in
-    a row of its own, which ends with it.
+    ``turns`` says which tokens are scored: all answers of the assistant, the ``last`` one alone,
+    ``all`` tokens but the first, or ``none``: then a row is a prompt, up to the header of the
+    answer that is to come. Other rows end with the last answer. Where a template writes an earlier
+    answer otherwise than it was given (Qwen3 drops its thoughts), that answer is scored in a row of
+    its own, which ends with it.
 
     ``chat_template_kwargs`` are given to the template for every row. A row of more than
-    ``max_length`` tokens is rejected, or cut. ``max_rows`` keeps a sample of that many rows, train
-    and held-out in proportion.
+    ``max_length`` tokens is rejected, or cut (a prompt never). ``max_rows`` keeps a sample of that
+    many rows, train and held-out in proportion.
     """
 
     VERSION: ClassVar[int] = 1
@@ -69,7 +70,7 @@ class ConversationsStage(SourceStage):
     stage: Literal["conversations"]
     source: ChatSource
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    turns: Literal["assistant", "last", "all"] = "assistant"
+    turns: Literal["assistant", "last", "all", "none"] = "assistant"
     max_length: int = Field(ge=2)
     long_conversations: Literal["reject", "truncate"] = "reject"
     heldout_fraction: float = Field(ge=0.0, lt=1.0)

@@ -15,7 +15,7 @@ from stages.sources.dialogues.dialogue import ASSISTANT, Message, UnusableDialog
 from stages.sources.dialogues.wording import ChatWording, require_all_said
 from stages.sources.reading.boundary import at_spaces
 
-Turns = Literal["assistant", "last", "all"]
+Turns = Literal["assistant", "last", "all", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,6 @@ class WordedRow:
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    num_messages: int
 
 
 def worded_rows(
@@ -34,6 +33,8 @@ def worded_rows(
 
     Raises UnusableDialogue with the reason where an answer cannot be found for sure.
     """
+    if turns == "none":
+        return [WordedRow(wording.prompt_text(said, tools), ())]
     left = [index for index, message in enumerate(said) if message.role == ASSISTANT]
     if not left:
         raise UnusableDialogue("no_assistant_turn")
@@ -45,7 +46,7 @@ def worded_rows(
         text, found = _answers_in(wording, part, tools, left)
         end = found[left[-1]][1]
         spans = [(0, end)] if turns == "all" else sorted(found.values())
-        rows.append(WordedRow(text[:end], tuple(spans), len(part)))
+        rows.append(WordedRow(text[:end], tuple(spans)))
         left = [index for index in left if index not in found]
     return rows
 

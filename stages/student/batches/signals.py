@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
 from schemas.distribution import MAX_MASS_ERROR, unpack_threshold, unpack_top_k
-from schemas.errors import StoreError, TeacherCacheError
+from schemas.errors import ConfigError, StoreError, TeacherCacheError
 from schemas.scored_spans import SCORED, span_targets
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
@@ -140,6 +140,11 @@ def scored_targets(row: Row) -> npt.NDArray[np.int64]:
     scored = row.get("next_token_logprobs_P")
     if SCORED in row:
         targets_P = span_targets(row[SCORED])
+        if not len(targets_P):
+            raise ConfigError(
+                f"sample {row['sample_id']} has no scored token, it is a prompt (turns: none): "
+                f"train on conversations with answers"
+            )
         if scored is not None and (len(scored), start) != (len(targets_P), int(targets_P[0])):
             raise StoreError(
                 f"sample {row['sample_id']}: signals for {len(scored)} tokens from {start} on, the "

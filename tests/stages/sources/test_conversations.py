@@ -136,10 +136,11 @@ def test_what_an_assistant_said_is_scored_to_the_token(
         assert sorted(stripped) == sorted([[answers[0]], [answers[1]]])
     else:
         assert stripped == [answers]
-    for row in rows:
-        shown = TURNS[: row.num_messages]
-        text = tokenizer.apply_chat_template(shown, tokenize=False, **settings).rstrip("\n")
-        assert tokenizer.decode(row.input_ids_T) == text
+    whole = {
+        tokenizer.apply_chat_template(TURNS[:count], tokenize=False, **settings).rstrip("\n")
+        for count in (2, 4)
+    }
+    assert {tokenizer.decode(row.input_ids_T) for row in rows} <= whole
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma", "qwen3_instruct_2507"])
@@ -171,19 +172,33 @@ def test_an_answer_is_scored_as_it_was_given(make: Make, tokenizers: dict[str, P
     thoughts[1]["reasoning_content"], thoughts[3]["reasoning_content"] = "first", "second"
     rows, rejects = make([thoughts], tokenizers["qwen3"])
     assert not rejects
-    found = {row.num_messages: scored_texts(row, tokenizers["qwen3"]) for row in rows}
-    assert found == {
-        2: ["<think>\nfirst\n</think>\n\n1<|im_end|>"],
-        4: ["<think>\nsecond\n</think>\n\n2<|im_end|>"],
-    }
+    short, long = sorted(rows, key=lambda row: len(row.input_ids_T))
+    first = "<think>\nfirst\n</think>\n\n1<|im_end|>"
+    second = "<think>\nsecond\n</think>\n\n2<|im_end|>"
+    assert scored_texts(short, tokenizers["qwen3"]) == [first]
+    assert scored_texts(long, tokenizers["qwen3"]) == [second]
     # Its training variant keeps them, and marks both answers of one row.
     ((row,), _) = make([thoughts], tokenizers["qwen3_training"])
-    expected = [found[2][0], found[4][0]]
-    assert scored_texts(row, tokenizers["qwen3_training"]) == expected
+    assert scored_texts(row, tokenizers["qwen3_training"]) == [first, second]
     # What its header opens is not the answer's: with an empty thought there, none is scored.
     ((row,), _) = make([TURNS], tokenizers["qwen3_training"], chat_template_kwargs=NO_THOUGHT)
     texts = scored_texts(row, tokenizers["qwen3_training"])
     assert texts == ["A test,\n\nof two lines.<|im_end|>", "46<|im_end|>"]
+
+
+def test_a_prompt_ends_with_the_header_of_its_answer(
+    make: Make, tokenizers: dict[str, Path]
+) -> None:
+    """Whether the chat has an answer or not, so it is there once; nothing of it is scored."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizers["qwen2_5"])
+    for chat in (TURNS, TURNS[:3]):
+        ((row,), rejects) = make([chat, TURNS], tokenizers["qwen2_5"], turns="none")
+        assert rejects == {"duplicate_conversation": 1}
+        text = tokenizer.apply_chat_template(TURNS[:3], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(row.input_ids_T) == text and row.num_positions == 0
+    too_long = {"turns": "none", "max_length": 8, "long_conversations": "truncate"}
+    with pytest.raises(ConfigError, match="too_long 1"):
+        make([TURNS], tokenizers["qwen2_5"], **too_long)
 
 
 def test_turns_say_what_is_scored(make: Make, tokenizers: dict[str, Path]) -> None:

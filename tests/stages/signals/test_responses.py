@@ -1,4 +1,4 @@
-"""The stage ``student_responses``: what it stores, what it rejects and what it refuses.
+"""The stage ``responses``: what it stores, what it rejects and what it refuses.
 
 Most run a student that counts: after token v it is all but sure of v + 1, so its answers are known.
 """
@@ -24,7 +24,7 @@ from stages.models.causal_lm.end_tokens import stop_tokens_of
 from stages.models.engines.decoding import Decoding
 from stages.models.engines.generator import open_generator
 from stages.models.spec import EngineOptions, ModelSpec
-from stages.signals.student_responses.work import generate_responses, request_seed
+from stages.signals.responses.work import Prompt, generate_responses, request_seed
 from stages.stage import Rejected, StageContext
 from tests.fixtures.episode_data import whole_logprobs
 from tests.fixtures.tiny_generation import (
@@ -184,9 +184,10 @@ def test_a_token_that_the_table_cannot_hold_is_rejected(counting: Path) -> None:
     """As from a model that has more logits than its config says."""
     options = EngineOptions(device="cpu")
     decoding = Decoding(8, (STOP,), temperature=0.0, top_p=1.0, top_k=2)
+    prompts = [Prompt("20", pair_of([20]).prompt_ids_T)]
     with open_generator("transformers", counting, dtype="float32", options=options) as generator:
         generator.vocab_size = 25
-        rows = list(generate_responses(stage_of(), generator, decoding, [pair_of([20])]))
+        rows = list(generate_responses(stage_of(), generator, decoding, prompts))
     assert rows == [Rejected("20", "generated token outside the vocabulary of 25")]
 
 
@@ -194,7 +195,7 @@ def test_named_stop_tokens_replace_the_folders(counting: Path) -> None:
     (row,) = answered(counting, [pair_of([37])], stop_token_ids=[42, 44])
     assert isinstance(row, Responses)
     assert row.response_ids_A.tolist() == [38, 39, 40, 41, 42]
-    with pytest.raises(ConfigError, match=r"stop_token_ids has \[64\], the student's vocabulary"):
+    with pytest.raises(ConfigError, match=r"stop_token_ids has \[64\], the model's vocabulary"):
         answered(counting, [pair_of([37])], stop_token_ids=[3, 64])
 
 

@@ -1,0 +1,1 @@
+"""Stage ``responses``: what a model answers to prompts -> ``responses``."""

@@ -1,1 +1,0 @@
-"""Stage ``student_responses``: what a student answers to prompts -> ``responses``."""

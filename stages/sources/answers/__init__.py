@@ -1,0 +1,1 @@
+"""Stage ``answers``: responses that pass filters -> ``conversations``."""
