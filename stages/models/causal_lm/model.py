@@ -104,9 +104,21 @@ def student_head(model: PreTrainedModel) -> StudentHead:
     return StudentHead(layer.weight, layer.bias, scale, softcap)
 
 
-def final_hidden_states(model: nn.Module, input_ids_BT: Tensor, *, last_layer: int) -> Tensor:
-    """Return [B, T, D] of token ids; see ``last_hidden_states``."""
-    return last_hidden_states(model, last_layer=last_layer, input_ids=input_ids_BT)
+def final_hidden_states(
+    model: nn.Module,
+    input_ids_BT: Tensor,
+    *,
+    last_layer: int,
+    position_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """Return [B, T, D] of token ids; see ``last_hidden_states``.
+
+    Rows that lie end to end are told apart by positions that begin anew with each.
+    """
+    inputs = {"input_ids": input_ids_BT}
+    if position_ids_BT is not None:
+        inputs["position_ids"] = position_ids_BT
+    return last_hidden_states(model, last_layer=last_layer, **inputs)
 
 
 def last_hidden_states(model: nn.Module, *, last_layer: int, **inputs: Tensor) -> Tensor:
@@ -134,7 +146,12 @@ def last_layer_of(model: PreTrainedModel) -> int:
 
 def scored_hidden_states(model: nn.Module, batch: dict[str, Tensor], *, last_layer: int) -> Tensor:
     """Return [N, D] hidden states of a batch's scored positions."""
-    hidden_BTD = final_hidden_states(model, batch["input_ids"], last_layer=last_layer)
+    hidden_BTD = final_hidden_states(
+        model,
+        batch["input_ids"],
+        last_layer=last_layer,
+        position_ids_BT=batch.get("position_ids"),
+    )
     return hidden_BTD.flatten(0, 1).index_select(0, batch["positions_N"])
 
 
@@ -149,6 +166,8 @@ def _hold_to_window(model: PreTrainedModel, name: str) -> None:
             inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache = kwargs.get("past_key_values")
         length = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if (positions_BT := kwargs.get("position_ids")) is not None:
+            length = int(positions_BT.max()) + 1
         if length > window:
             raise ConfigError(
                 f"{name} is given a row of {length} tokens and takes {window}: {ONE_SET}"

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
@@ -77,37 +76,47 @@ def worker_errors_as_raised() -> Iterator[None]:
 class Collator:
     """Make one batch of decoded tensors; ``encoding`` is ``""`` to leave the teacher out.
 
-    A teacher's entries on ids from ``num_token_ids`` on, which no token uses, are dropped.
+    A teacher's entries on ids from ``num_token_ids`` on, which no token uses, are dropped. With
+    ``packing`` all rows lie end to end in one, without padding, and ``position_ids`` part them.
     """
 
     encoding: EncodingName
     vocab_size: int
     num_token_ids: int | None = None
+    packing: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return ``input_ids`` and ``labels`` [B, T], ``positions_N`` and the targets."""
-        width = max(len(row["input_ids_T"]) for row in rows)
-        input_ids_BT = np.zeros((len(rows), width), np.int64)
-        labels_BT = np.full((len(rows), width), IGNORED, np.int64)
+        lengths = np.array([len(row["input_ids_T"]) for row in rows])
+        widths = lengths if self.packing else np.full(len(rows), max(lengths))
+        starts, size = np.cumsum(widths) - widths, int(widths.sum())
+        input_ids = np.zeros(size, np.int64)
+        labels = np.full(size, IGNORED, np.int64)
+        position_ids = np.zeros(size, np.int64)
         positions = []
-        for b, row in enumerate(rows):
+        for start, row in zip(starts, rows, strict=True):
             ids_T, targets_P = row["input_ids_T"], scored_targets(row)
-            input_ids_BT[b, : len(ids_T)] = ids_T
-            labels_BT[b, targets_P] = ids_T[targets_P]
-            positions.append(targets_P - 1 + b * width)
+            input_ids[start : start + len(ids_T)] = ids_T
+            position_ids[start : start + len(ids_T)] = np.arange(len(ids_T))
+            labels[start + targets_P] = ids_T[targets_P]
+            positions.append(start + targets_P - 1)
         check_ids(rows, "input_ids_T", self.vocab_size)
+        height = 1 if self.packing else len(rows)
         batch = {
-            "input_ids": input_ids_BT,
-            "labels": labels_BT,
+            "input_ids": input_ids.reshape(height, -1),
+            "labels": labels.reshape(height, -1),
             "positions_N": np.concatenate(positions),
-            "next_token_ids_N": labels_BT[labels_BT != IGNORED],
+            "next_token_ids_N": labels[labels != IGNORED],
         }
+        if self.packing:
+            batch["position_ids"] = position_ids[None]
         if self.encoding:
             batch |= DECODERS[self.encoding](rows, self.num_token_ids)
             batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
             check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(each) for name, each in batch.items()}
+        return tensors | ({"num_samples": len(rows)} if self.packing else {})
 
 
 def check_ids(

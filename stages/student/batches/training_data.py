@@ -28,8 +28,8 @@ class Batches(NamedTuple):
 class TrainingData:
     """The opened tables of a run; an objective says what it makes of them.
 
-    ``vocab_size`` is the student's, ``seed`` the run's. Ids from ``num_token_ids`` on are no
-    token's (None: not known).
+    ``vocab_size`` is the student's, ``seed`` and ``packing`` the run's. Ids from ``num_token_ids``
+    on are no token's (None: not known).
     """
 
     dataset: CachedDataset
@@ -37,6 +37,7 @@ class TrainingData:
     vocab_size: int
     seed: int
     num_token_ids: int | None = None
+    packing: bool = False
 
     def rows(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> Batches:
         """Return the joined rows of ``dataset``, to be collated so."""
@@ -44,11 +45,12 @@ class TrainingData:
 
     def tokens(self) -> Collator:
         """Return what decodes token ids alone."""
-        return Collator("", self.vocab_size)
+        return Collator("", self.vocab_size, packing=self.packing)
 
     def signals(self) -> Collator:
         """Return what decodes token ids and the teacher's distributions, if there are any."""
-        return Collator(encoding_of(self.dataset), self.vocab_size, self.num_token_ids)
+        encoding = encoding_of(self.dataset)
+        return Collator(encoding, self.vocab_size, self.num_token_ids, self.packing)
 
     def text(self, *, teacher: bool) -> Collator | None:
         """Return what decodes ``lm_dataset``, its distributions too with ``teacher``."""

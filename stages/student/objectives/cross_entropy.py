@@ -1,6 +1,6 @@
 """Next-token cross-entropy on the scored positions: the baseline without a teacher."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stages.student.objectives.objective import Objective, Reads
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 class CrossEntropyConfig(Objective):
     """Next-token cross-entropy on the scored positions: the baseline without a teacher."""
+
+    PACKS: ClassVar[bool] = True
 
     loss: Literal["cross_entropy"] = "cross_entropy"
 

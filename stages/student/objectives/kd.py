@@ -4,7 +4,7 @@ Hinton et al. 2015 (arXiv 1503.02531), their soft target. We differ in temperatu
 cache holds the raw distribution. What the KL is for each encoding is in ``losses.kl``.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class KdConfig(Objective):
     """Forward KL to the cached teacher with weight ``weight``, cross-entropy with the rest."""
+
+    PACKS: ClassVar[bool] = True
 
     loss: Literal["kd"] = "kd"
     weight: float = Field(default=1.0, gt=0.0, le=1.0)

@@ -35,6 +35,7 @@ class Objective(StageConfig, ABC):
     """What a student is trained for; ``loss`` names it in a recipe."""
 
     USES_READER: ClassVar[bool] = False  # what is trained is a distiller before a frozen reader
+    PACKS: ClassVar[bool] = False  # rows of a batch may lie end to end in one
 
     loss: str
 

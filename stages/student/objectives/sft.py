@@ -6,7 +6,7 @@ like any other, so a student learns to stop; a response that was cut has none, a
 of the kind. All values in nats.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stages.student.objectives.objective import Objective, Reads
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class SftConfig(Objective):
     """Cross-entropy on chosen responses of pairs, or answers of conversations: all their tokens."""
+
+    PACKS: ClassVar[bool] = True
 
     loss: Literal["sft"] = "sft"
 

@@ -73,7 +73,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         distiller; the Trainer has no part in the reader.
         """
         vocab_size = student_vocab_size(reader or model)
-        data = TrainingData(dataset, lm_dataset, vocab_size, config.seed, num_token_ids)
+        data = TrainingData(
+            dataset, lm_dataset, vocab_size, config.seed, num_token_ids, config.packing
+        )
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,

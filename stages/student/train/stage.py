@@ -24,7 +24,8 @@ class TrainConfig(StageConfig):
     divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
     preference losses: over the rows), however they fall into batches and processes.
     ``dtype`` is that of the matrix products; weights and optimizer state are float32.
-    ``warmup`` is a share of all steps.
+    ``warmup`` is a share of all steps. With ``packing`` the rows of a batch lie end to end, each
+    read as if alone, instead of side by side and padded to the longest.
     """
 
     objective: ObjectiveConfig = KdConfig()
@@ -39,12 +40,22 @@ class TrainConfig(StageConfig):
     max_grad_norm: float = Field(default=1.0, ge=0.0)
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    packing: bool = False
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give either 'max_steps' or 'epochs'")
+        return self
+
+    @model_validator(mode="after")
+    def _packing_where_rows_are_single(self) -> "TrainConfig":
+        if self.packing and not self.objective.PACKS:
+            raise ValueError(
+                f"packing: objective '{self.objective.loss}' reads several sequences of a row; set "
+                f"packing to false"
+            )
         return self
 
     @property
@@ -134,6 +145,9 @@ class TrainStage(TrainConfig, Stage):
 
         A run of one step warms up no more; those that did trained nothing.
         """
+        hashed = super().hashed()
+        if not self.packing:
+            del hashed["config"]["packing"]  # runs that came before it keep their names
         text = {"lm_inputs": len(self.lm_data)} if self.lm_data else {}
         warms_up_no_more = self.max_steps == 1 and self.warmup > 0
-        return super().hashed() | text | ({"warmup_steps": 0} if warms_up_no_more else {})
+        return hashed | text | ({"warmup_steps": 0} if warms_up_no_more else {})

@@ -21,6 +21,7 @@ from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import StoreError
 from schemas.storage.files import Folder, write_text
 from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
+from stages.models.causal_lm.packed_rows import require_packs
 from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
     METRICS,
@@ -201,6 +202,8 @@ class _Run:
         """Return what is trained on ``read``, and the frozen reader if the objective uses one."""
         if reader is None:
             model = load_student(student, device=device)
+            if self.config.packing:
+                require_packs(model, f"student {student}")
             for dataset in read:
                 check_student(student, dataset, student_vocab_size(model))
             return model, None
