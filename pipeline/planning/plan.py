@@ -17,6 +17,7 @@ from pipeline.planning.fingerprint import (
     model_identity,
     vocab_size_of,
 )
+from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
@@ -102,7 +103,11 @@ class PlannedStep:
 
 
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
-    """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference."""
+    """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference.
+
+    A model of the hub is fetched, as its content is its identity.
+    """
+    recipe = with_local_folders(recipe)
     _admit_code(recipe)
     planned: dict[str, PlannedStep] = {}
     for name, stage in recipe.steps.items():

@@ -19,11 +19,13 @@ from stages.stage import StageConfig
 class ModelRef(StageConfig):
     """A model to run: a local folder, or the checkpoint that an earlier step makes.
 
-    ``adapter`` is the folder of a PEFT adapter on a ``path`` model. ``trust_remote_code`` lets the
-    Python files that a ``path`` model brings run; it has to be said of a folder that brings some.
+    With ``revision`` (a commit, or a branch or tag) ``path`` is a name on the hub. ``adapter`` is
+    the folder of a PEFT adapter on a ``path`` model. ``trust_remote_code`` lets the Python files
+    that a ``path`` model brings run; it has to be said of a folder that brings some.
     """
 
     path: str | None = None
+    revision: str | None = Field(default=None, min_length=1)
     step: str | None = None
     adapter: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -34,6 +36,8 @@ class ModelRef(StageConfig):
     def _one_place(self) -> "ModelRef":
         if (self.path is None) == (self.step is None):
             raise ValueError("give either 'path' (a model folder) or 'step' (a step's name)")
+        if self.revision is not None and self.path is None:
+            raise ValueError("'revision' goes with 'path', a name on the hub")
         if self.adapter is not None and self.path is None:
             raise ValueError("'adapter' goes with 'path', the model folder it was trained on")
         if self.trust_remote_code and (self.path is None or self.adapter is not None):

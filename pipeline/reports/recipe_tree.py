@@ -124,7 +124,8 @@ def _maker(ref: ModelRef) -> str:
     if ref.step is not None:
         return f"made by {ref.step}"
     adapted = "" if ref.adapter is None else f" with adapter {ref.adapter}"
-    return f"{ref.folder}{adapted}{', runs its own code' if ref.trust_remote_code else ''}"
+    where = ref.folder if ref.revision is None else f"{ref.path} at {ref.revision} (hub)"
+    return f"{where}{adapted}{', runs its own code' if ref.trust_remote_code else ''}"
 
 
 def _step_lines(recipe: Recipe, branches: Sequence[_Branch]) -> Iterator[Text]:
