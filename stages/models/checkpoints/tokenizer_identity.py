@@ -191,7 +191,7 @@ def _vocabulary(folder: Path) -> Any:
     if not files:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
-            raise ConfigError(f"{folder} {what}: give the path of a model folder on this machine")
+            raise ConfigError(f"{folder} {what}: give the path of a model folder")
         raise ConfigError(
             f"{folder} has no tokenizer: no {TOKENIZER_JSON} and none of "
             f"{', '.join(_VOCABULARY_FILES)}; save the model's tokenizer there"
