@@ -5,12 +5,13 @@ Every field of ``TrainConfig`` moves the weights and is hashed; where a run happ
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
-from stages.stage import Kind, Stage, StageConfig
+from stages.stage import Kind, Stage, StageConfig, TableRef
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
 
@@ -92,6 +93,11 @@ class TrainStage(TrainConfig, Stage):
         if problem := self.objective.lm_data_problem(len(self.lm_data)):
             raise ValueError(problem)
         return self
+
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse tables that are not what the objective reads."""
+        kinds = [(ref.table.name, ref.table.variant) for ref in tables]
+        self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
 
     def hashed(self) -> dict[str, Any]:
         """Return what names the step by content, with how many of its tables are running text.

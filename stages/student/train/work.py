@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, write_text
 from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
 from stages.models.checkpoints.checkpoint import (
@@ -37,6 +37,7 @@ from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, num_tok
 from stages.student.batches.signals import worker_errors_as_raised
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.evaluate.positions import HeldOut, measure_student
+from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
@@ -86,7 +87,7 @@ def train(
     lm_dataset = None
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
-    config.objective.require(dataset, lm_dataset)
+    config.objective.require(_kinds(dataset), _kinds(lm_dataset))
     identity = _identity(config, dataset, lm_dataset, student)
     fingerprint = fingerprint or run_fingerprint(identity)
     run = _Run(config, options, output, fingerprint, identity, on_event, on_checkpoint)
@@ -96,6 +97,20 @@ def train(
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
     return run.carry_out(student, dataset, lm_dataset, held_out, resume=resume)
+
+
+def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Refuse weights that a last step has broken: no loss after it shows them."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(
+                f"after the last step {name} holds numbers that are not finite: lower lr "
+                f"({config.lr:g}) or max_grad_norm ({config.max_grad_norm:g})"
+            )
+
+
+def _kinds(dataset: CachedDataset | None) -> list[TableKind]:
+    return [(manifest.table, manifest.variant) for manifest in dataset.manifests] if dataset else []
 
 
 def _identity(
@@ -167,6 +182,7 @@ class _Run:
         trainer.accelerator.wait_for_everyone()
         summary = self._train(trainer, last_checkpoint(self.checkpoints))
         model.config.use_cache = use_cache  # the Trainer turns it off
+        _require_finite(model, self.config)
         summary["rows_without_partner"] = float(dataset.num_missing)
         after = self._measure(model, scored, "after")
         metrics = {"before": before, "after": after, "train": summary}
