@@ -6,10 +6,10 @@ loads these files, so nothing in them loads torch before a training run asks: de
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
 from stages.stage import StageConfig
 
@@ -18,11 +18,19 @@ if TYPE_CHECKING:
     from stages.student.losses.step import Step, Term
 
 
+TableKind = tuple[str, str]  # a table's name and variant
+TEXT = ("documents", "episodes")  # each holds rows of token ids as they are
+
+
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The tables an objective reads: those of ``data``, and of ``lm_data`` where it reads text."""
+    """The tables an objective reads: those of ``data``, and of ``lm_data`` where it reads text.
+
+    Of ``rows``, where there are any, ``data`` has to have one.
+    """
 
     data: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     lm_data: tuple[str, ...] = ()
 
 
@@ -55,21 +63,30 @@ class Objective(StageConfig, ABC):
             )
         return ""
 
-    def require(self, dataset: CachedDataset, lm_dataset: CachedDataset | None) -> None:
-        """Raise ConfigError unless the opened tables hold what the objective reads."""
-        num_tables = len(lm_dataset.manifests) if lm_dataset is not None else 0
-        if problem := self.lm_data_problem(num_tables):
+    def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
+        """Raise ConfigError unless these tables, by name and variant, are what it reads."""
+        if problem := self.lm_data_problem(len(lm_data)):
             raise ConfigError(problem)
-        self._require(self.reads.data, dataset, "data")
-        if lm_dataset is not None:
-            self._require(self.reads.lm_data, lm_dataset, "lm_data")
+        rows = [self.reads.rows] if self.reads.rows else []
+        self._require([*rows, *((table,) for table in self.reads.data)], data, "data")
+        if lm_data:
+            self._require([(table,) for table in self.reads.lm_data], lm_data, "lm_data")
 
-    def _require(self, needed: tuple[str, ...], dataset: CachedDataset, name: str) -> None:
-        found = [manifest.table for manifest in dataset.manifests]
-        for table in needed:
-            if table not in found:
-                article = "an" if table[0] in "aeiou" else "a"
+    def _require(
+        self, needed: Sequence[tuple[str, ...]], tables: Sequence[TableKind], name: str
+    ) -> None:
+        found = [table for table, _ in tables]
+        for table in found:
+            if found.count(table) > 1:
                 raise ConfigError(
-                    f"objective '{self.loss}' needs {article} {table} table, the {name} has: "
-                    f"{', '.join(found)}; add the step that makes it to {name}"
+                    f"{name}: {found.count(table)} of its tables are {table}, expected one of each "
+                    f"kind: name one of them"
+                )
+        for choices in needed:
+            if not set(choices) & set(found):
+                article = "an" if choices[0][0] in "aeiou" else "a"
+                raise ConfigError(
+                    f"{name}: objective '{self.loss}' needs {article} {' or '.join(choices)} "
+                    f"table, the {name} has: {', '.join(found)}; add the step that makes it to "
+                    f"{name}"
                 )
