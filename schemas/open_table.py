@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .errors import SchemaMismatch, StoreError
+from .errors import ConfigError, SchemaMismatch, StoreError
 from .row_checks import Columns, Contradiction, contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
@@ -241,7 +241,10 @@ def open_table(folder: Folder, *, split: str | None, verify: bool) -> OpenTable:
         )
     shards = [shard for shard in manifest.shards if split in (None, shard.split) and shard.num_rows]
     if not shards:
-        raise StoreError(f"{folder} has no row in split '{split}'")
+        raise ConfigError(
+            f"{folder} has no row in split '{split}': give the step that reads the text a "
+            f"heldout_fraction above 0 (below 1), or more text"
+        )
     starts = np.cumsum([0, *(shard.num_rows for shard in shards)])[:-1].astype(np.int64)
     return OpenTable(folder, manifest, table, shards, starts)
 

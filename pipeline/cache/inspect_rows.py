@@ -8,9 +8,9 @@ from rich.console import Console
 
 from pipeline.cache.pair_views import Decode
 from pipeline.cache.row_views import Look, view_of
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, StoreError
 from schemas.open_table import known_table
-from schemas.storage.files import Folder
+from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shards import read_shard
@@ -72,6 +72,11 @@ def _rows_from(folder: Folder, manifest: Manifest, table: Table[Any], first: int
             skipped += shard.num_rows
             continue
         with local_file(folder / shard.file, shard.sha256) as file:
+            if file.is_file() and sha256_of(file) != shard.sha256:
+                raise StoreError(
+                    f"{file} has changed since it was written: `teachercache verify {folder}` says "
+                    f"what mends it"
+                )
             content = read_shard(file)
         for batch in content.to_batches():
             for row in table.rows(batch):

@@ -112,7 +112,8 @@ def _model_config(folder: Folder) -> dict[str, Any]:
 
 def _json_object(path: Folder) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        # Infinity, in configs of state-space models, is no finite number: named as it is spelt
+        body = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; save the model again") from error
     if not isinstance(body, dict):

@@ -208,7 +208,13 @@ def _group(stage: Stage) -> str:
 
 def _tokenizer_folder(reference: str, recipe: Recipe, place: str) -> Path:
     if reference not in recipe.models:
-        return Path(reference).expanduser()
+        folder = Path(reference).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{place}: '{reference}' is neither under 'models' nor a folder; there are: "
+                f"{', '.join(recipe.models) or 'none'}"
+            )
+        return folder
     if recipe.models[reference].path is None:
         raise ConfigError(
             f"{place}: model '{reference}' is made by a step, expected a model folder: name the "

@@ -34,6 +34,8 @@ class ModelRef(StageConfig):
 
     @model_validator(mode="after")
     def _one_place(self) -> "ModelRef":
+        if "" in (self.path, self.adapter):
+            raise ValueError("got an empty text for a path, expected a model folder")
         if (self.path is None) == (self.step is None):
             raise ValueError("give either 'path' (a model folder) or 'step' (a step's name)")
         if self.revision is not None and self.path is None:
@@ -57,6 +59,8 @@ class ModelRef(StageConfig):
 def _root(place: object) -> object:
     if not isinstance(place, str | Folder):
         return place
+    if place == "":
+        raise ValueError("got an empty text, expected a folder or a place such as s3://bucket/x")
     try:
         folder = as_folder(place)
     except ConfigError as error:

@@ -4,9 +4,11 @@
 ``--set a.b=value`` changes a value before anything is checked.
 """
 
+import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +60,71 @@ def _yaml_place(error: yaml.YAMLError) -> str:
 
 
 def _problems(error: ValidationError, body: dict[str, Any]) -> str:
-    lines = []
+    """Say every problem with its place; what the members of a union expect is one problem."""
+    wrong: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
     for problem in error.errors():
         place = ".".join(_path_in(body, problem["loc"])) or "recipe"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "no such setting; check the spelling"
-        elif problem["type"] == "union_tag_invalid":
-            found, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "")
-            message = f"Input tag '{found}' found, expected one of {known}"
-        lines.append(f"{place}: {message}")
-    return "; ".join(lines)
+        kind, context = problem["type"], problem.get("ctx", {})
+        if kind == "union_tag_invalid":
+            place += f".{context['discriminator'].strip(chr(39))}"
+            got[place] = f"got '{context['tag']}', "
+        elif kind in _EXPECTED:
+            got[place] = f"got {_shown(problem['input'])}, "
+        told = (
+            _EXPECTED.get(kind) or _TOLD.get(kind) or problem["msg"].removeprefix("Value error, ")
+        )
+        wrong.setdefault(place, []).append(told.format_map(context))
+    return "; ".join(
+        f"{place}: {_one(got.get(place, ''), dict.fromkeys(told))}" for place, told in wrong.items()
+    )
+
+
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of settings"),
+    **dict.fromkeys(("path_type", "is_instance_of", "dataclass_type"), "a path"),
+    **dict.fromkeys(("date_type", "date_parsing", "date_from_datetime_parsing"), "a date"),
+    "string_type": "text",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "too_short": "at least {min_length} of them",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "union_tag_invalid": "one of {expected_tags}",
+}
+_TOLD = {
+    "missing": "this setting is missing",
+    "extra_forbidden": "no such setting; check the spelling",
+    "union_tag_not_found": "the setting {discriminator} is missing",
+}
+
+
+def _one(got: str, told: Iterable[str]) -> str:
+    return f"{got}expected {' or '.join(told)}" if got else "; ".join(told)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a recipe spells it, or what kind of thing it is where that is long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def _path_in(body: Any, location: Sequence[str | int]) -> Iterator[str]:
     """Yield a problem's path as the recipe spells it: without the names of union members."""
     for part in location:
+        if not isinstance(body, dict | list):
+            return
         if isinstance(body, dict) and part not in body and part in body.values():
             continue
         yield str(part)
-        inside = isinstance(body, list) or (isinstance(body, dict) and part in body)
-        body = body[part] if inside else None
+        body = body.get(part) if isinstance(body, dict) else body[int(part)]
 
 
 def _override(body: dict[str, Any], override: str) -> None:
@@ -108,7 +154,12 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _expand(value: Any, place: str) -> Any:
+    """Put variables in; refuse what has no stable bytes, which would name no step."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: got {value}, expected a finite number")
     if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ConfigError(f"{place}: the key {odd[0]} is no text: put it in quotes")
         return {key: _expand(item, f"{place}: {key}") for key, item in value.items()}
     if isinstance(value, list):
         return [_expand(item, place) for item in value]

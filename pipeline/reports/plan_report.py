@@ -34,7 +34,7 @@ def print_plan(
             step.stage.stage,
             progress.state,
             progress.why,
-            _of(progress),
+            _of(step, progress),
             count_cell(progress.num_rows),
             "-" if progress.num_bytes is None else about + human_bytes(progress.num_bytes),
         )
@@ -66,7 +66,7 @@ def print_status(
         table.add_row(
             step.name,
             progress.state,
-            _of(progress),
+            _of(step, progress),
             count_cell(progress.num_rows),
             count_cell(progress.num_positions),
             per_position,
@@ -127,7 +127,9 @@ def _groups(num_shards: int, group_size: int) -> list[str]:
     return [f"{start}:{min(start + group_size, num_shards)}" for start in starts]
 
 
-def _of(progress: Progress) -> str:
+def _of(step: PlannedStep, progress: Progress) -> str:
+    if not step.writes_table:
+        return "-"
     total = "?" if progress.num_shards is None else str(progress.num_shards)
     return f"{progress.shards_done}/{total}"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 from pipeline.state.lease_file import LeaseFile
 from pipeline.state.lease_lock import LeasePlace, is_leased, lease
@@ -23,6 +24,16 @@ LOCK_FILE = ".lock"
 SHARDS_LOCK_FILE = ".lock-shards"  # byte i of it stands for shard i
 LEASE_FILE = ".lease"
 _NAME_WITHIN_S = 1.0  # a holder writes its name right after it has the lock
+_opened: WeakSet[IO[str]] = WeakSet()
+
+
+def _let_go() -> None:
+    """Close the lock files in a forked child: a loader's worker outlives a killed run a while."""
+    for stream in list(_opened):
+        stream.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -147,12 +158,14 @@ def _holder(stream: IO[str]) -> str:
 def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / name).open("a+")
+        stream = (folder / name).open("a+")
     except OSError as error:
         raise StoreError(
             f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
             f"another execution.root"
         ) from error
+    _opened.add(stream)
+    return stream
 
 
 def remove_torn_files(folder: Folder, stems: Collection[str] | None = None) -> None:

@@ -120,6 +120,16 @@ def test_inspect_shows_text_and_probabilities(
     assert beyond.code == 2 and "there is no row 99999" in beyond.error
 
 
+def test_inspect_shows_no_row_of_a_shard_that_has_changed(copied: Path) -> None:
+    folder = table_folder(copied, "teacher_logits")
+    shard = next(folder.glob("shard-00000-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # behind the last row: Arrow reads it all the same
+    shard.write_bytes(content)
+    said = teachercache("inspect", folder)
+    assert said.code == 1 and f"{shard} has changed since it was written" in said.error
+
+
 def test_verify_finds_each_kind_of_damage_and_names_the_file(copied: Path) -> None:
     assert teachercache("verify", copied).code == 0
     documents, signals = (table_folder(copied, t) for t in ("documents", "teacher_logits"))

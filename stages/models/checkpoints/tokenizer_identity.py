@@ -190,7 +190,8 @@ def _vocabulary(folder: Path) -> Any:
     files = [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
     if not files:
         if not folder.is_dir():
-            raise ConfigError(f"{folder} does not exist: give the path of a model folder")
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ConfigError(f"{folder} {what}: give the path of a model folder")
         raise ConfigError(
             f"{folder} has no tokenizer: no {TOKENIZER_JSON} and none of "
             f"{', '.join(_VOCABULARY_FILES)}; save the model's tokenizer there"

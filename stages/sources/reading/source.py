@@ -100,6 +100,11 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     for pattern in patterns:
         names = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         paths = [Path(name).absolute() for name in names if Path(name).is_file()]
+        if not paths and names:
+            raise ConfigError(
+                f"'{pattern}' is a folder, expected files: name them, such as "
+                f"'{pattern.rstrip('/')}/*.jsonl'"
+            )
         if not paths:
             raise ConfigError(
                 f"no file matches '{pattern}' (looked from {Path.cwd()}); check the path, "

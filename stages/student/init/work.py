@@ -13,7 +13,6 @@ Cost: the whole teacher once in CPU memory, at its own dtype. SmolLM2-135M takes
 """
 
 import filecmp
-import itertools
 import os
 import shutil
 import uuid
@@ -37,7 +36,7 @@ from stages.models.checkpoints.checkpoint import (
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
-from stages.student.init.stage import StudentInitStage
+from stages.student.init.stage import StudentInitStage, chosen_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = "config.json"  # moved into place last: without it a folder is no model
@@ -91,41 +90,6 @@ def init_student(
         num_parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-
-
-def chosen_layers(layers: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return the indices to keep; raises ConfigError where they do not fit ``num_layers``."""
-    if isinstance(layers, int):
-        return evenly_spaced(layers, num_layers)
-    kept = tuple(layers)
-    outside = [index for index in kept if not 0 <= index < num_layers]
-    if outside or not kept:
-        raise ConfigError(
-            f"layers: got {list(kept)}, expected indices from 0 to {num_layers - 1} of the "
-            f"teacher's {num_layers} layers"
-        )
-    if any(later <= earlier for earlier, later in itertools.pairwise(kept)):
-        raise ConfigError(
-            f"layers: got {list(kept)}, expected each index once and in rising order, such as "
-            f"{sorted(set(kept))}"
-        )
-    return kept
-
-
-def evenly_spaced(count: int, num_layers: int) -> tuple[int, ...]:
-    """Return ``count`` indices with the first and the last, at steps as equal as they can be.
-
-    Where the steps cannot be equal the longer ones, by one, come last: 10 of 30 layers are 0, 3,
-    6, 9, 12, 15, 18, 21, 25, 29.
-    """
-    if not 2 <= count <= num_layers:
-        raise ConfigError(
-            f"layers: got {count}, expected 2 to {num_layers} (the teacher's number of layers), "
-            f"or a list such as [0] for just those"
-        )
-    step, longer = divmod(num_layers - 1, count - 1)
-    shorter = count - 1 - longer
-    return tuple(index * step + max(0, index - shorter) for index in range(count))
 
 
 def _load(folder: Path, dtype: Any) -> Any:

@@ -11,14 +11,14 @@ tokens alone, advantages clipped to [1e-8, 1 - 1e-8], which erases every negativ
 All values in nats.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
-from stages.student.objectives.objective import Objective, Reads
+from stages.student.objectives.objective import Objective, Reads, TableKind
 
 if TYPE_CHECKING:
     from stages.student.batches.training_data import Batches, TrainingData
@@ -42,13 +42,13 @@ class AdpaConfig(Objective):
         """The pairs, the student's responses to their prompts, and the advantages on those."""
         return Reads(data=("preference_pairs", "responses", "advantages"))
 
-    def require(self, dataset: CachedDataset, lm_dataset: CachedDataset | None) -> None:
+    def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
         """Refuse the published code's advantages too: they are another quantity."""
-        super().require(dataset, lm_dataset)
-        support = next(m.variant for m in dataset.manifests if m.table == "advantages")
+        super().require(data, lm_data)
+        support = dict(data)["advantages"]
         if (support == "as_released") != (self.mode == "as_released"):
             raise ConfigError(
-                f"objective 'adpa' in mode '{self.mode}' cannot read advantages of support "
+                f"data: objective 'adpa' in mode '{self.mode}' cannot read advantages of support "
                 f"'{support}': mode as_released reads support as_released, mode paper any other"
             )
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stages.student.objectives.objective import Objective, Reads
+from stages.student.objectives.objective import TEXT, Objective, Reads
 
 if TYPE_CHECKING:
     from stages.student.batches.training_data import Batches, TrainingData
@@ -18,8 +18,8 @@ class CrossEntropyConfig(Objective):
 
     @property
     def reads(self) -> Reads:
-        """No table in particular."""
-        return Reads()
+        """The rows alone."""
+        return Reads(rows=TEXT)
 
     def batches(self, data: "TrainingData") -> "Batches":
         """Return rows of any tables; a teacher's columns, if any, are left out."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stages.student.objectives.objective import Objective, Reads
+from stages.student.objectives.objective import TEXT, Objective, Reads
 
 if TYPE_CHECKING:
     from stages.student.batches.training_data import Batches, TrainingData
@@ -25,8 +25,8 @@ class KdConfig(Objective):
 
     @property
     def reads(self) -> Reads:
-        """The teacher's distributions."""
-        return Reads(data=("teacher_logits",))
+        """The rows and the teacher's distributions."""
+        return Reads(data=("teacher_logits",), rows=TEXT)
 
     def batches(self, data: "TrainingData") -> "Batches":
         """Return the rows with the teacher's distributions."""

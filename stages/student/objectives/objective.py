@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
 from stages.stage import StageConfig
 
@@ -19,16 +18,20 @@ if TYPE_CHECKING:
     from stages.student.losses.step import Step, Term
 
 
+TableKind = tuple[str, str]  # a table's name and variant
+TEXT = ("documents", "episodes", "conversations")  # each holds rows of token ids as they are
+
+
 @dataclass(frozen=True, slots=True)
 class Reads:
     """The tables an objective reads: those of ``data``, and of ``lm_data`` where it reads text.
 
-    Of ``one_of``, which are about samples too, ``data`` has any one.
+    Of ``rows``, where there are any, ``data`` has to have one.
     """
 
     data: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     lm_data: tuple[str, ...] = ()
-    one_of: tuple[str, ...] = ()
 
 
 class Objective(StageConfig, ABC):
@@ -61,25 +64,31 @@ class Objective(StageConfig, ABC):
             )
         return ""
 
-    def require(self, dataset: CachedDataset, lm_dataset: CachedDataset | None) -> None:
-        """Raise ConfigError unless the opened tables hold what the objective reads."""
-        num_tables = len(lm_dataset.manifests) if lm_dataset is not None else 0
-        if problem := self.lm_data_problem(num_tables):
+    def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
+        """Raise ConfigError unless these tables, by name and variant, are what it reads."""
+        if problem := self.lm_data_problem(len(lm_data)):
             raise ConfigError(problem)
-        needed = [(table,) for table in self.reads.data]
-        one_of = [self.reads.one_of] if self.reads.one_of else []
-        self._require([*one_of, *needed], dataset, "data")
-        if lm_dataset is not None:
-            self._require([(table,) for table in self.reads.lm_data], lm_dataset, "lm_data")
+        rows = [self.reads.rows] if self.reads.rows else []
+        self._require([*rows, *((table,) for table in self.reads.data)], data, "data")
+        if lm_data:
+            self._require([(table,) for table in self.reads.lm_data], lm_data, "lm_data")
 
     def _require(
-        self, needed: Sequence[tuple[str, ...]], dataset: CachedDataset, name: str
+        self, needed: Sequence[tuple[str, ...]], tables: Sequence[TableKind], name: str
     ) -> None:
-        found = [manifest.table for manifest in dataset.manifests]
-        for tables in needed:
-            if not set(tables).intersection(found):
-                article = "an" if tables[0][0] in "aeiou" else "a"
+        found = [table for table, _ in tables]
+        for table in found:
+            if found.count(table) > 1:
                 raise ConfigError(
-                    f"objective '{self.loss}' needs {article} {' or '.join(tables)} table, the "
-                    f"{name} has: {', '.join(found)}; add the step that makes it to {name}"
+                    f"{name}: {found.count(table)} of its tables are {table}, expected one of each "
+                    f"kind: name one of them"
+                )
+        for choices in needed:
+            if not set(choices) & set(found):
+                article = "an" if choices[0][0] in "aeiou" else "a"
+                wanted = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+                raise ConfigError(
+                    f"{name}: objective '{self.loss}' needs {article} {wanted} "
+                    f"table, the {name} has: {', '.join(found)}; add the step that makes it to "
+                    f"{name}"
                 )

@@ -25,7 +25,7 @@ class SftConfig(Objective):
     @property
     def reads(self) -> Reads:
         """Pairs or conversations."""
-        return Reads(one_of=("preference_pairs", "conversations"))
+        return Reads(rows=("preference_pairs", "conversations"))
 
     def batches(self, data: "TrainingData") -> "Batches":
         """Return the responses, each after its prompt."""

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from schemas.dataset import CachedDataset
-from schemas.errors import TeacherCacheError
+from schemas.errors import ConfigError
 from schemas.storage.files import write_text
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import student_vocab_size
@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             logs = {**logs, **parts}
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise TeacherCacheError(
+            raise ConfigError(
                 f"the loss is {logs['loss']} at step {self.state.global_step}: lower lr "
                 f"({self._config.lr:g}) or max_grad_norm ({self._config.max_grad_norm:g})"
             )

@@ -123,7 +123,12 @@ class TrainStage(TrainConfig, Stage):
         return self
 
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse a reader that is not the cached teacher, unless the objective says so."""
+        """Refuse tables that are not what the objective reads, or a reader that is not the teacher.
+
+        ``cross_model`` of the objective allows another one.
+        """
+        kinds = [(ref.table.name, ref.table.variant) for ref in tables]
+        self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
         if not isinstance(self.objective, MendConfig) or self.reader is None:
             return
         reader = models[self.reader]

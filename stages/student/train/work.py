@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, write_text
 from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
 from stages.models.causal_lm.packed_rows import require_packs
@@ -43,6 +43,7 @@ from stages.student.distiller.distiller import load_distiller
 from stages.student.distiller.reader import check_reader, load_reader
 from stages.student.evaluate.positions import DTYPES, HeldOut, measure_student
 from stages.student.objectives.mend import MendConfig
+from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
@@ -94,7 +95,7 @@ def train(
     lm_dataset = None
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
-    config.objective.require(dataset, lm_dataset)
+    config.objective.require(_kinds(dataset), _kinds(lm_dataset))
     assert (reader is not None) == config.objective.USES_READER, "a reader where one is used"
     identity = _identity(config, dataset, lm_dataset, student)
     if reader is not None:
@@ -107,6 +108,20 @@ def train(
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
     return run.carry_out(student, reader, dataset, lm_dataset, held_out, resume=resume)
+
+
+def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Refuse weights that a last step has broken: no loss after it shows them."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(
+                f"after the last step {name} holds numbers that are not finite: lower lr "
+                f"({config.lr:g}) or max_grad_norm ({config.max_grad_norm:g})"
+            )
+
+
+def _kinds(dataset: CachedDataset | None) -> list[TableKind]:
+    return [(manifest.table, manifest.variant) for manifest in dataset.manifests] if dataset else []
 
 
 def _identity(
@@ -181,6 +196,7 @@ class _Run:
         summary = self._train(trainer, last_checkpoint(self.checkpoints))
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off
+        _require_finite(model, self.config)
         summary["rows_without_partner"] = float(dataset.num_missing)
         if isinstance(self.config.objective, MendConfig):
             summary["cross_model"] = float(self.config.objective.cross_model)

@@ -1,6 +1,7 @@
 """Names by content: what moves bytes moves a fingerprint, where and how wide a run is does not."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -291,6 +292,16 @@ def test_folders_that_are_no_models_are_refused(case: Case) -> None:
     config.unlink()
     with pytest.raises(ConfigError, match=r"it has no config\.json; give the path of a folder"):
         model_identity(case.model, dtype="float32", engine="vllm")
+
+
+def test_a_config_with_an_infinite_number_names_its_model(case: Case) -> None:
+    """State-space models' have one: ``"time_step_limit": [0.0, Infinity]``."""
+    path = case.model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"time_step_limit": [0.0, math.inf]}))
+    first = fingerprint_of(model_identity(case.model, dtype="float32", engine="vllm"))
+    path.write_text(json.dumps(config | {"time_step_limit": [0.0, 1.0]}))
+    assert first != fingerprint_of(model_identity(case.model, dtype="float32", engine="vllm"))
 
 
 def test_sizes_come_from_the_text_part_of_a_nested_config(tmp_path: Path) -> None:

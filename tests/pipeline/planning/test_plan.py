@@ -68,6 +68,15 @@ def test_what_is_pending_and_why(fresh: TinyRecipe) -> None:
     assert signals.num_rows is None and signals.num_bytes is None
 
 
+def test_a_step_without_shards_counts_none(fresh: TinyRecipe) -> None:
+    edit_recipe(fresh, "steps", "small", value=STUDENT)
+    for command in ("plan", "status"):
+        line = next(
+            line for line in teachercache(command, fresh.path).out.splitlines() if "small" in line
+        )
+        assert "0/?" not in line, line
+
+
 def test_what_is_done_or_begun_and_why(copied: TinyRecipe) -> None:
     documents, signals = (progress_of(step) for step in copied.plan())
     assert (documents.state, signals.state) == ("done", "done")

@@ -228,3 +228,27 @@ def test_a_lease_file_is_as_old_as_it_was_seen_unchanged(tmp_path: Path) -> None
     assert path.replace(b"b", version) is None and path.read_bytes() == b"a"
     path.unlink()
     assert path.replace(b"b", version) is None and path.info() is None
+
+
+@pytest.mark.parametrize("first", [None, range(2)])
+def test_a_forked_child_does_not_hold_the_lock_of_its_parent(
+    tmp_path: Path, first: range | None
+) -> None:
+    """A loader's worker outlives a killed run by seconds: the next run need not wait for it."""
+    forked, ends = os.pipe(), os.pipe()
+    held = step_lock(tmp_path) if first is None else shards_lock(tmp_path, first)
+    with held:
+        child = os.fork()
+        if child == 0:
+            os.write(forked[1], b"x")
+            os.read(ends[0], 1)
+            os._exit(0)
+        os.read(forked[0], 1)
+        with pytest.raises(StoreError, match="is being written by"), step_lock(tmp_path):
+            pass
+    try:
+        with step_lock(tmp_path):
+            pass
+    finally:
+        os.write(ends[1], b"x")
+        os.waitpid(child, 0)

@@ -22,7 +22,8 @@ from transformers import (
 
 from schemas.errors import ConfigError
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.student.init.work import chosen_layers, evenly_spaced, init_student
+from stages.student.init.stage import chosen_layers, evenly_spaced
+from stages.student.init.work import init_student
 
 LAYERS = 6
 SIZES = {

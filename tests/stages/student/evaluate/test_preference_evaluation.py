@@ -421,8 +421,8 @@ def test_rows_that_are_not_there_are_refused(made: Made, tmp_path: Path) -> None
     bound = PREFERENCE_PAIRS.bind(vocab_size=VOCAB_SIZE)
     train = [replace(pair, split="train") for pair in made.held_out]
     write_table(tmp_path / "train", bound, train, made.folder("sft"))
-    said = refusal(StoreError, made, data=[tmp_path / "train"])
-    assert "has no row in split 'heldout'" in said
+    said = refusal(ConfigError, made, data=[tmp_path / "train"])
+    assert "has no row in split 'heldout': give the step that reads the text a heldout_f" in said
     options = PreferenceOptions(max_tokens=WINDOW)
     said = refusal(StoreError, made, options=options)
     assert "none of 11 'heldout' pairs can be measured" in said

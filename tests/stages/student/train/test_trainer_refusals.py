@@ -128,6 +128,29 @@ def test_a_loss_that_is_not_a_number_stops_the_run(own_data: CachedData, tmp_pat
         run(own_data, tmp_path / "out", heldout=False)
 
 
+def test_weights_that_the_last_step_breaks_are_not_kept(
+    own_data: CachedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss is logged after the last step, so only the weights show it."""
+    step = torch.optim.AdamW.step
+
+    def broken(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        found = step(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data.flatten()[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    once = CONFIG.model_copy(update={"max_steps": 1, "epochs": None})
+    with pytest.raises(ConfigError, match=r"weight holds numbers that are not finite: lower lr"):
+        train(
+            once,
+            student=own_data.student,
+            data=own_data.tables("threshold"),
+            output=tmp_path / "out",
+        )
+    assert not (tmp_path / "out" / "checkpoint.json").exists()
+
+
 def test_a_missing_student_is_one_readable_line(data: CachedData, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load the student"):
         evaluate(tmp_path / "nothing", data.tables("threshold"))
