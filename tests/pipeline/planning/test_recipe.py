@@ -282,8 +282,8 @@ TRAINED = {"stage": "train", "student": "teacher", "objective": {"loss": "kd"}, 
         ),
         (
             {"steps.trained": {**TRAINED, "data": ["signals"]}},
-            "steps.trained.data: objective 'kd' needs a documents, episodes or conversations table, "
-            "the data has: teacher_logits",
+            "steps.trained.data: objective 'kd' needs a documents, episodes or conversations "
+            "table, the data has: teacher_logits",
         ),
         (
             {"steps.trained": {**TRAINED, "data": ["documents"]}},
