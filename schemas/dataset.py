@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from .errors import IdentityMismatch, SchemaMismatch
+from .errors import IdentityMismatch, SchemaMismatch, StoreError
 from .open_table import OpenTable, open_table
 from .storage.files import Folder, as_folder
 from .storage.shard_cache import local_files
@@ -74,7 +75,10 @@ class CachedDataset:
             num_rows = parts[0].num_rows
             self._rows, self.num_missing = np.arange(num_rows, dtype=np.int64)[:, None], 0
         else:
-            self._rows, self.num_missing = _join([part.sample_ids() for part in parts])
+            keys = [part.sample_ids() for part in parts]
+            for part, found in zip(parts, keys, strict=True):
+                _require_distinct(found, part.folder)
+            self._rows, self.num_missing = _join(keys)
         if not len(self._rows):
             raise IdentityMismatch(
                 f"no row of {parts[0].folder} has a partner in "
@@ -106,6 +110,20 @@ class CachedDataset:
         """
         order = np.random.default_rng((seed, epoch)).permutation(len(self))
         return order[rank::world_size][start:].astype(np.int64)
+
+
+def _require_distinct(keys: npt.NDArray[np.bytes_], folder: Folder) -> None:
+    """Raise StoreError for a key that two rows have: which of them joins would be chance."""
+    fixed = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(keys.itemsize), len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys))]
+    )
+    if len(fixed.unique()) == len(keys):
+        return
+    found, counts = np.unique(keys, return_counts=True)
+    raise StoreError(
+        f"{folder}: {int((counts > 1).sum())} sample_ids stand in several rows, "
+        f"{found[counts > 1][0].decode()} is one: delete this folder and run the recipe again"
+    )
 
 
 def _join(keys: Sequence[npt.NDArray[np.bytes_]]) -> tuple[I64Array, int]:

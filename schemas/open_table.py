@@ -175,7 +175,8 @@ class OpenTable:
         names = list(self.table.columns)
         columns = {name: self.table.column_values(content, name) for name in names}
         if (shard, first) not in self._sound:
-            found = contradiction_in(content, columns, self.table, self.manifest.vocab_size)
+            size, split = self.manifest.vocab_size, self.shards[shard].split
+            found = contradiction_in(content, columns, self.table, size, split)
             if found is not None:
                 place = self.folder / self.shards[shard].file
                 raise StoreError(contradicted(place, first, columns, found))

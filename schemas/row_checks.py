@@ -10,6 +10,7 @@ here, for ``teachercache verify`` and for whoever reads rows to train:
 - What a row's class asks of its columns together: lengths that agree, spans in order (its own
   ``__post_init__``).
 - ``sample_id``, where it is a hash of the row's own token ids: it is computed anew (``hashed_id``).
+- ``split``, where rows say theirs: that of their shard.
 
 Bounds are looked at for a whole record batch at once. Of float16 only the bits are: numbers of one
 sign lie in the order of their bits, so two maxima tell, where a comparison a value takes ten times
@@ -46,14 +47,15 @@ def contradiction_in(
     columns: Columns,
     table: Table[Any],
     vocab_size: int,
+    split: str,
     *,
     thorough: bool = False,
 ) -> Contradiction | None:
     """Return the first thing that is wrong in ``batch``, None where all rows are sound.
 
-    ``columns`` are its columns as ``Table.column_values`` gives them. ``thorough`` adds the one
-    check that costs as much as reading: that masses sum to one, which decoding for a batch of
-    training finds too.
+    ``columns`` are its columns as ``Table.column_values`` gives them, ``split`` is what its shard
+    is part of. ``thorough`` adds the one check that costs as much as reading: that masses sum to
+    one, which decoding for a batch of training finds too.
     """
     try:
         batch.validate(full=True)
@@ -66,6 +68,9 @@ def contradiction_in(
         found = _outside(columns, name, column, vocab_size)
         if found is not None:
             return found
+    for index, found_split in enumerate(columns.get("split", ())):
+        if found_split != split:
+            return Contradiction(index, f"split is '{found_split}' in a shard of '{split}'")
     return _contradicted_row(columns, table, thorough)
 
 

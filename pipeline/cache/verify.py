@@ -71,16 +71,17 @@ def verify_folder(folder: Folder) -> list[str]:
         table = known_table(manifest, folder)
     except TeacherCacheError as error:
         return [str(error)]
+    seen: set[str] = set()
     return [
         line
         for shard in manifest.shards
-        for line in _shard_problems(folder / shard.file, folder, manifest, shard, table)
+        for line in _shard_problems(folder / shard.file, folder, manifest, shard, table, seen)
     ]
 
 
 def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]) -> list[str]:
     """Fetch each shard once, whatever copies of it this machine has, and look at it here."""
-    problems = damaged_shards(folder, replace(manifest, shards=()))
+    problems, seen = damaged_shards(folder, replace(manifest, shards=())), set[str]()
     with tempfile.TemporaryDirectory(prefix="teachercache-") as scratch:
         for shard in manifest.shards:
             path, file = folder / shard.file, Path(scratch) / shard.file
@@ -93,14 +94,20 @@ def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]
                 says = f"the manifest says {shard.sha256[:12]}"
                 problems.append(f"{path} has sha256 {found[:12]}, {says}")
             else:
-                problems.extend(_shard_problems(file, folder, manifest, shard, table))
+                problems.extend(_shard_problems(file, folder, manifest, shard, table, seen))
             file.unlink()
     return problems
 
 
 def _shard_problems(
-    file: Path, folder: Folder, manifest: Manifest, shard: ShardRecord, table: Table[Any]
+    file: Path,
+    folder: Folder,
+    manifest: Manifest,
+    shard: ShardRecord,
+    table: Table[Any],
+    seen: set[str],
 ) -> Iterator[str]:
+    """Yield what is wrong in one shard; the ids of its rows are added to those ``seen``."""
     path = folder / shard.file
     content = read_shard(file)
     expected = {b"table": manifest.table, b"version": str(manifest.version)}
@@ -111,7 +118,7 @@ def _shard_problems(
     if content.num_rows != shard.num_rows:
         yield f"{path} has {content.num_rows} rows, its record says {shard.num_rows}"
     try:
-        wrong = list(_contradictions(content, path, table, manifest.vocab_size))
+        wrong = list(_contradictions(content, path, table, manifest.vocab_size, shard.split))
         yield from wrong
         if wrong:
             return
@@ -126,10 +133,13 @@ def _shard_problems(
         )
     if len(ids) != content.num_rows:
         yield f"{path} has {content.num_rows - len(ids)} repeated sample_ids"
+    if again := ids & seen:
+        yield f"{path} has {len(again)} sample_ids of the shards before it, {min(again)} is one"
+    seen |= ids
 
 
 def _contradictions(
-    content: pa.Table, path: Folder, table: Table[Any], vocab_size: int
+    content: pa.Table, path: Folder, table: Table[Any], vocab_size: int, split: str
 ) -> Iterator[str]:
     """Yield a line for each record batch with a row that its own bytes contradict."""
     first = 0
@@ -138,7 +148,7 @@ def _contradictions(
             yield f"{path}: record batch {number} has {batch.num_rows} rows, expected {expected}"
             return
         columns = {name: table.column_values(batch, name) for name in table.columns}
-        found = contradiction_in(batch, columns, table, vocab_size, thorough=True)
+        found = contradiction_in(batch, columns, table, vocab_size, split, thorough=True)
         if found is not None:
             yield contradicted(path, first, columns, found)
         first += batch.num_rows
