@@ -37,7 +37,7 @@ def some_row(name: str, variant: str, index: int) -> Values:
     key = sample_id_of(np.array([index]))
     fall_PK = -np.sort(rng.random((P, K)), axis=1) - 2
     rest_P = np.log(1 - np.exp(fall_PK).sum(axis=1))
-    ids_PK = rng.integers(0, VOCAB, (P, K))
+    ids_PK = rng.permuted(np.tile(np.arange(VOCAB), (P, 1)), axis=1)[:, :K]
     logits = {
         "sample_id": key,
         "first_target": 1,
@@ -160,6 +160,20 @@ def write(folder: Path, name: str, variant: str, faults: Values) -> Path:
     return file
 
 
+def plant_twice(column: str) -> Callable[[Values], Values]:
+    """Put a position's first kept token in the place of another one of it too."""
+
+    def planted(row: Values) -> Values:
+        values = np.array(row[column])
+        if values.ndim == 1:  # two entries of each position end to end
+            values[5] = values[4]
+        else:
+            values[2, -1] = values[2, 0]
+        return {column: values}
+
+    return planted
+
+
 def plant(column: str, value: float) -> Callable[[Values], Values]:
     """Put a number in the middle of one column."""
 
@@ -208,6 +222,8 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("teacher_logits", "threshold", plant("entropies_P", -0.5), "entropies_P holds -0.5"),
     ("teacher_logits", "threshold", plant("next_token_logprobs_P", 0.5), "holds 0.5"),
     ("teacher_logits", "threshold", lambda row: {"first_target": 0}, "first_target 0"),
+    ("teacher_logits", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
+    ("teacher_logits", "top_k", plant_twice("token_ids_PK"), "twice at one position"),
     ("teacher_logits", "top_k", plant("logprobs_PK", np.nan), "logprobs_PK holds nan"),
     ("teacher_logits", "top_k", plant("logprobs_PK", -0.5), "logprobs_PK rises"),
     ("teacher_logits", "top_k", plant("rest_logprobs_P", np.inf), "rest_logprobs_P holds inf"),
@@ -220,6 +236,10 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("advantages", "threshold", plant("advantages_PK", np.inf), "advantages_PK holds inf"),
     ("advantages", "threshold", plant("log_inclusions_PK", 0.5), "log_inclusions_PK holds 0.5"),
     ("advantages", "threshold", plant("token_ids_PK", VOCAB), "token_ids_PK holds 300"),
+    ("responses", "", plant_twice("top_ids_AK"), "top_ids_AK holds id"),
+    ("advantages", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
+    ("advantages", "as_released", plant_twice("token_ids_PK"), "twice at one position"),
+    ("advantages", "union_top_k", plant_twice("token_ids_E"), "twice at one position"),
     ("advantages", "union_top_k", plant("num_entries_P", 3), "11 entries are counted, not stored"),
     ("advantages", "union_top_k", plant("rest_advantages_P", np.nan), "holds nan"),
     ("advantages", "union_top_k", plant("token_ids_E", VOCAB), "token_ids_E holds 300"),

@@ -48,7 +48,7 @@ def top_k_row(of: Document) -> TopKLogits:
     return TopKLogits(
         sample_id=of.sample_id,
         first_target=1,
-        token_ids_PK=np.zeros((num_positions, 2), np.int64),
+        token_ids_PK=np.tile(np.arange(2), (num_positions, 1)),
         logprobs_PK=np.zeros((num_positions, 2), np.float16),
         rest_logprobs_P=np.zeros(num_positions, np.float16),
         next_token_logprobs_P=np.full(num_positions, -mark, np.float16),
