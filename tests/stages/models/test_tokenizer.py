@@ -129,6 +129,24 @@ def test_what_stands_first_is_read_off_the_files(kind: str, tmp_path: Path) -> N
         assert len(TextTokenizer(folder).prefix_ids) == adds_bos
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("said", [False, True, None])
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_post_processor_says_what_stands_first_and_no_setting(
+    name: str, said: bool | None, adds_bos: bool, tmp_path: Path
+) -> None:
+    """As transformers 5 has it: a folder with ``add_bos_token: true`` may put nothing first."""
+    settings = {} if said is None else {"add_bos_token": said}
+    folder = save_kind(tmp_path, "metaspace", name, adds_bos=adds_bos, **settings)
+    live = AutoTokenizer.from_pretrained(folder)
+    bare = live.encode("we add", add_special_tokens=False)
+    assert live.encode("we add") == [live.bos_token_id] * adds_bos + bare
+    texts = TextTokenizer(folder)
+    assert texts.first_ids("tokenizer").tolist() == [live.bos_token_id] * adds_bos
+    assert texts.first_ids("always").tolist() == [live.bos_token_id]
+    assert open_tokenizer(folder).encode("we add") == live.encode("we add")
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_was_opened_otherwise_has_another_fingerprint(
