@@ -48,7 +48,7 @@ def top_k_row(of: Document) -> TopKLogits:
     return TopKLogits(
         sample_id=of.sample_id,
         first_target=1,
-        token_ids_PK=np.zeros((num_positions, 2), np.int64),
+        token_ids_PK=np.tile(np.arange(2), (num_positions, 1)),
         logprobs_PK=np.zeros((num_positions, 2), np.float16),
         rest_logprobs_P=np.zeros(num_positions, np.float16),
         next_token_logprobs_P=np.full(num_positions, -mark, np.float16),
@@ -353,14 +353,14 @@ def test_a_table_of_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     records = [
         ShardRecord(
             name=shard_name(index, num_shards),
-            split="train",
+            split=row.split,
             num_rows=1,
             num_tokens=6,
             num_positions=0,
             num_bytes=1,
             sha256="0" * 64,
         )
-        for index in range(num_shards)
+        for index, row in enumerate(rows)
     ]
     write_manifest(tmp_path, replace_shards(write_documents(tmp_path / "other"), records))
     dataset = open_dataset([tmp_path], verify=False)

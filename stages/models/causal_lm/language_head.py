@@ -45,7 +45,7 @@ _KNOWN = {*_SOFTCAPS, *_MULTIPLIERS, *_DIVISORS}
 # Settings that speak of logits and are no head: routers, attention scores, what forward returns.
 _NO_HEAD = re.compile(r"router|att|auxiliary|to_keep|lm_head_bias|chunk_size|freeze|_init")
 
-_OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight")
+_OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight", "head.weight")  # the last is RWKV's
 _INPUT_NAMES = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
     "embeddings.weight",
@@ -247,7 +247,8 @@ def _read_head(path: Path, config: PretrainedConfig) -> tuple[Tensor, Tensor | N
         wanted = _INPUT_NAMES if tied else _OUTPUT_NAMES
         raise ConfigError(
             f"{path}: no head matrix in the weight files, expected a tensor ending in one of "
-            f"{', '.join(wanted)} (tie_word_embeddings is {bool(tied)}): use a full checkpoint"
+            f"{', '.join(wanted)} (tie_word_embeddings is {bool(tied)}): use a full checkpoint, or "
+            f"another model where a '{config.model_type}' calls its head otherwise"
         )
     bias = f"{(output or 'lm_head.weight').removesuffix('weight')}bias"
     weight = _read_tensors(files[name], (name,))[name]
