@@ -1,6 +1,7 @@
 """MEND as a recipe on a tiny model: what is read, the teacher over it, and what is trained."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,13 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
         record = read_checkpoint(recipe.step(name).folder)
         assert record is not None
         assert {found["cross_model"] for found in record.metrics.values()} == {label}
-        assert {"zero-shot", "random vectors", "all demonstrations"} < set(record.metrics)
+        beside = {"zero-shot", "random vectors", "mean pooling", "fewer shots"}
+        assert {*beside, "all demonstrations"} < set(record.metrics)
+        read = {one: found["positions_before_query"] for one, found in record.metrics.items()}
+        assert read["zero-shot"] == 0 and read["all demonstrations"] > read["mean pooling"] == 4
     assert "results_of_variant (cross_model)" in said.out and "zero-shot" in said.out
+    assert "(majority)" not in said.out  # documents have no candidates
+    assert re.search("fewer shots: [0-9]+ rows read no demonstration", said.out)
     after = read_checkpoint(recipe.step("results").folder)
     assert after is not None
     trained = metrics["distilled"]["after"]["kl_to_teacher"]
