@@ -64,7 +64,7 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
         """Build it with random weights; ``distiller_of`` starts from a model's."""
         super().__init__(config)
         assert isinstance(config.text_config, PreTrainedConfig)
-        self.body: Any = AutoModel.from_config(config.text_config)
+        self.body: Any = AutoModel.from_config(config.text_config, trust_remote_code=False)
         width = self.body.get_input_embeddings().weight.shape[1]
         self.prompt_embeddings_MD = nn.Parameter(torch.zeros(config.num_vectors, width))
         self.projection: nn.Linear | None = None
@@ -154,7 +154,7 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
                 f"{folder} holds {config.get('model_type', 'no model')}, expected a distiller: "
                 f"begin with a step of stage distiller_init"
             )
-        distiller = Distiller.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        distiller = open_pretrained(Distiller, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the distiller {folder}: {first_line(error)}") from error
     assert isinstance(distiller, Distiller)
