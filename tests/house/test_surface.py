@@ -60,7 +60,7 @@ COMMANDS = {
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {
         *("--data", "--split", "--batch-size", "--score", "--json", "--judge"),
-        *("--judge-reference", "--beta", "--baseline", "--max-tokens"),
+        *("--judge-reference", "--beta", "--baseline", "--max-tokens", "--reader"),
     },
     "student init": {"--from", "--layers"},
     "teacher align": {

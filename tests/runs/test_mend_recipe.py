@@ -153,6 +153,47 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
     assert teachercache("verify", recipe.root).code == 0
 
 
+@pytest.mark.slow
+def test_the_command_measures_a_distiller_as_the_step_does(
+    recipe: TinyRecipe, tiny_model: Path
+) -> None:
+    """And says in one line where a reader is missing, another one, or out of place."""
+    assert teachercache("run", recipe.path).code == 0
+    names = ("distilled", "variant", "small")
+    places = {name: Path(str(recipe.step(name).folder)) for name in names}
+    data = [
+        word
+        for name in ("shown", "shown_signals")
+        for word in ("--data", str(recipe.step(name).folder))
+    ]
+    for name, reader, step in (
+        ("distilled", tiny_model, "results"),
+        ("variant", places["small"], "results_of_variant"),
+    ):
+        asked: list[str | Path] = ["evaluate", places[name], "--reader", reader, *data]
+        said = teachercache(*asked, "--json")
+        assert said.code == 0, said.err
+        body = json.loads(said.out)
+        record = read_checkpoint(recipe.step(step).folder)
+        assert record is not None
+        metrics = {**record.metrics, str(places[name]): record.metrics[name]}
+        assert body["cross_model"] == metrics[name]["cross_model"]
+        for one in (str(places[name]), "zero-shot", "mean pooling", "all demonstrations"):
+            found = body[one]["overall"]["kl_to_teacher"]
+            assert found == pytest.approx(metrics[one]["kl_to_teacher"], abs=1e-6)
+    said = teachercache(*asked)
+    assert said.code == 0 and "(cross_model)" in said.out and "fewer shots" in said.out
+    said = teachercache("evaluate", places["distilled"], *data)
+    assert said.code == 2 and "--reader is not given and" in said.error
+    said = teachercache("evaluate", places["distilled"], "--reader", places["small"], *data)
+    assert said.code == 2 and "the distiller was made for reader" in said.error
+    said = teachercache("evaluate", tiny_model, "--reader", tiny_model, *data)
+    assert said.code == 2 and "expected a distiller" in said.error
+    documents = recipe.step("documents").folder
+    said = teachercache("evaluate", tiny_model, "--reader", tiny_model, "--data", documents)
+    assert said.code == 2 and "is table documents: a distiller is measured by" in said.error
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder
+from schemas.storage.manifest import read_manifest
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.model import check_student, student_head, student_vocab_size
+from stages.stage import is_one_model
 from stages.student.batches.demonstrations import check_rooms
 from stages.student.distiller.distiller import load_distiller
 from stages.student.distiller.reader import check_reader, load_reader, read_hidden_states, window_of
@@ -85,6 +87,12 @@ def evaluate_vectors(
     assert num_vectors is not None
     given |= beside_distillers(reader, num_vectors, held_out.num_token_ids)
     return {name: _report(name, one, held_out, scoring) for name, one in given.items()}
+
+
+def is_cross_model(reader: Mapping[str, Any], tables: Sequence[Folder]) -> bool:
+    """Whether the reader of this identity is another model than the cached teacher."""
+    made_by = [model for table in tables for model in read_manifest(table).identity["models"]]
+    return any(not is_one_model(model, reader) for model in made_by)
 
 
 def _report(name: str, given: Given, held_out: HeldOut, scoring: CandidateScoring) -> IclReport:
