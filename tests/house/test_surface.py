@@ -56,7 +56,7 @@ COMMANDS = {
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
-    "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer"},
+    "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {
         *("--data", "--split", "--batch-size", "--score", "--json", "--judge"),
