@@ -26,6 +26,8 @@ def make(stage: DistillerInitStage, job: StepJob) -> None:
         reader_hidden_size=reader.hidden_size,
         reader=reader_fingerprint(reader.path),
         seed=stage.seed,
+        lora_rank=stage.lora_rank or 0,
+        lora_alpha=stage.alpha,
     )
     distiller.save_pretrained(job.output)
     copy_tokenizer(model.path, job.output)
