@@ -22,6 +22,8 @@ from stages.student.train.work import train
 root, kill_at = Path(sys.argv[1]), int(sys.argv[3])
 
 def on_event(event):
+    if event["event"] == "start":
+        print(event["step"])
     if event["event"] == "step" and event["step"] == kill_at:
         os.kill(os.getpid(), 9)
 
@@ -49,7 +51,8 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_weights(tmp_path: Path) -
     assert (tmp_path / "killed").is_dir() and read_checkpoint(tmp_path / "killed") is None
     said = trained(-1, "killed", "whole")
     assert said.code == 0, said.err
-    resumed, whole = map(json.loads, said.out.splitlines())
+    begun, resumed, at_first, whole = map(json.loads, said.out.splitlines())
+    assert (begun, at_first) == (4, 0)
     assert resumed == whole and len({loss for loss, _ in whole}) == 6
     records = [read_checkpoint(tmp_path / name) for name in ("killed", "whole")]
     assert records[0] is not None and records[1] is not None
