@@ -122,6 +122,17 @@ def test_another_budget_is_another_table(recipe: TinyRecipe) -> None:
 
 
 @pytest.mark.slow
+def test_a_budget_that_leaves_no_demonstration_ends_the_run_in_one_line(
+    recipe: TinyRecipe,
+) -> None:
+    assert teachercache("run", recipe.path, "--step", "documents").code == 0
+    budget = ("--set", "steps.shown.distiller_tokens=1")
+    said = teachercache("run", recipe.path, "--step", "shown", *budget)
+    assert said.code == 3
+    assert "8 x 'no whole demonstration fits distiller_tokens 1', first sample" in said.error
+
+
+@pytest.mark.slow
 def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -> None:
     said = teachercache("run", recipe.path)
     assert said.code == 0, said.err

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pipeline.reports.vectors_report import vectors_report
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, IdentityMismatch
 from schemas.tables.episodes import split_candidates
 from stages.student.evaluate.icl import IclReport
 from stages.student.evaluate.stage import ALL, FEWER, POOLED, RANDOM, ZERO_SHOT
 from stages.student.evaluate.vectors import evaluate_vectors
 from stages.student.options import TrainOptions
+from tests.conftest import save_tiny_model
+from tests.fixtures.cached_data import save_model
 from tests.fixtures.demonstration_data import MendData, SlowMend, make_mend_data, make_models
 
 OPTIONS = TrainOptions(num_workers=0)
@@ -175,3 +177,19 @@ def test_other_tables_are_refused(data: MendData) -> None:
             data.tables("documents", "exact")[::-1],
             options=OPTIONS,
         )
+
+
+def test_models_that_do_not_fit_are_one_line(data: MendData, tmp_path: Path) -> None:
+    """A reader of another tokenizer; another reader; a distiller without room for a row."""
+    models, tables = data.models, data.tables("episodes", "exact")
+    save_tiny_model(tmp_path / "strange", vocab_size=512)
+    with pytest.raises(IdentityMismatch, match="has tokenizer"):
+        evaluate_vectors({"d": models.distiller}, tmp_path / "strange", tables, options=OPTIONS)
+    save_model(tmp_path / "other", seed=9, num_layers=1)
+    with pytest.raises(ConfigError, match="the distiller was made for reader"):
+        evaluate_vectors({"d": models.distiller}, tmp_path / "other", tables, options=OPTIONS)
+    many = make_models(tmp_path / "many", distiller_width=24, num_vectors=62)
+    with pytest.raises(
+        ConfigError, match=r"the distiller has room for 2 before its 62 vectors: set"
+    ):
+        evaluate_vectors({"d": many.distiller}, models.teacher, tables, options=OPTIONS)
