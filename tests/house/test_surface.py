@@ -67,7 +67,7 @@ COMMANDS = {
         *("--from", "--pairs", "--steps", "--beta", "--lr", "--batch-size", "--lora-rank"),
         "--seed",
     },
-    "mend vectors": {"--data", "--task", "--split"},
+    "mend vectors": {"--data", "--task", "--split", "--sample"},
 }
 
 

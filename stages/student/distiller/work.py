@@ -44,6 +44,6 @@ def _require_room(stage: DistillerInitStage, name: str, folder: Path, what: str)
     window = max_positions(read_config(folder).get_text_config())
     if window is not None and stage.num_vectors >= window:
         raise ConfigError(
-            f"num_vectors is {stage.num_vectors}, and '{name}' reads {window} tokens at once: lower "
-            f"it, so that there is room for {what}"
+            f"num_vectors is {stage.num_vectors}, and '{name}' reads {window} tokens at once: "
+            f"lower it, so that there is room for {what}"
         )

@@ -189,7 +189,5 @@ def test_models_that_do_not_fit_are_one_line(data: MendData, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="the distiller was made for reader"):
         evaluate_vectors({"d": models.distiller}, tmp_path / "other", tables, options=OPTIONS)
     many = make_models(tmp_path / "many", distiller_width=24, num_vectors=62)
-    with pytest.raises(
-        ConfigError, match=r"the distiller has room for 2 before its 62 vectors: set"
-    ):
+    with pytest.raises(ConfigError, match="the distiller has room for 2 before its 62 vectors"):
         evaluate_vectors({"d": many.distiller}, models.teacher, tables, options=OPTIONS)
