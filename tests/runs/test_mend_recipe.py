@@ -51,6 +51,7 @@ TRAINING: dict[str, Any] = {
         "model": "small",
         "reader": "small",
         "num_vectors": 4,
+        "lora_rank": 2,
     },
     "variant": {
         **SETTINGS,
@@ -158,6 +159,8 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
     assert after is not None
     trained = metrics["distilled"]["after"]["kl_to_teacher"]
     assert after.metrics["distilled"]["kl_to_teacher"] == pytest.approx(trained, rel=1e-5)
+    adapted = recipe.step("variant").folder / "config.json"  # trained by LoRA
+    assert json.loads(adapted.read_text())["lora_rank"] == 2
     for found in metrics.values():
         assert found["before"]["kl_to_teacher"] != found["after"]["kl_to_teacher"]
     assert set(recipe.run().states.values()) == {"done"}
