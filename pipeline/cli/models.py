@@ -133,7 +133,7 @@ def _evaluate_distiller(
 
     distiller, read_by = _model_folder(student), _model_folder(reader)
     found = evaluate_vectors(
-        {student: distiller},
+        {"distiller": distiller},
         read_by,
         folders,
         split=split,
@@ -146,7 +146,8 @@ def _evaluate_distiller(
         console.print_json(json.dumps({"student": student, "reader": reader, **label, **reports}))
         return
     measured = {name: report.summary() | label for name, report in found.items()}
-    for part in vectors_report(measured, [student], f"{split} rows"):
+    console.print(student, highlight=False, soft_wrap=True)
+    for part in vectors_report(measured, ["distiller"], f"{split} rows"):
         console.print(part)
 
 

@@ -43,7 +43,9 @@ def vectors_report(
         for header, name in COLUMNS
         if any(name in numbers for numbers in measured.values())
     ]
-    table = Table("", *(header for header, _ in known), title=f"{title}{label}")
+    table = Table(title=f"{title}{label}")
+    for header in ("", *(header for header, _ in known)):
+        table.add_column(header, no_wrap=not header)  # names are read whole
     names = [*students, *BESIDE]
     for name in names:
         table.add_row(name, *(_cell(measured[name], column) for _, column in known))
