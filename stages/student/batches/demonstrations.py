@@ -9,11 +9,12 @@ Dimensions: B = rows, L = tokens of the longest demonstrations, Q = of the longe
 answer, N = scored positions of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -25,25 +26,36 @@ from stages.student.batches.signals import Collator, Row, check_ids, scored_targ
 from stages.student.distiller.distiller import Distiller
 from stages.student.distiller.reader import window_of
 
+Array = npt.NDArray[Any]
+
+
+def distiller_tokens(row: Row) -> Array:
+    """Return the demonstrations that a distiller reads."""
+    tokens: Array = row["distiller_ids_L"]
+    return tokens
+
 
 @dataclass(frozen=True, slots=True)
 class DemonstrationsCollator:
     """A batch of ``signals`` over queries, and the demonstrations beside it.
 
-    With ``needs_answers`` a row without an answer is a ConfigError.
+    With ``needs_answers`` a row without an answer is a ConfigError. ``tokens_of`` a row are its
+    demonstrations: the distiller's.
     """
 
     signals: Collator
     needs_answers: bool = False
+    tokens_of: Callable[[Row], Array] = distiller_tokens
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the batch; see the module. ``in_answer_N`` marks tokens of answers."""
         batch: dict[str, Any] = {**self.signals([query_row(row) for row in rows])}
         check_ids(rows, "distiller_ids_L", self.signals.vocab_size)
-        lengths_B = np.array([len(row["distiller_ids_L"]) for row in rows], np.int64)
+        shown = [self.tokens_of(row) for row in rows]
+        lengths_B = np.array([len(ids_L) for ids_L in shown], np.int64)
         demonstration_ids_BL = np.zeros((len(rows), int(lengths_B.max())), np.int64)
         for b, row in enumerate(rows):
-            demonstration_ids_BL[b, : lengths_B[b]] = row["distiller_ids_L"]
+            demonstration_ids_BL[b, : lengths_B[b]] = shown[b]
             if self.needs_answers and row["answer_start"] >= len(row["input_ids_T"]):
                 raise ConfigError(
                     f"sample {row['sample_id']} has no answer, as it was cut from a document, and "

@@ -3,6 +3,7 @@
 MEND (arXiv 2403.06914): learned prompt embeddings stand after the demonstrations, so that causal
 attention lets each of them see all; the last ``num_vectors`` hidden states, after the last norm,
 are the vectors. Where the reader is wider or narrower they go through a linear layer and a tanh.
+With ``lora_rank`` the small model is held fixed and updated by LoRA; all else is trained in full.
 
 A row is padded on the right, after its prompt embeddings, and there is no attention mask: nothing
 that counts can see the padding.
@@ -25,13 +26,17 @@ from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.checkpoints.own_code import built_from, open_pretrained
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
+from stages.student.distiller.lora import add_lora, train_lora_alone
 
 MODEL_TYPE = "demonstration_distiller"
 FIRST_PLAIN_ID = 100  # the published code draws prompt embeddings from the rows after these
 
 
 class DistillerConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped
-    """``text_config`` is the small model's; ``reader`` names the reader by content."""
+    """``text_config`` is the small model's; ``reader`` names the reader by content.
+
+    ``lora_rank`` 0 is a small model that is trained in full.
+    """
 
     model_type = MODEL_TYPE
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  # transformers' own declaration
@@ -40,6 +45,8 @@ class DistillerConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers i
     num_vectors: int = 100
     reader_hidden_size: int = 0
     reader: str = ""
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn the stored settings of the small model into a configuration."""
@@ -47,6 +54,13 @@ class DistillerConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers i
             settings = dict(self.text_config)
             self.text_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: nothing of LoRA where there is none."""
+        body: dict[str, Any] = super().to_dict()
+        if not self.lora_rank:
+            del body["lora_rank"], body["lora_alpha"]
+        return body
 
 
 class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyped
@@ -65,12 +79,23 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
         super().__init__(config)
         assert isinstance(config.text_config, PreTrainedConfig)
         self.body: Any = built_from(AutoModel, config.text_config)
+        self.adapt_body()
         width = self.body.get_input_embeddings().weight.shape[1]
         self.prompt_embeddings_MD = nn.Parameter(torch.zeros(config.num_vectors, width))
         self.projection: nn.Linear | None = None
         if width != config.reader_hidden_size:
             self.projection = nn.Linear(width, config.reader_hidden_size)
         self.post_init()
+
+    def adapt_body(self) -> None:
+        """Put LoRA on the small model where the configuration asks for it."""
+        if self.config.lora_rank:
+            add_lora(self.body, rank=self.config.lora_rank, alpha=self.config.lora_alpha)
+
+    def hold_body(self) -> None:
+        """Leave the small model's own weights without a gradient where there is LoRA on it."""
+        if self.config.lora_rank:
+            train_lora_alone(self.body)
 
     @property
     def window(self) -> int | None:
@@ -107,12 +132,20 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
 
 
 def distiller_of(
-    model: Path, *, num_vectors: int, reader_hidden_size: int, reader: str, seed: int
+    model: Path,
+    *,
+    num_vectors: int,
+    reader_hidden_size: int,
+    reader: str,
+    seed: int,
+    lora_rank: int = 0,
+    lora_alpha: float = 0.0,
 ) -> Distiller:
     """Make a distiller of a small causal LM's folder, in float32.
 
     Prompt embeddings begin as rows of its vocabulary, drawn by ``seed`` without repetition. Raises
-    ConfigError where the vocabulary has not so many rows or the folder is no model.
+    ConfigError where the vocabulary has not so many rows, the folder is no model, or ``lora_rank``
+    is asked for without PEFT.
     """
     text_config = read_config(model).get_text_config()
     try:
@@ -122,15 +155,17 @@ def distiller_of(
             reader_hidden_size=reader_hidden_size,
             reader=reader,
         )
-        with torch.random.fork_rng(devices=[]):  # the projection's weights are torch's own
+        with torch.random.fork_rng(devices=[]):  # weights of projection and LoRA are torch's own
             torch.manual_seed(seed)
             distiller = Distiller(config)
+            distiller.body = _body(model)
+            config.lora_rank, config.lora_alpha = lora_rank, lora_alpha
+            distiller.adapt_body()
     except ValueError as error:
         raise ConfigError(
             f"cannot make a distiller of {model}: {first_line(error)}; use a model whose class "
             f"transformers itself has"
         ) from error
-    distiller.body = _body(model)
     embeddings_VD = distiller.get_input_embeddings().weight.detach()
     embeddings_VD = embeddings_VD[: num_token_ids(model)]  # what follows pads the matrix
     if num_vectors > len(embeddings_VD):
@@ -143,6 +178,7 @@ def distiller_of(
     drawn = torch.randperm(len(embeddings_VD) - first, generator=generator)[:num_vectors] + first
     with torch.no_grad():
         distiller.prompt_embeddings_MD.copy_(embeddings_VD[drawn])
+    distiller.hold_body()
     return distiller
 
 
@@ -164,6 +200,7 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the distiller {folder}: {first_line(error)}") from error
     assert isinstance(distiller, Distiller)
+    distiller.hold_body()
     distiller.to(device)
     return distiller
 

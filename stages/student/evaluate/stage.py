@@ -9,6 +9,13 @@ from schemas.errors import ConfigError
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from stages.stage import FolderStage, Kind, TableRef
 
+# What stands beside distillers (see ``before_query``), and numbers that only theirs have.
+ZERO_SHOT, RANDOM, POOLED = "zero-shot", "random vectors", "mean pooling"
+FEWER, ALL = "fewer shots", "all demonstrations"
+BESIDE = (ZERO_SHOT, RANDOM, POOLED, FEWER, ALL)
+POSITIONS, BEYOND_WINDOW = "positions_before_query", "rows_beyond_window"
+WITHOUT_SHOTS = "rows_without_demonstration"
+
 
 class EvaluateStage(FolderStage):
     """Measure ``students`` (checkpoint steps or models) on the held-out rows of ``data``.
