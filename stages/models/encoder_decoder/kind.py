@@ -34,3 +34,21 @@ def encoder_decoder_problem(identity: Mapping[str, Any], *, is_asked: bool, is_r
     if is_run and identity["engine"] == "vllm":
         return "is an encoder-decoder, which vLLM does not serve: set its engine to transformers"
     return ""
+
+
+def kinds_problem(
+    reader: Mapping[str, Any], made_by: Mapping[str, Mapping[str, Any] | None]
+) -> str:
+    """Return why a reader cannot learn from the tables of some steps, ``""`` if it can.
+
+    A causal model scores the query too, so it and an encoder-decoder score other tokens of a row.
+    """
+    is_one = is_encoder_decoder(reader)
+    for step, model in made_by.items():
+        if model is not None and is_encoder_decoder(model) != is_one:
+            this, other = ("an", "by a causal model") if is_one else ("no", "by one")
+            return (
+                f"is {this} encoder-decoder, and '{step}' was made {other}, of other tokens of "
+                f"each row: name a reader of the teacher's kind"
+            )
+    return ""

@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from schemas.errors import ConfigError, first_line
+from stages.models.causal_lm.model import MAX_HEAD_ERROR, student_head
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.encoder_decoder.halves import Ids
 
@@ -26,6 +28,33 @@ def open_encoder_decoder(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel
     transformers_logging.disable_progress_bar()
     model = open_pretrained(AutoModelForSeq2SeqLM, folder, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_encoder_decoder(folder: Path, *, device: torch.device, role: str) -> PreTrainedModel:
+    """Load a model in float32; raises ConfigError if its head cannot be taken apart.
+
+    ``role`` is what an error calls it.
+    """
+    try:
+        model = open_encoder_decoder(folder, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the {role} {folder}: {first_line(error)}") from error
+    with torch.no_grad():
+        head = student_head(model)
+        ids_BT = torch.arange(16, device=device)[None] % len(head.weight_VD)
+        expected_TV = model(input_ids=ids_BT, decoder_input_ids=ids_BT).logits[0]
+        mask_BT = torch.ones_like(ids_BT)
+        encoded_BTD = encoder_states(model, model.get_input_embeddings()(ids_BT), mask_BT)
+        hidden_BTD = decoder_states(model, encoded_BTD, mask_BT, ids_BT)
+        off_TV = (head.logits(hidden_BTD[0]) - expected_TV).abs()
+        error_of_largest = float(off_TV.max() / (1 + expected_TV.abs().max()))
+    if not error_of_largest <= MAX_HEAD_ERROR:
+        raise ConfigError(
+            f"{role} {folder}: its logits are not head(last hidden state) but off by "
+            f"{error_of_largest:.2g} of the largest: {type(model).__name__} does something this "
+            f"trainer does not know"
+        )
     return model
 
 

@@ -26,9 +26,10 @@ from schemas.storage.files import Folder
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.model import check_student, student_head, student_vocab_size
+from stages.models.encoder_decoder.model import padded
 from stages.student.batches.demonstrations import check_rooms
 from stages.student.distiller.distiller import Distiller, load_distiller
-from stages.student.distiller.reader import check_reader, load_reader, read_hidden_states
+from stages.student.distiller.reader import answer_states, check_reader, load_reader
 from stages.student.evaluate.icl import IclReport, TaskReport
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores
 from stages.student.evaluate.icl_tasks import STUDENT, accuracy_by_draw, choice_numbers, make_choice
@@ -168,14 +169,10 @@ def candidate_sums(reader: PreTrainedModel, vectors_MR: Tensor, row: Row) -> Any
     candidates = split_candidates(row["candidate_ids_C"], row["candidate_lengths_N"])
     head, sums = student_head(reader), []
     for start in range(0, len(candidates), CANDIDATES_AT_A_TIME):
-        part = [ids.tolist() for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
-        width = len(query) + max(map(len, part))
-        ids_NQ = torch.zeros(len(part), width, dtype=torch.long, device=vectors_MR.device)
-        for place, ids in enumerate(part):
-            ids_NQ[place, : len(query) + len(ids)] = torch.tensor([*query, *ids])
-        vectors_NMR = vectors_MR.expand(len(part), -1, -1)
-        hidden_NQR = read_hidden_states(reader, vectors_NMR, ids_NQ)[:, len(query) - 1 : -1]
-        logprobs_NAV = head.logits(hidden_NQR).float().log_softmax(-1)
-        own_NA = logprobs_NAV.gather(2, ids_NQ[:, len(query) :, None])[:, :, 0].double()
+        part = [ids.astype(np.int64) for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
+        ids_NA = padded(part)[0].to(vectors_MR.device)
+        hidden_NAR = answer_states(reader, vectors_MR, query, ids_NA)
+        logprobs_NAV = head.logits(hidden_NAR).float().log_softmax(-1)
+        own_NA = logprobs_NAV.gather(2, ids_NA[:, :, None])[:, :, 0].double()
         sums += [float(own_A[: len(ids)].sum()) for own_A, ids in zip(own_NA, part, strict=True)]
     return np.array(sums)
