@@ -178,8 +178,10 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
 
 
 def _random_body(config: PreTrainedConfig) -> Any:
-    given = deepcopy(config) if config.is_encoder_decoder else config  # T5's writes into it
-    return _kind_of(config).from_config(given)
+    if not config.is_encoder_decoder:
+        return AutoModel.from_config(config, trust_remote_code=False)
+    given = deepcopy(config)  # T5's encoder writes into it
+    return AutoModelForTextEncoding.from_config(given, trust_remote_code=False)
 
 
 def _kind_of(config: PreTrainedConfig) -> Any:
