@@ -5,9 +5,10 @@ the model's own config does to its logits (soft-capping, scaling), before any sa
 Entry j of a row is the distribution over the token at index ``first_target + j`` given all tokens
 before it. The first token of a document has no context and no entry. Where the input's rows name
 their scored tokens (``schemas.scored_spans``), entries are those of all spans end to end, and
-``first_target`` is where the first span begins. Of a preference pair, token
-ids are those of prompt, chosen and rejected end to end: ``first_target`` is where the chosen
-response begins, and a rejected token's context is the prompt and the rejected tokens before it.
+``first_target`` is where the first span begins. An encoder-decoder has entries for those of them
+that its decoder says, the last ones of a row. Of a preference pair, token ids are those of prompt,
+chosen and rejected end to end: ``first_target`` is where the chosen response begins, and a rejected
+token's context is the prompt and the rejected tokens before it.
 
 ``next_token_logprobs_P`` and ``entropies_P`` describe the full distribution, whatever is kept of
 it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``).

@@ -5,20 +5,29 @@ attention lets each of them see all; the last ``num_vectors`` hidden states, aft
 are the vectors. Where the reader is wider or narrower they go through a linear layer and a tanh.
 With ``lora_rank`` the small model is held fixed and updated by LoRA; all else is trained in full.
 
-A row is padded on the right, after its prompt embeddings, and there is no attention mask: nothing
-that counts can see the padding.
+Of an encoder-decoder (T5) the encoder is the small model; it sees in both directions.
+
+A row is padded on the right, after its prompt embeddings. A causal model needs no attention mask,
+as nothing that counts can see the padding; an encoder is given one.
 
 Dimensions: B = rows, L = tokens of demonstrations, M = vectors of a row, D = the distiller's hidden
 width, R = the reader's.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, first_line
@@ -26,6 +35,7 @@ from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.checkpoints.own_code import built_from, open_pretrained
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
+from stages.models.encoder_decoder.model import mask_of
 from stages.student.distiller.lora import add_lora, train_lora_alone
 
 MODEL_TYPE = "demonstration_distiller"
@@ -78,7 +88,7 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
         """Build it with random weights; ``distiller_of`` starts from a model's."""
         super().__init__(config)
         assert isinstance(config.text_config, PreTrainedConfig)
-        self.body: Any = built_from(AutoModel, config.text_config)
+        self.body: Any = _random_body(config.text_config)
         self.adapt_body()
         width = self.body.get_input_embeddings().weight.shape[1]
         self.prompt_embeddings_MD = nn.Parameter(torch.zeros(config.num_vectors, width))
@@ -123,7 +133,12 @@ class Distiller(PreTrainedModel):  # type: ignore[misc]  # transformers is untyp
             for row_LD, length in zip(embedded_BLD, lengths, strict=True)
         ]
         inputs_BTD = pad_sequence(rows, batch_first=True)
-        hidden_BTD = self.body(inputs_embeds=inputs_BTD, use_cache=False).last_hidden_state
+        mask_BT = None
+        if self.config.text_config.is_encoder_decoder:
+            mask_BT = mask_of(lengths_B.to(inputs_BTD.device) + count, inputs_BTD.shape[1])
+        hidden_BTD = self.body(
+            inputs_embeds=inputs_BTD, attention_mask=mask_BT, use_cache=False
+        ).last_hidden_state
         ends = [hidden_TD[n : n + count] for hidden_TD, n in zip(hidden_BTD, lengths, strict=True)]
         vectors_BMD = torch.stack(ends)
         if self.projection is None:
@@ -141,7 +156,7 @@ def distiller_of(
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
 ) -> Distiller:
-    """Make a distiller of a small causal LM's folder, in float32.
+    """Make a distiller of a small causal LM's folder, or of a T5's encoder, in float32.
 
     Prompt embeddings begin as rows of its vocabulary, drawn by ``seed`` without repetition. Raises
     ConfigError where the vocabulary has not so many rows, the folder is no model, or ``lora_rank``
@@ -158,7 +173,7 @@ def distiller_of(
         with torch.random.fork_rng(devices=[]):  # weights of projection and LoRA are torch's own
             torch.manual_seed(seed)
             distiller = Distiller(config)
-            distiller.body = _body(model)
+            distiller.body = _body(model, _kind_of(text_config))
             config.lora_rank, config.lora_alpha = lora_rank, lora_alpha
             distiller.adapt_body()
     except ValueError as error:
@@ -205,9 +220,20 @@ def load_distiller(folder: Path, *, device: torch.device) -> Distiller:
     return distiller
 
 
-def _body(model: Path) -> Any:
+def _random_body(config: PreTrainedConfig) -> Any:
+    if not config.is_encoder_decoder:
+        return built_from(AutoModel, config)
+    given = deepcopy(config)  # T5's encoder writes into it
+    return built_from(AutoModelForTextEncoding, given)
+
+
+def _kind_of(config: PreTrainedConfig) -> Any:
+    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+
+
+def _body(model: Path, kind: Any) -> Any:
     transformers_logging.disable_progress_bar()
     try:
-        return open_pretrained(AutoModel, model, dtype=torch.float32)
+        return open_pretrained(kind, model, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot load {model}: {first_line(error)}") from error

@@ -20,6 +20,7 @@ class DistillerInitStage(FolderStage):
     VERSION: ClassVar[int] = 1
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("model", "reader")
     RUNS: ClassVar[tuple[str, ...]] = ("model", "reader")
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("model", "reader")
 
     stage: Literal["distiller_init"]
     model: str

@@ -37,6 +37,7 @@ from stages.models.causal_lm.model import (
     student_vocab_size,
 )
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
+from stages.models.encoder_decoder.halves import frame_of
 from stages.student.batches.demonstrations import (
     Array,
     DemonstrationsCollator,
@@ -165,7 +166,8 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
     encoding = encoding_of(held_out.dataset)
     collator: Any = Collator(encoding, vocab_size, held_out.num_token_ids)
     if held_out.reader is not None:
-        collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of)
+        frame = frame_of(held_out.reader.config)
+        collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
     elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
     return DataLoader(

@@ -26,10 +26,12 @@ from schemas.storage.manifest import read_manifest
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.model import check_student, student_head, student_vocab_size
+from stages.models.encoder_decoder.halves import frame_of
+from stages.models.encoder_decoder.model import padded
 from stages.stage import is_one_model
-from stages.student.batches.demonstrations import check_rooms
+from stages.student.batches.demonstrations import asked_length, check_rooms
 from stages.student.distiller.distiller import load_distiller
-from stages.student.distiller.reader import check_reader, load_reader, read_hidden_states, window_of
+from stages.student.distiller.reader import answer_states, check_reader, load_reader, window_of
 from stages.student.evaluate.before_query import Given, beside_distillers
 from stages.student.evaluate.icl import IclReport, TaskReport
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores
@@ -99,11 +101,13 @@ def _report(name: str, given: Given, held_out: HeldOut, scoring: CandidateScorin
     """Measure the rows that the reader has room for: at scored positions, then candidates."""
     dataset, reader = held_out.dataset, held_out.reader
     assert reader is not None
-    window, rows, read = window_of(reader), [], []
+    window, frame, rows, read = window_of(reader), frame_of(reader.config), [], []
     for index in range(len(dataset)):
         row = dataset[index]
         num_positions = given.num_positions(row)
-        if window is None or num_positions + _longest_query(row) <= window:
+        answers = len(row["input_ids_T"]) - row["answer_start"], *row["candidate_lengths_N"]
+        asked = asked_length(row, frame, int(max(answers)))
+        if window is None or num_positions + asked <= window:
             rows.append(index)
             read.append(num_positions)
     counts: Numbers = {}
@@ -120,13 +124,6 @@ def _report(name: str, given: Given, held_out: HeldOut, scoring: CandidateScorin
     mine = replace(held_out, rows=rows, tokens_of=given.tokens_of, options=options)
     measured = measure_student(given.model, mine)
     return replace(answered, positions={POSITIONS: float(np.mean(read)), **measured, **counts})
-
-
-def _longest_query(row: Row) -> int:
-    """Return the tokens of the query with its answer, or with its longest candidate."""
-    answer = len(row["input_ids_T"]) - row["answer_start"]
-    longest = max(answer, int(np.max(row["candidate_lengths_N"], initial=0)))
-    return int(row["answer_start"] - row["query_start"] + longest)
 
 
 @torch.inference_mode()
@@ -170,14 +167,10 @@ def candidate_sums(reader: PreTrainedModel, vectors_MR: Tensor, row: Row) -> Any
     candidates = split_candidates(row["candidate_ids_C"], row["candidate_lengths_N"])
     head, sums = student_head(reader), []
     for start in range(0, len(candidates), CANDIDATES_AT_A_TIME):
-        part = [ids.tolist() for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
-        width = len(query) + max(map(len, part))
-        ids_NQ = torch.zeros(len(part), width, dtype=torch.long, device=vectors_MR.device)
-        for place, ids in enumerate(part):
-            ids_NQ[place, : len(query) + len(ids)] = torch.tensor([*query, *ids])
-        vectors_NMR = vectors_MR.expand(len(part), -1, -1)
-        hidden_NQR = read_hidden_states(reader, vectors_NMR, ids_NQ)[:, len(query) - 1 : -1]
-        logprobs_NAV = head.logits(hidden_NQR).float().log_softmax(-1)
-        own_NA = logprobs_NAV.gather(2, ids_NQ[:, len(query) :, None])[:, :, 0].double()
+        part = [ids.astype(np.int64) for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
+        ids_NA = padded(part)[0].to(vectors_MR.device)
+        hidden_NAR = answer_states(reader, vectors_MR, query, ids_NA)
+        logprobs_NAV = head.logits(hidden_NAR).float().log_softmax(-1)
+        own_NA = logprobs_NAV.gather(2, ids_NA[:, :, None])[:, :, 0].double()
         sums += [float(own_A[: len(ids)].sum()) for own_A, ids in zip(own_NA, part, strict=True)]
     return np.array(sums)
