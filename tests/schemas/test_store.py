@@ -14,7 +14,7 @@ import pytest
 from pipeline.cache.verify import verify_folder
 from schemas import open_table
 from schemas.dataset import open_dataset
-from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
+from schemas.errors import ConfigError, IdentityMismatch, SchemaMismatch, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.storage.files import atomic_file
 from schemas.storage.manifest import Manifest, damaged_shards, read_manifest, write_manifest
@@ -310,7 +310,7 @@ def test_splits_are_apart(documents: Path) -> None:
     train, heldout = (open_dataset([documents], split=s) for s in ("train", "heldout"))
     assert (len(train), len(heldout)) == (2 * ROWS, ROWS)
     assert {train[i]["split"] for i in range(len(train))} == {"train"}
-    with pytest.raises(StoreError, match="no row in split 'test'"):
+    with pytest.raises(ConfigError, match="no row in split 'test'"):
         open_dataset([documents], split="test")
 
 
