@@ -3,6 +3,7 @@
 KINDS = {
     "ingest": "source",
     "episodes": "source",
+    "demonstrations": "table",
     "preference_pairs": "source",
     "teacher_logits": "table",
     "subset_preferences": "table",
@@ -12,6 +13,7 @@ KINDS = {
     "advantages": "table",
     "teacher_align": "checkpoint",
     "student_init": "checkpoint",
+    "distiller_init": "checkpoint",
     "train": "checkpoint",
     "evaluate": "report",
     "evaluate_preferences": "report",
@@ -22,6 +24,7 @@ REFERENCES = (
     "sampler",
     "reference",
     "data",
+    "reader",
     "lm_data",
     "student",
     "students",

@@ -14,10 +14,12 @@ from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.student_responses.stage import StudentResponsesStage
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.stage import Stage
+from stages.student.distiller.stage import DistillerInitStage
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.init.stage import StudentInitStage
@@ -27,6 +29,7 @@ from stages.teacher.stage import TeacherAlignStage
 Step = Annotated[
     IngestStage
     | EpisodesStage
+    | DemonstrationsStage
     | PreferencePairsStage
     | TeacherLogitsStage
     | SubsetPreferencesStage
@@ -36,6 +39,7 @@ Step = Annotated[
     | AdvantagesStage
     | TeacherAlignStage
     | StudentInitStage
+    | DistillerInitStage
     | TrainStage
     | EvaluateStage
     | PreferenceEvaluationStage,

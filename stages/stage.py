@@ -75,6 +75,16 @@ class TableRef:
     made_by: Mapping[str, Any] | None
 
 
+def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two identities are of one model, whatever dtype and engine it is run in."""
+    how = ("dtype", "engine", "engine_extra")
+    without = [
+        {name: value for name, value in identity.items() if name not in how}
+        for identity in (one, other)
+    ]
+    return without[0] == without[1]
+
+
 @dataclass(frozen=True, slots=True)
 class StepJob:
     """What a step that leaves a folder is given beside its configuration.
@@ -101,6 +111,7 @@ class Stage(StageConfig, ABC):
     READS: ClassVar[tuple[str, ...]] = ()  # settings that name steps whose tables are read
     RUNS: ClassVar[tuple[str, ...]] = ()  # settings that name models of those tables' tokenizer
     ALSO_RUNS: ClassVar[tuple[str, ...]] = ()  # models with a tokenizer of their own
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ()  # of RUNS: what may name one; others may not
 
     stage: str
 
@@ -198,12 +209,10 @@ class TableStage(Stage):
 
     KIND: ClassVar[Kind] = "table"
     READS: ClassVar[tuple[str, ...]] = ("input",)
-    RUNS: ClassVar[tuple[str, ...]] = ("model",)
     CONSUMES: ClassVar[tuple[Table[Any], ...]]  # any one of these
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "model", "max_rejected_fraction")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("input", "max_rejected_fraction")
 
     input: str
-    model: str
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
 
     @property
@@ -242,7 +251,7 @@ class TableStage(Stage):
 
     @contextmanager
     def open(self, context: StageContext) -> Iterator[Work]:
-        """Load the model once, yield what scores one shard; free the model on exit.
+        """Load what the work needs once, yield what does one shard; free it on exit.
 
         Raises StoreError for a step's model whose files have changed since it was made.
         """
@@ -252,6 +261,15 @@ class TableStage(Stage):
                 require_whole(folder)
         with self.work.open_work(self, context) as work:
             yield work
+
+
+class SignalStage(TableStage):
+    """A map that runs ``model`` on the rows of its input."""
+
+    RUNS: ClassVar[tuple[str, ...]] = ("model",)
+    NOT_HASHED: ClassVar[tuple[str, ...]] = (*TableStage.NOT_HASHED, "model")
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)

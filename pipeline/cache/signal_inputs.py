@@ -16,11 +16,17 @@ from schemas.storage.shard_cache import local_file
 from schemas.storage.shards import read_shard
 from schemas.table import Table
 from schemas.tables import teacher_logits
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 
-_SCORED = (DOCUMENTS, EPISODES, PREFERENCE_PAIRS)  # what ``teacher_logits`` are made of
+_SCORED = (
+    DOCUMENTS,
+    EPISODES,
+    DEMONSTRATIONS,
+    PREFERENCE_PAIRS,
+)  # what ``teacher_logits`` are made of
 
 
 class Source(NamedTuple):

@@ -149,13 +149,16 @@ def _results(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterat
 
 
 def _one_each(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
-    """Yield the work's results, of which each row has to have one, in order."""
+    """Yield the work's results, of which each row has to have one, in order.
+
+    A result with a ``source_id`` is a row with a key of its own, made of the row of that key.
+    """
     sample_ids = shard["sample_id"].to_pylist()
     missing = object()
     for row, (sample_id, result) in enumerate(
         zip_longest(sample_ids, work(shard), fillvalue=missing)
     ):
-        found = getattr(result, "sample_id", "none")
+        found = getattr(result, "source_id", getattr(result, "sample_id", "none"))
         if sample_id is missing or found != sample_id:
             asked = "none" if sample_id is missing else sample_id
             raise TeacherCacheError(

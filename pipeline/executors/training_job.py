@@ -26,6 +26,7 @@ class TrainingJob:
     output: Folder
     fingerprint: str
     lm_data: tuple[Folder, ...] = ()
+    reader: Folder | None = None
     options: TrainOptions = field(default_factory=TrainOptions)
 
     def carry_out(self, on_event: OnEvent) -> None:
@@ -42,6 +43,7 @@ class TrainingJob:
             student=local_copy(self.student),
             data=self.data,
             lm_data=self.lm_data,
+            reader=None if self.reader is None else local_copy(self.reader),
             output=output,
             fingerprint=self.fingerprint,
             options=self.options,

@@ -3,15 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
+from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
@@ -20,6 +21,7 @@ from schemas.storage.records import all_notes
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
+from stages.student.objectives.mend import MendConfig
 from stages.student.train.stage import TrainStage
 
 RECORDS_READ = 1000  # of a table, to say how fast it was made
@@ -32,7 +34,8 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
         console.print(_students_table(trained))
     for step in steps:
         if isinstance(step.stage, EvaluateStage):
-            console.print(_evaluation_table(step))
+            for part in _evaluation(step, step.stage):
+                console.print(part)
         if isinstance(step.stage, PreferenceEvaluationStage):
             body = json.loads((step.place / EVALUATION).read_text())
             for table in preference_tables(body, title=step.name):
@@ -77,8 +80,15 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
             table.add_row(f"{start}, untrained", *before)
     for step, record in results:
         if record is not None:
-            table.add_row(step.name, *_metric_cells(record.metrics["after"]))
+            table.add_row(_name(step), *_metric_cells(record.metrics["after"]))
     return table
+
+
+def _name(step: PlannedStep) -> str:
+    """Return a training step's name, and that its reader is not the teacher where it is not."""
+    objective = step.stage.objective if isinstance(step.stage, TrainStage) else None
+    is_cross_model = isinstance(objective, MendConfig) and objective.cross_model
+    return f"{step.name} (cross_model)" if is_cross_model else step.name
 
 
 # Numbers of a step that measures students; one that no student has is left out.
@@ -86,6 +96,7 @@ MEASURED = {
     "KL to teacher": "kl_to_teacher",
     "top-1 agreement": "top1_agreement",
     "cross-entropy": "cross_entropy",
+    "cross-entropy of answers": "answer_cross_entropy",
     "KL to teacher over candidates": "candidate_kl",
     "same candidate as teacher": "candidate_agreement",
     "rank agreement on subsets, tau-b": "subset_rank_correlation",
@@ -101,13 +112,23 @@ MEASURED = {
 BASELINES = ("majority", "random", "teacher")
 
 
-def _evaluation_table(step: PlannedStep) -> Table:
-    """One column a student, and what the majority, chance and the teacher's cache give."""
+def _evaluation(step: PlannedStep, stage: EvaluateStage) -> Iterator[RenderableType]:
     record = read_checkpoint(step.place)
     measured = {} if record is None else record.metrics
-    students = [name for name in step.models if name in measured]
-    table = Table("", *students, *(f"({name})" for name in BASELINES), title=step.name)
+    if stage.reader is not None and measured:
+        yield from vectors_report(measured, stage.students, step.name)
+    else:
+        yield _evaluation_table(
+            step.name, [name for name in step.models if name in measured], measured
+        )
+
+
+def _evaluation_table(
+    title: str, students: Sequence[str], measured: Mapping[str, Mapping[str, float]]
+) -> Table:
+    """One column a student, and what the majority, chance and the teacher's cache give."""
     first = measured[students[0]] if students else {}
+    table = Table("", *students, *(f"({name})" for name in BASELINES), title=title)
     for header, name in MEASURED.items():
         cells = [_number(measured[student].get(name)) for student in students]
         if any(cell != "-" for cell in cells):

@@ -78,11 +78,12 @@ def _unfinished(step: PlannedStep) -> Progress:
     if source is None:
         waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
         return Progress(state, why + waits, finished)
-    model = next(iter(step.models.values()))
-    if not (model.base / "config.json").is_file():  # an earlier step has yet to make the model
-        return Progress(state, why, finished, len(source.shards), source.num_rows)
     assert isinstance(step.stage, TableStage)
-    estimate = step.stage.estimate(source, hidden_size=hidden_size_of(model.base))
+    model = next(iter(step.models.values()), None)
+    if model is not None and not (model.base / "config.json").is_file():  # yet to be made
+        return Progress(state, why, finished, len(source.shards), source.num_rows)
+    hidden_size = 0 if model is None else hidden_size_of(model.base)
+    estimate = step.stage.estimate(source, hidden_size=hidden_size)
     return Progress(
         state=state,
         why=why,

@@ -25,7 +25,7 @@ from schemas.storage.shard_list import ShardList, ShardListBuilder
 from schemas.table import BoundTable
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
-from stages.stage import SourceStage, StageContext, TableStage
+from stages.stage import SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
@@ -122,10 +122,14 @@ def make_shards(
 def _context(
     step: PlannedStep, stage: TableStage, source: Manifest, execution: Execution
 ) -> StageContext:
+    """Ids are those of the model that is run; where none is, of the input."""
     models = {name: model.spec() for name, model in step.models.items()}
+    vocab_size = source.vocab_size
+    if isinstance(stage, SignalStage):
+        vocab_size = vocab_size_of(models[stage.model].path)
     return StageContext(
         folder=step.place,
-        vocab_size=vocab_size_of(models[stage.model].path),
+        vocab_size=vocab_size,
         models=models,
         engine=execution.engine,
         input_table=source.table,

@@ -1,10 +1,11 @@
 """Carry out a training step: in this process, in several of this machine, or on Ray."""
 
 from pipeline.executors.training_job import TrainingJob
-from pipeline.planning.plan import PlannedStep
+from pipeline.planning.plan import Model, PlannedStep
 from pipeline.planning.recipe import Execution
 from pipeline.state.working_folder import remove_work
 from pipeline.steps.reporter import Reporter
+from schemas.storage.files import Folder
 from stages.student.train.stage import TrainStage
 
 
@@ -13,11 +14,13 @@ def run_training(
 ) -> None:
     """Train in this process, in several of this machine, or on the workers of a Ray cluster."""
     student = step.models[stage.student]
+    reader = None if stage.reader is None else step.models[stage.reader]
     job = TrainingJob(
         config=stage,
-        student=student.base if student.adapter is None else student.folder,
+        student=_place(student),
         data=tuple(source.place for source in step.inputs[: len(stage.data)]),
         lm_data=tuple(source.place for source in step.inputs[len(stage.data) :]),
+        reader=None if reader is None else _place(reader),
         output=step.place,
         fingerprint=step.fingerprint,
     )
@@ -33,3 +36,8 @@ def run_training(
 
         train_in_processes(job, execution.training_processes, reporter.trained)
     remove_work(step.place)
+
+
+def _place(model: Model) -> Folder:
+    """Return a model's folder: an adapter is merged now, what lies in a store is fetched there."""
+    return model.base if model.adapter is None else model.folder

@@ -5,6 +5,7 @@ from typing import Any
 from ..table import Table
 from .advantages import SUPPORTS
 from .candidate_scores import CANDIDATE_SCORES
+from .demonstrations import DEMONSTRATIONS
 from .documents import DOCUMENTS
 from .episodes import EPISODES
 from .preference_pairs import PREFERENCE_PAIRS
@@ -16,6 +17,7 @@ from .teacher_logits import ENCODINGS
 _KNOWN: tuple[Table[Any], ...] = (
     DOCUMENTS,
     EPISODES,
+    DEMONSTRATIONS,
     SUBSET_PREFERENCES,
     CANDIDATE_SCORES,
     PREFERENCE_PAIRS,

@@ -3,9 +3,12 @@
 Values are log-probabilities of the *raw* distribution: natural log, temperature 1, after whatever
 the model's own config does to its logits (soft-capping, scaling), before any sampling processor.
 Entry j of a row is the distribution over the token at index ``first_target + j`` given all tokens
-before it. The first token of a document has no context and no entry. Of a preference pair, token
-ids are those of prompt, chosen and rejected end to end: ``first_target`` is where the chosen
-response begins, and a rejected token's context is the prompt and the rejected tokens before it.
+before it. The first token of a document has no context and no entry. Where the input's rows name
+their scored tokens (``schemas.scored_spans``), entries are those of all spans end to end, and
+``first_target`` is where the first span begins. An encoder-decoder has entries for those of them
+that its decoder says, the last ones of a row. Of a preference pair, token ids are those of prompt,
+chosen and rejected end to end: ``first_target`` is where the chosen response begins, and a rejected
+token's context is the prompt and the rejected tokens before it.
 
 ``next_token_logprobs_P`` and ``entropies_P`` describe the full distribution, whatever is kept of
 it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``).
@@ -23,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..distribution import unpack_top_k
+from ..scored_spans import SCORED, span_targets
 from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
@@ -196,23 +200,33 @@ def _positions_agree(columns: Columns, *names: str) -> bool:
     )
 
 
-INPUT_COLUMNS = ("input_ids_T", "prompt_ids_T", "chosen_ids_C", "rejected_ids_R")
+INPUT_COLUMNS = (
+    *("input_ids_T", "prompt_ids_T", "chosen_ids_C", "rejected_ids_R"),
+    *(SCORED, "answer_start"),
+)
 
 
 def misplaced(row: Mapping[str, Any]) -> str:
     """Return how the positions of a row, joined with its input, miss that input's tokens.
 
-    Of a document or an episode every token but the first is scored, of a pair both responses. ""
+    Of a document or an episode every token but the first is scored, of a pair both responses, of a
+    row that names spans their tokens (or those of the answer alone, by an encoder-decoder). ""
     where they meet, and where the input (of ``INPUT_COLUMNS``) is not among the columns.
     """
-    if "chosen_ids_C" in row:
+    first_target, num_found = row["first_target"], len(row["next_token_logprobs_P"])
+    if SCORED in row:
+        targets_P = span_targets(row[SCORED])
+        answer_P = targets_P[targets_P >= row.get("answer_start", len(row["input_ids_T"]))]
+        if (first_target, num_found) == (min(answer_P, default=0), len(answer_P)):
+            return ""
+        start, num_positions = int(min(targets_P, default=0)), len(targets_P)
+    elif "chosen_ids_C" in row:
         start = len(row["prompt_ids_T"])
         num_positions = len(row["chosen_ids_C"]) + len(row["rejected_ids_R"])
     elif "input_ids_T" in row:
         start, num_positions = 1, len(row["input_ids_T"]) - 1
     else:
         return ""
-    first_target, num_found = row["first_target"], len(row["next_token_logprobs_P"])
     if (first_target, num_found) == (start, num_positions):
         return ""
     return (

@@ -23,6 +23,7 @@ from schemas.storage.manifest import MANIFEST, Manifest, read_manifest, write_ma
 from schemas.storage.records import ShardRecord, shard_name
 from schemas.storage.shards import write_shard
 from schemas.tables import TABLES
+from tests.fixtures.demonstration_data import cut
 from tests.fixtures.episode_data import as_episode
 from tests.fixtures.tiny_responses import make_pair
 
@@ -108,11 +109,13 @@ def some_row(name: str, variant: str, index: int) -> Values:
         },
         ("advantages", "as_released"): {**advantages, **kept},
     }  # fmt: skip
-    if name in ("episodes", "preference_pairs"):
+    if name in ("episodes", "preference_pairs", "demonstrations"):
         row: Any = make_pair([index, 2], [3, 4], [5])
-        if name == "episodes":
+        if name != "preference_pairs":
             spans = [(0, 1, 2)]
             row = as_episode([index, 3, 9, 4, 5], spans, 3, [6], [[6], [7, 8]], 0)
+        if name == "demonstrations":
+            (row,) = cut("episodes", [row])
         return {column: getattr(row, column) for column in TABLES[name, ""].columns}
     return rows[name, variant]
 
@@ -197,6 +200,31 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("episodes", "", lambda row: {"answer_start": 99}, "do not lie in order"),
     ("episodes", "", plant("candidate_lengths_N", 5), "candidate lengths"),
     ("episodes", "", lambda row: {"gold": 2}, "gold is 2 of 2"),
+    ("demonstrations", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
+    ("demonstrations", "", plant("distiller_ids_L", 11), "sample_id does not name its token ids"),
+    ("demonstrations", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),
+    ("demonstrations", "", plant("distiller_ids_L", VOCAB), "distiller_ids_L holds 300"),
+    (
+        "demonstrations",
+        "",
+        lambda row: {"query_start": 2},
+        "demonstrations end at [3], and (1",
+    ),
+    (
+        "demonstrations",
+        "",
+        plant("demonstration_ends_M", 9),
+        "demonstrations end at [9], and (1",
+    ),
+    ("demonstrations", "", plant("demonstration_ends_M", 0), "demonstration_ends_M holds 0"),
+    ("demonstrations", "", plant("scored_S2", 5), "sample_id does not name its token ids"),
+    ("demonstrations", "", plant("scored_S2", 99), "do not lie in order"),
+    ("demonstrations", "", lambda row: {"source_id": "0" * 24}, "sample_id does not name"),
+    ("demonstrations", "", lambda row: {"source_id": "none"}, "source_id 'none' is no sample_id"),
+    ("demonstrations", "", lambda row: {"candidate_lengths_N": [2, 1]}, "does not name its token"),
+    ("demonstrations", "", plant("candidate_lengths_N", 0), "candidate lengths"),
+    ("demonstrations", "", lambda row: {"draw": -1}, "draw holds -1"),
+    ("demonstrations", "", lambda row: {"num_distiller_demonstrations": 2}, "are seen of 1"),
     ("preference_pairs", "", plant("chosen_ids_C", 9), "sample_id does not name its token ids"),
     ("preference_pairs", "", plant("rejected_ids_R", VOCAB), "rejected_ids_R holds 300"),
     ("subset_preferences", "", plant("answer_logprobs_N", np.nan), "answer_logprobs_N holds nan"),

@@ -21,6 +21,7 @@ from schemas.tables.advantages import (
     UnionAdvantages,
 )
 from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
@@ -36,6 +37,7 @@ BOUND: dict[str, BoundTable[Any]] = {
     "documents_large_vocabulary": DOCUMENTS.bind(vocab_size=262_144),
     "episodes": EPISODES.bind(vocab_size=49_152),
     "episodes_large_vocabulary": EPISODES.bind(vocab_size=262_144),
+    "demonstrations": DEMONSTRATIONS.bind(vocab_size=49_152),
     "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
     "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),

@@ -16,10 +16,12 @@ from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.records import ShardRecord, shard_name
 from schemas.storage.shards import write_shard
 from schemas.table import BoundTable
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.teacher_logits import TOP_K, TopKLogits
+from schemas.tables.teacher_logits import TOP_K, TopKLogits, misplaced
+from tests.fixtures.demonstration_data import cut
 from tests.fixtures.episode_data import as_episode
 from tests.fixtures.tiny_responses import make_pair
 
@@ -34,6 +36,11 @@ def some_input(name: str, index: int) -> tuple[Any, int, int]:
     if name == "episodes":
         row = as_episode([index, 3, 9, 4, 5], [(0, 1, 2)], 3, [6], [[6], [7]], 0)
         return row, 1, 5
+    if name == "demonstrations":  # its query's first token is not scored
+        (row,) = cut(
+            "episodes", [as_episode([index, 3, 9, 4, 5, 8], [(0, 1, 2)], 3, [6], [[6]], 0)]
+        )
+        return row, int(row.scored_S2[0, 0]), row.num_positions
     ids_T = np.array([index, 7, 8, 9])
     return Document(sample_id=sample_id_of(ids_T), split="train", input_ids_T=ids_T), 1, 3
 
@@ -77,7 +84,7 @@ def write(folder: Path, table: BoundTable[Any], rows: list[Any], **names: Any) -
 
 
 @pytest.mark.parametrize(
-    "of", [DOCUMENTS, EPISODES, PREFERENCE_PAIRS], ids=lambda table: table.name
+    "of", [DOCUMENTS, EPISODES, DEMONSTRATIONS, PREFERENCE_PAIRS], ids=lambda table: table.name
 )
 @pytest.mark.parametrize(("later", "fewer"), [(0, 0), (1, 0), (0, 1), (0, -1), (1, 1)])
 def test_signals_of_other_tokens_than_the_inputs(
@@ -104,6 +111,20 @@ def test_signals_of_other_tokens_than_the_inputs(
         assert said.startswith(f"{file} row {FAULTY} (sample {row.sample_id}): signals for ")
         assert f"from token {start + later} on, its input has {count} from token {start} on" in said
         assert "delete this shard" in said and "\n" not in said
+
+
+def test_an_encoder_decoders_signals_are_those_of_the_answer() -> None:
+    row, start, count = some_input("demonstrations", 1)
+    columns = {name: getattr(row, name) for name in ("input_ids_T", "scored_S2", "answer_start")}
+    answer, length = row.answer_start, len(row.input_ids_T) - row.answer_start
+    for first, found, fits in (
+        (start, count, True),
+        (answer, length, True),
+        (answer, count, False),
+    ):
+        signal = signals(row.sample_id, first, found)
+        scores = {"first_target": first, "next_token_logprobs_P": signal.next_token_logprobs_P}
+        assert (misplaced(columns | scores) == "") is fits
 
 
 def test_signals_of_a_sample_that_the_input_does_not_have(tmp_path: Path) -> None:

@@ -26,26 +26,26 @@ from stages.models.checkpoints.tokenizer_identity import (
     vocabulary_fingerprint,
 )
 
-_MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
+MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
 
-def load_student(folder: Path, *, device: torch.device) -> PreTrainedModel:
+def load_student(folder: Path, *, device: torch.device, role: str = "student") -> PreTrainedModel:
     """Load a student in float32; raises ConfigError if its head cannot be taken apart.
 
     Raises StoreError for a step's model whose files have changed since. A forward of it raises
     ConfigError for a row that would move its rotary factors, and with them the numbers of every
-    row beside it.
+    row beside it. ``role`` is what an error calls it.
     """
     require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = open_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the student {folder}: {first_line(error)}") from error
+        raise ConfigError(f"cannot load the {role} {folder}: {first_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     model.to(device)
-    _check_head(model, folder)
-    _hold_to_window(model, folder)
+    _check_head(model, f"{role} {folder}")
+    _hold_to_window(model, f"{role} {folder}")
     return model
 
 
@@ -105,13 +105,19 @@ def student_head(model: PreTrainedModel) -> StudentHead:
 
 
 def final_hidden_states(model: nn.Module, input_ids_BT: Tensor, *, last_layer: int) -> Tensor:
+    """Return [B, T, D] of token ids; see ``last_hidden_states``."""
+    return last_hidden_states(model, last_layer=last_layer, input_ids=input_ids_BT)
+
+
+def last_hidden_states(model: nn.Module, *, last_layer: int, **inputs: Tensor) -> Tensor:
     """Return [B, T, D] what the head reads, after the last norm; no [B, T, V] is made.
 
-    ``model`` may be wrapped (DDP has to see the call). Asking for one layer by its index keeps
-    transformers from holding all others; the last one is given after the norm.
+    ``inputs`` are ``input_ids`` [B, T] or ``inputs_embeds`` [B, T, D]. ``model`` may be wrapped
+    (DDP has to see the call). Asking for one layer by its index keeps transformers from holding all
+    others; the last one is given after the norm.
     """
     output = model(
-        input_ids=input_ids_BT,
+        **inputs,
         output_hidden_states=[last_layer],
         logits_to_keep=1,
         use_cache=False,
@@ -132,29 +138,31 @@ def scored_hidden_states(model: nn.Module, batch: dict[str, Tensor], *, last_lay
     return hidden_BTD.flatten(0, 1).index_select(0, batch["positions_N"])
 
 
-def _hold_to_window(model: PreTrainedModel, folder: Path) -> None:
+def _hold_to_window(model: PreTrainedModel, name: str) -> None:
     window = fixed_window(model.config.to_dict())
     if window is None:
         return
 
     def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input_ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache = kwargs.get("past_key_values")
-        length = input_ids_BT.shape[1] + (0 if cache is None else cache.get_seq_length())
+        length = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
         if length > window:
             raise ConfigError(
-                f"student {folder} is given a row of {length} tokens and takes {window}: {ONE_SET}"
+                f"{name} is given a row of {length} tokens and takes {window}: {ONE_SET}"
             )
 
     model.get_decoder().register_forward_pre_hook(check, with_kwargs=True)
 
 
-def _check_head(model: PreTrainedModel, folder: Path) -> None:
+def _check_head(model: PreTrainedModel, name: str) -> None:
     """Compare the head applied by us with the model's own logits, once, on a few tokens."""
     forward: Any = model.forward
     if "logits_to_keep" not in inspect.signature(forward).parameters:
         raise ConfigError(
-            f"student {folder}: {type(model).__name__} has no logits_to_keep, so its logits cannot "
+            f"{name}: {type(model).__name__} has no logits_to_keep, so its logits cannot "
             f"be held back; use another architecture"
         )
     training = model.training
@@ -167,8 +175,8 @@ def _check_head(model: PreTrainedModel, folder: Path) -> None:
         off_TV = (head.logits(hidden_BTD[0]) - expected_TV).abs()
         error = float(off_TV.max() / (1 + expected_TV.abs().max()))
     model.train(training)
-    if not error <= _MAX_HEAD_ERROR:
+    if not error <= MAX_HEAD_ERROR:
         raise ConfigError(
-            f"student {folder}: its logits are not head(last hidden state) but off by {error:.2g} "
+            f"{name}: its logits are not head(last hidden state) but off by {error:.2g} "
             f"of the largest: {type(model).__name__} does something this trainer does not know"
         )

@@ -97,6 +97,14 @@ def open_pretrained(kind: Any, folder: Path, **settings: Any) -> Any:
     return opened
 
 
+def built_from(kind: Any, config: Any) -> Any:
+    """Return what ``kind.from_config`` makes of a configuration: random weights, libraries' code.
+
+    Raises ValueError for a configuration whose class is code of its folder's own.
+    """
+    return kind.from_config(config, trust_remote_code=False)
+
+
 def _require_own(kind: Any, folder: Path, opened: Any) -> None:
     """Raise ValueError where transformers took the class of another folder for this one's.
 

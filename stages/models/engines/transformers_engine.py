@@ -32,7 +32,7 @@ from stages.models.engines.sequences import (
 )
 from stages.models.spec import EngineOptions, HeadCheck
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 class TransformersEngine:
@@ -50,7 +50,7 @@ class TransformersEngine:
         self.window = window_of(config)
         self.max_length = min(self.window, options.max_model_len or self.window)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
-        self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
+        self._batch_tokens = options.max_num_batched_tokens or BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageConfig, StageContext, TableRef, TableStage
+from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 _HEAD_FILES = ("head.safetensors", "head.json")
 
@@ -54,7 +54,7 @@ Support = Annotated[
 ]
 
 
-class AdvantagesStage(TableStage):
+class AdvantagesStage(SignalStage):
     """Score the responses of step ``input`` with ``model`` and ``reference``.
 
     An advantage is ``beta (log p_model - log p_reference)``, in nats; beta is that of the DPO run
@@ -66,7 +66,7 @@ class AdvantagesStage(TableStage):
     VERSION: ClassVar[int] = 1
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (RESPONSES,)
     NOT_HASHED: ClassVar[tuple[str, ...]] = (
-        *TableStage.NOT_HASHED,
+        *SignalStage.NOT_HASHED,
         "reference",
         "allow_equal_models",
     )

@@ -6,12 +6,12 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.candidate_scores import CANDIDATE_SCORES
 from schemas.tables.episodes import EPISODES
-from stages.stage import Estimate, StageContext, TableStage
+from stages.stage import Estimate, SignalStage, StageContext
 
 _CANDIDATES_A_ROW = 6
 
 
-class CandidateScoresStage(TableStage):
+class CandidateScoresStage(SignalStage):
     """Score every candidate of the episodes of step ``input`` with ``model``.
 
     A generation episode, which has no candidates, gets one score: its answer's.

@@ -10,10 +10,10 @@ from schemas.table import BoundTable, Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageContext, TableStage
+from stages.stage import Estimate, SignalStage, StageContext
 
 
-class ResponseLogprobsStage(TableStage):
+class ResponseLogprobsStage(SignalStage):
     """Score every response of the rows of step ``input`` with ``model``."""
 
     VERSION: ClassVar[int] = 1

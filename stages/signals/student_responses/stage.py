@@ -15,12 +15,12 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.responses import RESPONSES
-from stages.stage import Estimate, StageContext, TableStage
+from stages.stage import Estimate, SignalStage, StageContext
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and takes next to 0 for greedy
 
 
-class StudentResponsesStage(TableStage):
+class StudentResponsesStage(SignalStage):
     """Let ``model``, a student, answer each prompt of the pairs of step ``input`` ``n`` times.
 
     ``temperature`` 0 is greedy decoding. ``stop_token_ids`` unset are the ids that end a text or a

@@ -13,7 +13,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.episodes import EPISODES
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES
-from stages.stage import Estimate, StageConfig, StageContext, TableStage
+from stages.stage import Estimate, SignalStage, StageConfig, StageContext
 
 
 class UniformSampler(StageConfig):
@@ -38,7 +38,7 @@ class SimilaritySampler(StageConfig):
 Sampler = Annotated[UniformSampler | SimilaritySampler, Field(discriminator="kind")]
 
 
-class SubsetPreferencesStage(TableStage):
+class SubsetPreferencesStage(SignalStage):
     """Score ``num_subsets`` distinct subsets of each episode of step ``input`` with ``model``.
 
     Scores within ``tie_tolerance`` nats of the next one share a rank; half-precision teachers move

@@ -1,9 +1,13 @@
 """Stage ``teacher_logits``: token sequences -> what the teacher predicts at every position.
 
-Of documents and episodes every position is scored, of preference pairs those of the two responses.
+Of documents and episodes every position is scored, of preference pairs those of the two responses,
+and of ``demonstrations``, whose rows name spans of their own, the query's and the answer's. An
+encoder-decoder scores demonstrations alone, and of their spans what its decoder says: the answer,
+or the query of a row without one.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,11 +15,13 @@ from pydantic import Field
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS
-from stages.stage import Estimate, StageConfig, StageContext, TableStage
+from stages.models.encoder_decoder.kind import is_encoder_decoder
+from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 EXACT_FILES = ("head.safetensors", "head.json")
 
@@ -43,14 +49,21 @@ class ExactEncoding(StageConfig):
 Encoding = Annotated[ThresholdEncoding | TopKEncoding | ExactEncoding, Field(discriminator="kind")]
 
 
-class TeacherLogitsStage(TableStage):
+class TeacherLogitsStage(SignalStage):
     """Score the rows of step ``input`` with ``model``, keep each distribution as ``encoding``.
 
     ``seed`` moves every random draw; equal seeds give equal draws on any number of workers.
     """
 
     VERSION: ClassVar[int] = 1
-    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (DOCUMENTS, EPISODES, PREFERENCE_PAIRS)
+    CONSUMES: ClassVar[tuple[Table[Any], ...]] = (
+        DOCUMENTS,
+        EPISODES,
+        DEMONSTRATIONS,
+        PREFERENCE_PAIRS,
+    )
+
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("model",)
 
     stage: Literal["teacher_logits"]
     encoding: Encoding = ThresholdEncoding()
@@ -60,6 +73,16 @@ class TeacherLogitsStage(TableStage):
     def table(self) -> Table[Any]:
         """``teacher_logits`` in the variant that the encoding names."""
         return ENCODINGS[self.encoding.kind]
+
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a table that the stage does not read, or an encoder-decoder of this table."""
+        super().check(tables, models)
+        if is_encoder_decoder(models[self.model]) and tables[0].table is not DEMONSTRATIONS:
+            raise ConfigError(
+                f"input: step '{tables[0].step}' writes {tables[0].table.name}, and model "
+                f"'{self.model}' is an encoder-decoder, which scores {DEMONSTRATIONS.name} alone: "
+                f"name a step of that stage, or a causal language model"
+            )
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -81,7 +104,8 @@ class TeacherLogitsStage(TableStage):
     def estimate(self, source: Manifest, *, hidden_size: int) -> Estimate:
         """All positions but the first of each row; real text came within a tenth of the bytes.
 
-        Prompts of preference pairs are not scored, so pairs come to less.
+        Prompts of preference pairs are not scored, nor queries by an encoder-decoder: both come to
+        less.
         Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
         byte, and the two float16 columns hardly at all.
         """
@@ -94,4 +118,6 @@ class TeacherLogitsStage(TableStage):
             case encoding:
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows
+        if source.table == DEMONSTRATIONS.name:
+            positions = source.num_positions
         return Estimate(positions, math.ceil(positions * per_position))

@@ -1,7 +1,8 @@
 """Cached rows -> training batches: decode in the workers, pad on the right, keep scored positions.
 
-Entry j of a signal row is the distribution over the token at index ``first_target + j``; the
-student's hidden state at index ``first_target - 1 + j`` is what predicts it. A batch therefore
+Entry j of a signal row is the distribution over the token at index ``first_target + j`` (of a row
+that names spans: over its j-th scored token); the student's hidden state one index before it is
+what predicts it. A batch therefore
 carries ``positions_N``, the places of those hidden states in the flattened [B, T] batch, and every
 other array with N in its name is aligned with it. Targets are not padded: N is their true number.
 
@@ -27,6 +28,7 @@ from torch.utils.data import Dataset
 from schemas.dataset import CachedDataset
 from schemas.distribution import MAX_MASS_ERROR, unpack_threshold, unpack_top_k
 from schemas.errors import StoreError, TeacherCacheError
+from schemas.scored_spans import SCORED, span_targets
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
 IGNORED = -100  # transformers counts labels other than this one as tokens of the step
@@ -89,10 +91,10 @@ class Collator:
         labels_BT = np.full((len(rows), width), IGNORED, np.int64)
         positions = []
         for b, row in enumerate(rows):
-            ids_T, (start, stop) = row["input_ids_T"], scored_span(row)
+            ids_T, targets_P = row["input_ids_T"], scored_targets(row)
             input_ids_BT[b, : len(ids_T)] = ids_T
-            labels_BT[b, start:stop] = ids_T[start:stop]
-            positions.append(np.arange(start - 1, stop - 1) + b * width)
+            labels_BT[b, targets_P] = ids_T[targets_P]
+            positions.append(targets_P - 1 + b * width)
         check_ids(rows, "input_ids_T", self.vocab_size)
         batch = {
             "input_ids": input_ids_BT,
@@ -127,12 +129,25 @@ def check_ids(
             )
 
 
-def scored_span(row: Row) -> tuple[int, int]:
-    """Return the half-open range of indices in ``input_ids_T`` that are predicted and scored."""
+def scored_targets(row: Row) -> npt.NDArray[np.int64]:
+    """Return the indices [P] in ``input_ids_T`` of the tokens that are predicted and scored.
+
+    Those of the row's spans, or else all from the first one that a signal is about. Raises
+    StoreError where the row's signal is about others.
+    """
     num_tokens = len(row["input_ids_T"])
     start = int(row.get("first_target", 1))
     scored = row.get("next_token_logprobs_P")
-    return start, num_tokens if scored is None else start + len(scored)
+    if SCORED in row:
+        targets_P = span_targets(row[SCORED])
+        if scored is not None and (len(scored), start) != (len(targets_P), int(targets_P[0])):
+            raise StoreError(
+                f"sample {row['sample_id']}: signals for {len(scored)} tokens from {start} on, the "
+                f"row's spans have {len(targets_P)} from {int(targets_P[0])} on: run `teachercache "
+                f"verify` on the data"
+            )
+        return targets_P
+    return np.arange(start, num_tokens if scored is None else start + len(scored))
 
 
 def joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:

@@ -83,15 +83,17 @@ class WithStandIn:
         return self.collate(rows) if rows else self.collate([self.row]) | {STAND_IN: True}
 
 
-def counts_of(batch: dict[str, Any]) -> tuple[int, int]:
-    """Return a batch's scored tokens and samples (``UNITS``), for losses to be divided by.
+def counts_of(batch: dict[str, Any]) -> tuple[int, int, int]:
+    """Return a batch's counts of ``UNITS`` (``losses.step``), for losses to be divided by.
 
     The answers of ``IclCollator`` and ``DpoCollator`` count as samples, so only running text has
     tokens there; both sequences of a preference pair are one sample.
     """
     if STAND_IN in batch:
-        return 0, 0
+        return 0, 0, 0
     if "answers" in batch:
         text = batch.get("lm")
-        return len(text["positions_N"]) if text else 0, len(batch["answers"])
-    return len(batch["positions_N"]), batch.get("num_samples", len(batch["input_ids"]))
+        return len(text["positions_N"]) if text else 0, len(batch["answers"]), 0
+    num_samples = batch.get("num_samples", len(batch["input_ids"]))
+    in_answer = int(batch["in_answer_N"].sum()) if "in_answer_N" in batch else 0
+    return len(batch["positions_N"]), num_samples, in_answer

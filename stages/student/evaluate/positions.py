@@ -5,13 +5,15 @@ estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers o
 ``top1_agreement`` counts the positions where the cache tells the teacher's likeliest token.
 ``dropped_mass`` is what the teacher gives to ids that no token uses: its distribution is taken
 without (``stages.student.losses.kl``).
+A distiller is measured by what its reader says of queries and answers after its vectors, and
+``answer_cross_entropy`` is over the answers' tokens alone, where there are answers.
 Of preference pairs the chosen responses are measured.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from stages.models.causal_lm.chunked_loss import chunked_loss
+from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import (
     check_student,
@@ -35,14 +37,23 @@ from stages.models.causal_lm.model import (
     student_vocab_size,
 )
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
+from stages.models.encoder_decoder.halves import frame_of
+from stages.student.batches.demonstrations import (
+    Array,
+    DemonstrationsCollator,
+    distiller_tokens,
+)
 from stages.student.batches.pairs import ChosenCollator
 from stages.student.batches.signals import (
     Collator,
+    Row,
     SignalRows,
     encoding_of,
     worker_errors_as_raised,
 )
 from stages.student.batches.training_data import teacher_head_of
+from stages.student.distiller.reader import read_scored_states
+from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import Teacher, teacher_of
 from stages.student.options import TrainOptions
 
@@ -79,9 +90,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows to evaluate on, and the part of them that this process takes.
+    """Rows to evaluate on, and the part of them that this process takes; a distiller's reader.
 
-    Ids from ``num_token_ids`` on are no token's (None: not known).
+    Ids from ``num_token_ids`` on are no token's (None: not known). ``rows`` are the indices of
+    those that count (None: all), ``tokens_of`` a row what a distiller reads.
     """
 
     dataset: CachedDataset
@@ -91,6 +103,9 @@ class HeldOut:
     rank: int = 0
     world_size: int = 1
     num_token_ids: int | None = None
+    reader: PreTrainedModel | None = None
+    rows: Sequence[int] | None = None
+    tokens_of: Callable[[Row], Array] = distiller_tokens
 
 
 def evaluate(
@@ -134,7 +149,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(7, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(9, dtype=torch.float64, device=model.device)
     with torch.inference_mode(), worker_errors_as_raised():
         for batch in _batches(model, held_out):
             sums += _sums_of(model, batch, held_out)
@@ -145,10 +160,15 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
 
 
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
-    mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
+    rows = range(len(held_out.dataset)) if held_out.rows is None else held_out.rows
+    mine = rows[held_out.rank :: held_out.world_size]
+    vocab_size = student_vocab_size(held_out.reader or model)
     encoding = encoding_of(held_out.dataset)
-    collator: Any = Collator(encoding, student_vocab_size(model), held_out.num_token_ids)
-    if held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
+    collator: Any = Collator(encoding, vocab_size, held_out.num_token_ids)
+    if held_out.reader is not None:
+        frame = frame_of(held_out.reader.config)
+        collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
+    elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
@@ -162,18 +182,40 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     dtype = DTYPES[held_out.dtype]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden_ND = scored_hidden_states(model, batch, last_layer=last_layer_of(model))
+        hidden_ND = _hidden_states(model, batch, held_out)
     has_teacher = bool(encoding_of(held_out.dataset))
     teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
     scores = Scores(batch["next_token_ids_N"], teacher)
-    sums = chunked_loss(hidden_ND, student_head(model), scores, dtype=dtype).sums
+    head = student_head(held_out.reader or model)
+    sums = chunked_loss(hidden_ND, head, scores, dtype=dtype).sums
+    answers = _answer_sums(batch, hidden_ND, head, dtype)
     teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
-    return torch.stack([*sums.values(), teacher_ce, count]).double()
+    return torch.stack([*sums.values(), teacher_ce, count, *answers]).double()
+
+
+def _hidden_states(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
+    """Return [N, D] of the student's scored positions, or of the reader's behind a distiller."""
+    if held_out.reader is None:
+        return scored_hidden_states(model, batch, last_layer=last_layer_of(model))
+    return read_scored_states(model, held_out.reader, batch)
+
+
+def _answer_sums(
+    batch: dict[str, Tensor], hidden_ND: Tensor, head: StudentHead, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the answers' cross-entropy and their tokens; zeros without answers."""
+    in_answer_N = batch.get("in_answer_N")
+    if in_answer_N is None or not bool(in_answer_N.any()):
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    scores = CrossEntropy(batch["next_token_ids_N"][in_answer_N])
+    total = chunked_loss(hidden_ND[in_answer_N], head, scores, dtype=dtype).loss
+    return total, in_answer_N.sum().to(total)
 
 
 def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
-    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count = sums.tolist()
+    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *answers = sums.tolist()
+    answer_ce, answered = answers
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -181,6 +223,8 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
         "cross_entropy": mean,
         "perplexity": math.exp(min(mean, 700.0)),  # a diverged student must not overflow a report
     }
+    if answered:
+        means["answer_cross_entropy"] = answer_ce / answered
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
         means["teacher_cross_entropy"] = teacher_ce / tokens

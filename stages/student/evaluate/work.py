@@ -9,10 +9,40 @@ from stages.stage import StepJob
 from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
+from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
 
 
 def make(stage: EvaluateStage, job: StepJob) -> None:
     """Measure each student; ``evaluation.json`` has every number of every task."""
+    reports: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    if stage.reader is not None:
+        reports, metrics = _of_distillers(stage, job)
+    else:
+        reports, metrics = _of_students(stage, job)
+    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity, metrics=metrics)
+    write_evaluation(job.output, reports, record)
+
+
+def _of_distillers(
+    stage: EvaluateStage, job: StepJob
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    assert stage.reader is not None
+    job.said(f"measuring {', '.join(stage.students)}")
+    distillers = {name: job.models[name].path for name in stage.students}
+    reader = job.models[stage.reader].path
+    found = evaluate_vectors(distillers, reader, job.tables, scoring=stage.score)
+    # The reader is the last of the step's models.
+    label = {"cross_model": float(is_cross_model(job.identity["models"][-1], job.tables))}
+    return (
+        {name: report.as_dict() for name, report in found.items()},
+        {name: report.summary() | label for name, report in found.items()},
+    )
+
+
+def _of_students(
+    stage: EvaluateStage, job: StepJob
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     of_episodes = read_manifest(job.tables[0]).table == EPISODES.name
     reports: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
@@ -23,5 +53,4 @@ def make(stage: EvaluateStage, job: StepJob) -> None:
             reports[name], metrics[name] = report.as_dict(), report.summary()
         else:
             reports[name] = metrics[name] = evaluate(model.path, job.tables)
-    record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity, metrics=metrics)
-    write_evaluation(job.output, reports, record)
+    return reports, metrics

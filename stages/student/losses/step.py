@@ -1,7 +1,8 @@
 """One batch of one training step, as an objective sees it, and what it gives back.
 
 An objective is a list of terms. Each is a sum with a gradient that is divided by the whole step's
-count of its unit: scored tokens, or samples (rows), over all accumulated batches of all processes.
+count of its unit: scored tokens, samples (rows) or scored tokens of answers, over all accumulated
+batches of all processes.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,10 @@ from stages.models.causal_lm.chunked_loss import PositionLoss, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import last_layer_of, scored_hidden_states, student_head
 from stages.models.causal_lm.sequence_logprobs import Continuations, continuation_logprobs
+from stages.student.distiller.reader import read_scored_states
 
-Unit = Literal["tokens", "samples"]
-UNITS: tuple[Unit, ...] = ("tokens", "samples")
+Unit = Literal["tokens", "samples", "answer_tokens"]
+UNITS: tuple[Unit, ...] = ("tokens", "samples", "answer_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Step:
 
     ``model`` may be wrapped by DDP, which must see one forward a batch, no more; all other forwards
     go through ``bare``. ``progress`` runs from 0 at the first step of the run to 1 at the last.
+    With a ``reader`` the student is a distiller, and what is scored is what the reader says.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Step:
     micro_batch_tokens: int
     progress: float
     advantage_heads: tuple[LanguageHead, LanguageHead] | None = None
+    reader: PreTrainedModel | None = None
 
     def over_positions(self, batch: dict[str, Any], objective: PositionLoss) -> Term:
         """Sum an objective over a batch's scored positions: the one forward of ``model``."""
@@ -63,9 +67,18 @@ class Step:
         """Return [N, D] of a batch's scored positions: the one forward of ``model``."""
         return scored_hidden_states(self.model, batch, last_layer=last_layer_of(self.bare))
 
+    def read_states(self, batch: dict[str, Any]) -> Tensor:
+        """Return [N, D] of the reader at the scored positions of a batch of queries.
+
+        The one forward of ``model`` makes the vectors that the reader is fed before them.
+        """
+        assert self.reader is not None, "the objective uses a reader"
+        return read_scored_states(self.model, self.reader, batch)
+
     def over(self, hidden_ND: Tensor, objective: PositionLoss, unit: Unit = "tokens") -> Term:
         """Sum an objective over some positions' hidden states."""
-        result = chunked_loss(hidden_ND, student_head(self.bare), objective, dtype=self.dtype)
+        head = student_head(self.reader or self.bare)
+        result = chunked_loss(hidden_ND, head, objective, dtype=self.dtype)
         sums = {name: value for name, value in result.sums.items() if name != "loss"}
         return Term(result.loss, sums, unit)
 

@@ -11,6 +11,7 @@ from stages.student.objectives.dckd import DckdConfig
 from stages.student.objectives.dpo import DpoConfig
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.mend import MendConfig
 from stages.student.objectives.sft import SftConfig
 
 ObjectiveConfig = Annotated[
@@ -21,6 +22,7 @@ ObjectiveConfig = Annotated[
     | SftConfig
     | DpoConfig
     | DckdConfig
-    | AdpaConfig,
+    | AdpaConfig
+    | MendConfig,
     Field(discriminator="loss"),
 ]

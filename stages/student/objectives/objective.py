@@ -8,7 +8,7 @@ loads these files, so nothing in them loads torch before a training run asks: de
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from schemas.errors import ConfigError
 from stages.stage import StageConfig
@@ -36,6 +36,8 @@ class Reads:
 
 class Objective(StageConfig, ABC):
     """What a student is trained for; ``loss`` names it in a recipe."""
+
+    USES_READER: ClassVar[bool] = False  # what is trained is a distiller before a frozen reader
 
     loss: str
 

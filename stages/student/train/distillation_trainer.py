@@ -35,6 +35,7 @@ from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import student_vocab_size
 from stages.models.causal_lm.sequence_logprobs import MICRO_BATCH_TOKENS
 from stages.models.checkpoints.checkpoint import WHOLE
+from stages.models.encoder_decoder.halves import frame_of
 from stages.student.batches.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn, counts_of
 from stages.student.batches.training_data import TrainingData, advantage_heads_of, teacher_head_of
 from stages.student.evaluate.positions import DTYPES
@@ -64,14 +65,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
         on_checkpoint: OnCheckpoint | None = None,
         num_token_ids: int | None = None,
+        reader: PreTrainedModel | None = None,
     ) -> None:
         """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
 
         The second is called with the folder of each checkpoint when it is whole. Ids from
-        ``num_token_ids`` on are no token's (None: not known).
+        ``num_token_ids`` on are no token's (None: not known). With a ``reader`` ``model`` is a
+        distiller; the Trainer has no part in the reader.
         """
-        vocab_size = student_vocab_size(model)
-        data = TrainingData(dataset, lm_dataset, vocab_size, config.seed, num_token_ids)
+        vocab_size = student_vocab_size(reader or model)
+        frame = None if reader is None else frame_of(reader.config)
+        data = TrainingData(dataset, lm_dataset, vocab_size, config.seed, num_token_ids, frame)
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,
@@ -88,6 +92,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             teacher_head_of(lm_dataset, args.device, num_token_ids) if lm_dataset else None
         )
         self._advantage_heads = advantage_heads_of(dataset, args.device, num_token_ids)
+        self._reader = reader
         self._micro_batch_tokens = micro_batch_tokens
         self._logged = RunningSums()
         # Of this process, since this call of train(): scored tokens, and rows.
@@ -148,13 +153,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             micro_batch_tokens=self._micro_batch_tokens,
             progress=self.state.global_step / max(self.state.max_steps - 1, 1),
             advantage_heads=self._advantage_heads,
+            reader=self._reader,
         )
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> Tensor:
         """Return the step's counts of ``UNITS``; the Trainer's own is of tokens alone."""
-        counts = [(0, 0), *(counts_of(batch) for batch in batch_samples)]
+        counts = [(0,) * len(UNITS), *(counts_of(batch) for batch in batch_samples)]
         summed = torch.tensor(counts, device=device).sum(dim=0)
         gathered: Tensor = self.accelerator.reduce(summed, reduction="sum")
         return gathered

@@ -40,9 +40,11 @@ class RunningSums:
         values = [value.float().reshape(()) for value in self.sums.values()]
         local_S = torch.stack([*values, *torch.tensor(self.counts, device=device).float()])
         totals = reduce(local_S, reduction="sum").tolist()
-        found = {f"num_{unit}": totals[i - len(UNITS)] for i, unit in enumerate(UNITS)}
+        counted = dict(zip(UNITS, totals[-len(UNITS) :], strict=True))
+        used = {unit: n for unit, n in counted.items() if n or unit != "answer_tokens"}
+        found = {f"num_{unit}": count for unit, count in used.items()}
         means = {
-            name: total / max(found[f"num_{self.units[name]}"], 1.0)
+            name: total / max(counted[self.units[name]], 1.0)
             for name, total in zip(self.sums, totals, strict=False)  # the counts come last
         }
         self.sums, self.counts = {}, [0] * len(UNITS)
@@ -78,7 +80,8 @@ class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is u
         now = time.monotonic()
         seconds = max(now - self.clock, 1e-9)
         self.clock = now
-        speed = {f"{unit}_per_s": logs.get(f"num_{unit}", 0.0) / seconds for unit in UNITS}
+        counts = {unit: logs[f"num_{unit}"] for unit in UNITS if f"num_{unit}" in logs}
+        speed = {f"{unit}_per_s": count / seconds for unit, count in counts.items()}
         self._tell("step", state, **logs, **speed)
 
     def _tell(self, event: str, state: TrainerState, **values: float) -> None:

@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
-from stages.stage import Kind, Stage, StageConfig, TableRef
+from stages.models.encoder_decoder.kind import kinds_problem
+from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.mend import MendConfig
 
 
 class TrainConfig(StageConfig):
@@ -74,19 +76,22 @@ class TrainStage(TrainConfig, Stage):
 
     ``data`` names the documents or episodes step first, then the signal steps; ``lm_data`` the
     running text and its signals, for the LM part of ``icl_distillation`` and for nothing else.
+    ``reader`` names the model that reads a distiller's vectors, for ``mend`` alone.
     Held-out shards are never trained on: they measure the student before and after.
     """
 
     KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 2
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data", "reader")
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
-    RUNS: ClassVar[tuple[str, ...]] = ("student",)
+    RUNS: ClassVar[tuple[str, ...]] = ("student", "reader")
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("reader",)
 
     stage: Literal["train"]
     student: str
     data: tuple[str, ...] = Field(min_length=1)
     lm_data: tuple[str, ...] = ()
+    reader: str | None = None
 
     @model_validator(mode="after")
     def _text_where_used(self) -> "TrainStage":
@@ -94,10 +99,44 @@ class TrainStage(TrainConfig, Stage):
             raise ValueError(problem)
         return self
 
+    @model_validator(mode="after")
+    def _reader_where_used(self) -> "TrainStage":
+        if self.objective.USES_READER and self.reader is None:
+            raise ValueError(
+                f"objective '{self.objective.loss}' needs 'reader', the model that reads the "
+                f"distiller's vectors: name it"
+            )
+        if self.reader is not None and not self.objective.USES_READER:
+            raise ValueError(
+                f"'reader' is '{self.reader}', which objective '{self.objective.loss}' would not "
+                f"use: leave it out, or use mend"
+            )
+        return self
+
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse tables that are not what the objective reads."""
+        """Refuse tables that are not what the objective reads, or a reader that is not the teacher.
+
+        ``cross_model`` of the objective allows another one.
+        """
         kinds = [(ref.table.name, ref.table.variant) for ref in tables]
         self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
+        if not isinstance(self.objective, MendConfig) or self.reader is None:
+            return
+        reader = models[self.reader]
+        made_by = {table.step: table.made_by for table in tables if table.made_by is not None}
+        if problem := kinds_problem(reader, made_by):
+            raise ConfigError(f"reader: '{self.reader}' {problem}")
+        others = [step for step, model in made_by.items() if not is_one_model(model, reader)]
+        if others and not self.objective.cross_model:
+            raise ConfigError(
+                f"reader: '{self.reader}' is not the model that made '{others[0]}': name that one, "
+                f"or set objective.cross_model to true, which every report then says"
+            )
+        if made_by and not others and self.objective.cross_model:
+            raise ConfigError(
+                f"objective.cross_model: is true, and reader '{self.reader}' is the very model "
+                f"that made '{next(iter(made_by))}': leave it out"
+            )
 
     def hashed(self) -> dict[str, Any]:
         """Return what names the step by content, with how many of its tables are running text.

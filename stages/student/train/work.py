@@ -10,10 +10,11 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
@@ -34,9 +35,13 @@ from stages.models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, num_token_ids
+from stages.student.batches.demonstrations import check_rooms
 from stages.student.batches.signals import worker_errors_as_raised
 from stages.student.batches.training_data import teacher_head_of
-from stages.student.evaluate.positions import HeldOut, measure_student
+from stages.student.distiller.distiller import load_distiller
+from stages.student.distiller.reader import check_reader, load_reader
+from stages.student.evaluate.positions import DTYPES, HeldOut, measure_student
+from stages.student.objectives.mend import MendConfig
 from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
@@ -65,6 +70,7 @@ def train(
     student: Path,
     data: Sequence[Folder],
     lm_data: Sequence[Folder] = (),
+    reader: Path | None = None,
     output: Path,
     fingerprint: str = "",
     resume: bool = True,
@@ -76,7 +82,8 @@ def train(
     """Train ``student`` on the joined rows of the tables in ``data``; see the module.
 
     ``on_checkpoint`` is called, in the main process, with each checkpoint that can be gone on from.
-    ``lm_data`` are tables of running text, for the LM part of ``icl_distillation`` alone.
+    ``lm_data`` are tables of running text, for the LM part of ``icl_distillation`` alone. With an
+    objective that uses a ``reader``, ``student`` is a distiller's folder.
     ``fingerprint`` names the run; without one it is the hash of config, data and student. A folder
     that already holds this run is returned as it is. Raises ConfigError for a folder that holds
     another, IdentityMismatch for a student of another tokenizer or too small a vocabulary, and
@@ -88,7 +95,10 @@ def train(
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
     config.objective.require(_kinds(dataset), _kinds(lm_dataset))
+    assert (reader is not None) == config.objective.USES_READER, "a reader where one is used"
     identity = _identity(config, dataset, lm_dataset, student)
+    if reader is not None:
+        identity["reader"] = weight_checksums(reader)
     fingerprint = fingerprint or run_fingerprint(identity)
     run = _Run(config, options, output, fingerprint, identity, on_event, on_checkpoint)
     claim_folder(output, fingerprint, resume=resume)
@@ -96,7 +106,7 @@ def train(
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
-    return run.carry_out(student, dataset, lm_dataset, held_out, resume=resume)
+    return run.carry_out(student, reader, dataset, lm_dataset, held_out, resume=resume)
 
 
 def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -146,6 +156,7 @@ class _Run:
     def carry_out(
         self,
         student: Path,
+        reader_folder: Path | None,
         dataset: CachedDataset,
         lm_dataset: CachedDataset | None,
         held_out: CachedDataset | None,
@@ -154,17 +165,17 @@ class _Run:
     ) -> TrainResult:
         """Measure, train, measure again, save."""
         args = training_arguments(self.config, self.options, self.checkpoints)
-        model = load_student(student, device=args.device)
-        for read in filter(None, (dataset, lm_dataset)):
-            check_student(student, read, student_vocab_size(model))
+        read = [dataset] if lm_dataset is None else [dataset, lm_dataset]
+        model, reader = self._load(student, reader_folder, read, args.device)
         known_ids = num_token_ids(student)
         teacher_head = teacher_head_of(dataset, args.device, known_ids)
         scored = None
         if held_out is not None:
             place = (args.process_index, args.world_size, known_ids)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
+            scored = replace(scored, reader=reader)
         before = self._measure(model, scored, "before")
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)
         trainer = DistillationTrainer(
             model,
             args,
@@ -176,14 +187,18 @@ class _Run:
             micro_batch_tokens=self.options.micro_batch_tokens,
             on_checkpoint=self.on_checkpoint,
             num_token_ids=known_ids,
+            reader=reader,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
         trainer.accelerator.wait_for_everyone()
         summary = self._train(trainer, last_checkpoint(self.checkpoints))
-        model.config.use_cache = use_cache  # the Trainer turns it off
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer turns it off
         _require_finite(model, self.config)
         summary["rows_without_partner"] = float(dataset.num_missing)
+        if isinstance(self.config.objective, MendConfig):
+            summary["cross_model"] = float(self.config.objective.cross_model)
         after = self._measure(model, scored, "after")
         metrics = {"before": before, "after": after, "train": summary}
         history = tuple(dict(entry) for entry in trainer.state.log_history if "loss" in entry)
@@ -191,6 +206,28 @@ class _Run:
             self._save(model, student, metrics, history)
         trainer.accelerator.wait_for_everyone()
         return TrainResult(self.output, self.fingerprint, metrics, history)
+
+    def _load(
+        self,
+        student: Path,
+        reader: Path | None,
+        read: Sequence[CachedDataset],
+        device: torch.device,
+    ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+        """Return what is trained on ``read``, and the frozen reader if the objective uses one."""
+        if reader is None:
+            model = load_student(student, device=device)
+            for dataset in read:
+                check_student(student, dataset, student_vocab_size(model))
+            return model, None
+        (dataset,) = read
+        distiller = load_distiller(student, device=device)
+        frozen = load_reader(reader, device=device, dtype=DTYPES[self.config.dtype])
+        check_student(student, dataset, distiller.vocab_size)
+        check_student(reader, dataset, student_vocab_size(frozen))
+        check_reader(distiller, frozen, reader)
+        check_rooms(distiller, frozen, dataset)
+        return distiller, frozen
 
     def _prepare_folder(self, *, resume: bool) -> None:
         """Keep the checkpoints of this run, or start over."""

@@ -1,6 +1,7 @@
 """A stage answers each row of a shard once and in order; what does not is named, not written."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from schemas.errors import TeacherCacheError
 from schemas.storage.files import sha256_of
 from schemas.storage.shards import write_shard
 from schemas.tables.documents import DOCUMENTS
-from stages.stage import Rejected
+from stages.sources.demonstrations.stage import DemonstrationsStage
+from stages.stage import Rejected, StageContext
 from tests.fixtures.tiny_teacher import as_document
 
 BOUND = DOCUMENTS.bind(vocab_size=300)
@@ -58,6 +60,24 @@ def test_a_row_dropped_repeated_or_out_of_order_ends_the_run(said: str, task: Sh
         run_shard(task, BOUND, lambda shard: FAULTS[said](rows_of(shard)), {})
     assert "\n" not in str(caught.value) and task.finished() is None
     assert not list(Path(str(task.folder)).glob("shard-*"))
+
+
+def test_rows_with_keys_of_their_own_are_held_to_their_source(
+    task: ShardTask, tmp_path: Path
+) -> None:
+    """``demonstrations`` makes another row of each, and says of which."""
+    documents = [as_document(np.array([index, 7, 8, 9, 10])) for index in range(5)]
+    write_shard(task.folder.parent / "documents.arrow", BOUND, documents)
+    task = replace(task, input_sha256=sha256_of(tmp_path / "documents.arrow"))
+    stage = DemonstrationsStage.model_validate(
+        {"stage": "demonstrations", "input": "documents", "demonstration_fraction": 0.5}
+    )
+    context = StageContext(Path(), 300, input_table="documents")
+    table = stage.bind(context)
+    with stage.open(context) as work:
+        assert run_shard(task, table, work, {}).num_rows == 5
+        with pytest.raises(TeacherCacheError, match=r"writes demonstrations.*row 1 is sample"):
+            run_shard(task, table, lambda shard: list(work(shard))[::2], {})
 
 
 def test_kept_and_rejected_rows_are_the_rows_given(task: ShardTask) -> None:

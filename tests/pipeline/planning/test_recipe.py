@@ -31,7 +31,7 @@ def line_of(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, overrides)
     line = str(caught.value)
-    assert "\n" not in line and len(line) < 400, line
+    assert "\n" not in line and len(line) < 500, line
     return line
 
 

@@ -22,6 +22,7 @@ from stages.models.checkpoints.own_code import is_trusted, trust
 from stages.models.engines.engine import open_engine
 from stages.models.spec import EngineOptions
 from stages.stage import StageContext, TableStage
+from stages.student.distiller.distiller import distiller_of
 from tests.conftest import PARAGRAPHS
 from tests.fixtures.tiny_recipe import (
     TinyRecipe,
@@ -319,3 +320,12 @@ def test_code_of_another_folder_of_that_name_is_not_taken_for_its_own(
     load_student(own_model, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="other code of a folder that is called 'own' too"):
         load_student(other, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_a_distiller_is_of_a_class_of_transformers(own_model: Path, is_allowed: bool) -> None:
+    """Its folder holds no code, so it could not be opened again."""
+    trust(own_model, is_allowed)
+    expected = "needs code of its own" if not is_allowed else "class transformers itself has"
+    with pytest.raises(ConfigError, match=expected):
+        distiller_of(own_model, num_vectors=4, reader_hidden_size=32, reader="", seed=0)

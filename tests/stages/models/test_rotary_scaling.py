@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 from pipeline.planning.fingerprint import model_identity
 from schemas.errors import ConfigError
 from stages.models.causal_lm.greedy_decoding import decode_greedily
-from stages.models.causal_lm.model import final_hidden_states, load_student
+from stages.models.causal_lm.model import final_hidden_states, last_hidden_states, load_student
 from stages.models.checkpoints.rotary_scaling import fixed_window
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 from stages.models.engines.engine import open_engine
 from stages.models.engines.sequences import TokenIds
 from stages.models.spec import EngineOptions
 from stages.sources.reading.tokens import TextTokenizer, model_limits
+from stages.student.distiller.reader import window_of
 
 SHORT, LONG = [1.0] * 16, [1.0 + index for index in range(16)]
 LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
@@ -118,6 +119,10 @@ def test_a_student_takes_no_row_that_would_move_the_others(save: Any, tmp_path: 
         )
         with pytest.raises(ConfigError, match=r"a row of 65 tokens and takes 64: beyond that"):
             final_hidden_states(model, torch.from_numpy(rows(65)[0])[None], last_layer=1)
+        assert window_of(model) == 64  # of a frozen reader, which is fed vectors before a query
+        embedded_BTD = model.get_input_embeddings()(torch.from_numpy(rows(65)[0])[None])
+        with pytest.raises(ConfigError, match=r"a row of 65 tokens and takes 64: beyond that"):
+            last_hidden_states(model, last_layer=1, inputs_embeds=embedded_BTD)
         (answer,) = decode_greedily(model, rows(60), ends=(), max_new_tokens=40)
     assert len(answer) == 4
 

@@ -23,6 +23,7 @@ from stages.sources.episodes.templates import TEMPLATES, EpisodeTemplate, templa
 from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.tasks.task import Example, Task
+from tests.fixtures.tiny_t5 import END, save_t5_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -224,6 +225,25 @@ def test_templates_say_what_is_wrong_with_them(tiny_model: Path) -> None:
         with pytest.raises(ConfigError, match=r"joins .* use one that ends in a newline"):
             EpisodeBuilder(tokenizer, template, 100, Rejects())
     assert template_of("metaicl").separator == "\n\n\n"
+
+
+def test_a_separator_has_tokens_where_the_tokenizer_drops_white_space(tmp_path: Path) -> None:
+    """T5's does, and ends a text of its own with ``</s>``, which no part of an episode has."""
+    save_t5_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"makes no token of '\\n\\n\\n': use a separator with"):
+        EpisodeBuilder(tokenizer, TEMPLATES["metaicl"], 250, Rejects())
+    template = EpisodeTemplate(demonstration="Question: {input}\nAnswer: {output}", separator=" ; ")
+    builder = EpisodeBuilder(tokenizer, template, 250, Rejects())
+    rows = [Example((f"number {i} is w{i}",), f"word {i}", (), "f:1") for i in range(4)]
+    task = Task("t", "generation", ())
+    row = builder.build(DrawnEpisode("train", task, tuple(rows[:3]), rows[3], 0, 0))
+    parts = [template.query_part(r.inputs[0]) + template.answer_part(r.output) for r in rows]
+    (expected,) = tokenizer.encode([template.separator.join(parts)])
+    assert row is not None and row.input_ids_T.tolist() == expected.tolist()
+    whole = AutoTokenizer.from_pretrained(tmp_path)(template.separator.join(parts))["input_ids"]
+    assert whole == [*expected.tolist(), END]
+    assert len(builder.separator_ids) == 2
 
 
 class Lowercase:

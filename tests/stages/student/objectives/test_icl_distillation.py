@@ -17,7 +17,7 @@ from schemas.errors import StoreError
 from stages.student.batches.episodes import EpisodesWithText, IclCollator
 from stages.student.batches.signals import Collator
 from stages.student.batches.step_rows import counts_of
-from stages.student.losses.step import Step, Term
+from stages.student.losses.step import UNITS, Step, Term
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from tests.fixtures.cached_data import VOCAB_SIZE
 from tests.fixtures.episode_data import (
@@ -68,7 +68,7 @@ def batch_of(data: EpisodeData) -> dict[str, Any]:
 
 
 def loss_of(found: list[Term], batch: dict[str, Any]) -> Tensor:
-    counts = dict(zip(("tokens", "samples"), counts_of(batch), strict=True))
+    counts = dict(zip(UNITS, counts_of(batch), strict=True))
     return torch.stack([t.weight * t.total / counts[t.unit] for t in found]).sum()
 
 

@@ -15,10 +15,13 @@ from schemas.errors import IdentityMismatch
 from stages.models.causal_lm.response_measures import mean_kl
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.student.evaluate.positions import evaluate
+from stages.student.evaluate.vectors import evaluate_vectors
+from stages.student.objectives.mend import MendConfig
 from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data, save_model
+from tests.fixtures.demonstration_data import SlowMend, make_mend_data
 
 TALL = VOCAB_SIZE + 13
 OPTIONS = TrainOptions(num_workers=0, log_every=1)
@@ -67,6 +70,33 @@ def test_a_shorter_student_trains_on_what_tokens_have(
     assert before["kl_to_teacher"] == pytest.approx(plain["kl_to_teacher"], abs=kl)
     assert after["kl_to_teacher"] < before["kl_to_teacher"]
     assert all(0 < entry["dropped_mass"] < 0.2 for entry in result.history)
+
+
+@pytest.mark.parametrize("encoding", ["exact", "threshold"])
+def test_a_distiller_learns_what_tokens_have(encoding: str, tmp_path: Path) -> None:
+    """Its reader is the teacher with the padding, its own matrix has none; queries alone count."""
+    cache = make_mend_data(tmp_path / "mend", [encoding], ["episodes"], teacher_rows=TALL)
+    tables, models = cache.tables("episodes", encoding), cache.models
+    slow, kl, dropped = SlowMend(models), [], []
+    rows = [row for row in cache.rows("episodes").values() if row.split == "heldout"]
+    for row in rows:
+        p_PV, own_PV = slow.teacher(row).exp(), slow.logprobs(row).detach()[:, :VOCAB_SIZE]
+        q_PV = p_PV[:, :VOCAB_SIZE] / p_PV[:, :VOCAB_SIZE].sum(1, keepdim=True)
+        kl += (q_PV * (q_PV.log() - own_PV)).sum(1).tolist()
+        dropped += p_PV[:, VOCAB_SIZE:].sum(1).tolist()
+    reader, config = models.teacher, CONFIG.model_copy(update={"objective": MendConfig()})
+    out = tmp_path / "out"
+    given = {"student": models.distiller, "reader": reader, "data": tables, "options": OPTIONS}
+    result = train(config, output=out, **given)  # type: ignore[arg-type]
+    before = result.metrics["before"]
+    off = {"exact": 1e-3, "threshold": 0.8}[encoding]
+    assert before["tokens"] == len(kl) and float(np.mean(dropped)) > 0.001
+    assert before["dropped_mass"] == pytest.approx(float(np.mean(dropped)), rel=off)
+    within = {"exact": 2e-3, "threshold": 0.3}[encoding]
+    assert before["kl_to_teacher"] == pytest.approx(float(np.mean(kl)), abs=within)
+    assert all(0 < entry["dropped_mass"] < 0.2 for entry in result.history)
+    reports = evaluate_vectors({"distiller": models.distiller}, reader, tables, options=OPTIONS)
+    assert reports["distiller"].summary()["kl_to_teacher"] == pytest.approx(before["kl_to_teacher"])
 
 
 def test_a_taller_student_counts_its_padding_in_its_own_softmax(

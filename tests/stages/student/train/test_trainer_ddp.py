@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.fixtures.demonstration_data import MendData, make_mend_data, make_models
 from tests.fixtures.episode_data import EpisodeData, make_episode_data
 from tests.fixtures.preference_data import PreferenceData, make_preference_data
 
@@ -36,6 +37,7 @@ def carry_out(job):
     options = TrainOptions(num_workers=0, log_every=1, micro_batch_tokens=60)
     train(config, student=Path(job["student"]), data=[Path(name) for name in job["data"]],
           lm_data=[Path(name) for name in job["lm_data"]], output=output, options=options,
+          reader=Path(job["reader"]) if "reader" in job else None,
           fingerprint="same", on_event=lambda event: seen.append(event["event"]))
     (output / f"seen-{len(seen)}").write_text("")
 
@@ -55,6 +57,8 @@ CASES: dict[str, Case] = {
     "dpo": ({"loss": "dpo"}, 2, (4, 2, 2)),
     "dckd": ({"loss": "dckd"}, 2, (4, 2, 2)),
     "adpa": ({"loss": "adpa"}, 2, (4, 2, 2)),
+    "mend": ({"loss": "mend"}, 2, (3, 2, 4)),  # its third step has 2 of 6 rows
+    "mend-lora": ({"loss": "mend"}, 2, (3, 2, 2)),
 }
 PAIRS = ("dpo", "dckd", "adpa")
 
@@ -69,6 +73,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreferenceData:
     return make_preference_data(tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> MendData:
+    return make_mend_data(tmp_path_factory.mktemp("mend"), ("threshold",), ("episodes",))
+
+
 def pair_job_of(data: PreferenceData, objective: dict[str, Any]) -> dict[str, Any]:
     """The same of a preference objective."""
     tables = {"dpo": data.dpo, "dckd": data.dckd("threshold"), "adpa": data.adpa("threshold")}
@@ -76,6 +85,20 @@ def pair_job_of(data: PreferenceData, objective: dict[str, Any]) -> dict[str, An
         "objective": objective,
         "student": str(data.student),
         "data": [str(path) for path in tables[objective["loss"]]],
+        "lm_data": [],
+    }
+
+
+def mend_job_of(data: MendData, objective: dict[str, Any], lora_rank: int) -> dict[str, Any]:
+    """The same of a distiller and its reader."""
+    models = data.models
+    if lora_rank:
+        models = make_models(data.root / "lora", distiller_width=24, lora_rank=lora_rank)
+    return {
+        "objective": objective,
+        "student": str(models.distiller),
+        "reader": str(data.models.teacher),
+        "data": [str(path) for path in data.tables("episodes", "threshold")],
         "lm_data": [],
     }
 
@@ -97,7 +120,10 @@ def job_of(data: EpisodeData, objective: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(
-    data: EpisodeData, pairs: PreferenceData, tmp_path_factory: pytest.TempPathFactory
+    data: EpisodeData,
+    pairs: PreferenceData,
+    demonstrations: MendData,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], tuple[Path, Path]]:
     """Where a case's run by one process lies, and the one by several."""
     folder = tmp_path_factory.mktemp("runs")
@@ -110,7 +136,12 @@ def runs(
         jobs = []
         for name, (objective, asked, numbers) in CASES.items():
             if processes in (1, asked):
-                job = pair_job_of(pairs, objective) if name in PAIRS else job_of(data, objective)
+                if name in PAIRS:
+                    job = pair_job_of(pairs, objective)
+                elif objective["loss"] == "mend":
+                    job = mend_job_of(demonstrations, objective, 2 if name == "mend-lora" else 0)
+                else:
+                    job = job_of(data, objective)
                 jobs.append({**job, "output": str(output / name), "numbers": numbers})
         start(jobs, output / "script.py", processes)
         return output

@@ -1,0 +1,32 @@
+"""Which tokens of a row are scored: half-open spans ``[start, end)`` of indices in its token ids.
+
+An input table that has the column ``scored_S2`` has those tokens scored and no others (by an
+encoder-decoder those of them that its decoder says); without it every token but the first is. Spans
+are not empty, lie in order and do not overlap, and none begins at the first token, which has no
+context. A signal's entries are those of all spans end to end.
+
+Dimensions: S = spans, P = scored positions.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SCORED: str = "scored_S2"
+
+
+def span_targets(spans_S2: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the indices [P] of the scored tokens, in order."""
+    spans = np.asarray(spans_S2, np.int64).reshape(-1, 2)
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in spans)])
+
+
+def span_problem(spans_S2: npt.NDArray[Any], num_tokens: int) -> str:
+    """Return what is wrong with the spans of a row of ``num_tokens``, ``""`` if nothing is."""
+    spans = np.asarray(spans_S2, np.int64).reshape(-1, 2)
+    marks = spans.reshape(-1)
+    in_order = bool((spans[:, 0] < spans[:, 1]).all() and (marks[1:] >= marks[:-1]).all())
+    if len(spans) and in_order and marks[0] >= 1 and marks[-1] <= num_tokens:
+        return ""
+    return f"scored spans {spans.tolist()} do not lie in order within tokens 1 to {num_tokens - 1}"

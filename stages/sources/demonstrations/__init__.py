@@ -1,0 +1,1 @@
+"""Stage ``demonstrations``: documents or episodes -> what teacher and distiller read."""
