@@ -21,6 +21,7 @@ export TOKENIZERS_PARALLELISM ?= true
 # Two libraries that each spin a thread per core cost several times the work on a small machine.
 export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
+export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test check bench assets tasks pairs install airflow test-slow test-airflow stages tree clean
 

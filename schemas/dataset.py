@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from .errors import IdentityMismatch, SchemaMismatch
+from .errors import IdentityMismatch, SchemaMismatch, StoreError
 from .open_table import OpenTable, open_table
 from .storage.files import Folder, as_folder
 from .storage.shard_cache import local_files
+from .tables import teacher_logits
 
 I64Array = npt.NDArray[np.int64]
 # Columns that tables about one sample share; any other is one table's alone.
@@ -70,11 +72,17 @@ class CachedDataset:
         self.manifests = tuple(part.manifest for part in parts)
         self.folders = tuple(part.folder for part in parts)
         self._parts = tuple(parts)
+        names = [manifest.table for manifest in self.manifests]
+        joins_logits = len(parts) > 1 and teacher_logits.NAME in names
+        self._logits = names.index(teacher_logits.NAME) if joins_logits else None
         if len(parts) == 1:  # nothing to join: the keys need not be read
             num_rows = parts[0].num_rows
             self._rows, self.num_missing = np.arange(num_rows, dtype=np.int64)[:, None], 0
         else:
-            self._rows, self.num_missing = _join([part.sample_ids() for part in parts])
+            keys = [part.sample_ids() for part in parts]
+            for part, found in zip(parts, keys, strict=True):
+                _require_distinct(found, part.folder)
+            self._rows, self.num_missing = _join(keys)
         if not len(self._rows):
             raise IdentityMismatch(
                 f"no row of {parts[0].folder} has a partner in "
@@ -86,10 +94,16 @@ class CachedDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the columns of row ``index``, those of later tables added to the first's."""
+        """Return the columns of row ``index``, those of later tables added to the first's.
+
+        Raises StoreError for a row that its own bytes, or those of its input, contradict.
+        """
         row: dict[str, Any] = {}
         for part, at in zip(self._parts, self._rows[index], strict=True):
             row.update(part.row(int(at)))
+        if self._logits is not None and (problem := teacher_logits.misplaced(row)):
+            part, at = self._parts[self._logits], self._rows[index][self._logits]
+            raise StoreError(part.contradicted(int(at), row["sample_id"], problem))
         return row
 
     def local_folder(self, table: int) -> Path:
@@ -106,6 +120,20 @@ class CachedDataset:
         """
         order = np.random.default_rng((seed, epoch)).permutation(len(self))
         return order[rank::world_size][start:].astype(np.int64)
+
+
+def _require_distinct(keys: npt.NDArray[np.bytes_], folder: Folder) -> None:
+    """Raise StoreError for a key that two rows have: which of them joins would be chance."""
+    fixed = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(keys.itemsize), len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys))]
+    )
+    if len(fixed.unique()) == len(keys):
+        return
+    found, counts = np.unique(keys, return_counts=True)
+    raise StoreError(
+        f"{folder}: {int((counts > 1).sum())} sample_ids stand in several rows, "
+        f"{found[counts > 1][0].decode()} is one: delete this folder and run the recipe again"
+    )
 
 
 def _join(keys: Sequence[npt.NDArray[np.bytes_]]) -> tuple[I64Array, int]:

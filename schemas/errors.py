@@ -4,10 +4,20 @@ Messages are one readable line: what was got, what was expected, which file or s
 do about it. A fault only we can cause is an ``assert``, never one of these.
 """
 
+_LONGEST = 300  # characters of a library's own line
+
 
 def first_line(error: Exception) -> str:
-    """Return what an error of a library says, without the lines below; its name if nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return what an error of a library says, without the lines below; its name if nothing.
+
+    The first line of pydantic's errors only counts them: of those it is what the first one says.
+    A line of more than 300 characters is cut.
+    """
+    said, faults = str(error), getattr(error, "errors", None)
+    if callable(faults) and (found := faults()):
+        said = str(found[0]["msg"]).removeprefix("Value error, ")
+    line = (said.splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
 
 
 class TeacherCacheError(Exception):

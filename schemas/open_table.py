@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import ConfigError, SchemaMismatch, StoreError
-from .row_checks import Columns, Contradiction, contradiction_in
+from .row_checks import contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
 from .storage.object_path import ObjectPath
@@ -134,12 +134,21 @@ class OpenTable:
 
     def row(self, at: int) -> dict[str, Any]:
         """Return the columns of one row."""
-        shard = int(np.searchsorted(self.first_row, at, side="right")) - 1
+        shard = self._shard_of(at)
         batch, offset = divmod(at - int(self.first_row[shard]), ROWS_PER_BATCH)
         found = self._batch(shard, batch)
         if found.rows:
             return found.rows[offset]
         return self._rows(found.content.slice(offset, 1), shard, batch * ROWS_PER_BATCH + offset)[0]
+
+    def contradicted(self, at: int, sample_id: str, problem: str) -> str:
+        """Say in one line what is wrong with a row, and where it lies."""
+        shard = self._shard_of(at)
+        place = self.folder / self.shards[shard].file
+        return contradicted(place, at - int(self.first_row[shard]), sample_id, problem)
+
+    def _shard_of(self, at: int) -> int:
+        return int(np.searchsorted(self.first_row, at, side="right")) - 1
 
     def _batch(self, shard: int, batch: int) -> "_Batch":
         key = (shard, batch)
@@ -175,10 +184,12 @@ class OpenTable:
         names = list(self.table.columns)
         columns = {name: self.table.column_values(content, name) for name in names}
         if (shard, first) not in self._sound:
-            found = contradiction_in(content, columns, self.table, self.manifest.vocab_size)
+            size, split = self.manifest.vocab_size, self.shards[shard].split
+            found = contradiction_in(content, columns, self.table, size, split)
             if found is not None:
-                place = self.folder / self.shards[shard].file
-                raise StoreError(contradicted(place, first, columns, found))
+                place, sample_id = self.folder / self.shards[shard].file, columns["sample_id"]
+                at = first + found.row
+                raise StoreError(contradicted(place, at, sample_id[found.row], found.problem))
             self._sound.add((shard, first))
         return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -261,9 +272,6 @@ def known_table(manifest: Manifest, folder: Folder) -> Table[Any]:
     return table
 
 
-def contradicted(place: Any, first: int, columns: Columns, found: Contradiction) -> str:
-    """Say in one line what is wrong in the shard at ``place``, whose batch begins at ``first``."""
-    return (
-        f"{place} row {first + found.row} (sample {columns['sample_id'][found.row]}): "
-        f"{found.problem}; {_WRITTEN_SO}"
-    )
+def contradicted(place: Any, row: int, sample_id: str, problem: str) -> str:
+    """Say in one line what is wrong with a row of the shard at ``place``."""
+    return f"{place} row {row} (sample {sample_id}): {problem}; {_WRITTEN_SO}"

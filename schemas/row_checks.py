@@ -6,14 +6,16 @@ here, for ``teachercache verify`` and for whoever reads rows to train:
 - Arrow's own structure: list offsets in order and within their values, no nulls, text in UTF-8.
 - The bounds of each column: token ids below the table's vocabulary; numbers finite, log-probs at
   most 0, codes and counts within what they count (``Column.low``, ``Column.high``).
-- Values in the order they claim (``Column.falling``).
+- Values in the order they claim (``Column.falling``), kept tokens once each (``Column.distinct``).
 - What a row's class asks of its columns together: lengths that agree, spans in order (its own
   ``__post_init__``).
 - ``sample_id``, where it is a hash of the row's own token ids: it is computed anew (``hashed_id``).
+- ``split``, where rows say theirs: that of their shard.
 
 Bounds are looked at for a whole record batch at once. Of float16 only the bits are: numbers of one
 sign lie in the order of their bits, so two maxima tell, where a comparison a value takes ten times
-as long.
+as long. A row class that can tell of a whole batch that its rows are sound says so in
+``surely_sound``; rows are looked at one by one where it cannot, to say which is wrong.
 """
 
 import math
@@ -32,6 +34,7 @@ from .table import KEPT, LOG_VOCABULARY, TOKEN_ID, Column, Table
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
 _ROUNDED = 1.0 + 1 / 64  # an entropy is stored to 7 significant bits
+_COMPARED = 32  # entries of a position that are compared each with each; of more, sorting is faster
 
 
 class Contradiction(NamedTuple):
@@ -46,14 +49,15 @@ def contradiction_in(
     columns: Columns,
     table: Table[Any],
     vocab_size: int,
+    split: str,
     *,
     thorough: bool = False,
 ) -> Contradiction | None:
     """Return the first thing that is wrong in ``batch``, None where all rows are sound.
 
-    ``columns`` are its columns as ``Table.column_values`` gives them. ``thorough`` adds the one
-    check that costs as much as reading: that masses sum to one, which decoding for a batch of
-    training finds too.
+    ``columns`` are its columns as ``Table.column_values`` gives them, ``split`` is what its shard
+    is part of. ``thorough`` adds the one check that costs as much as reading: that masses sum to
+    one, which decoding for a batch of training finds too.
     """
     try:
         batch.validate(full=True)
@@ -66,12 +70,19 @@ def contradiction_in(
         found = _outside(columns, name, column, vocab_size)
         if found is not None:
             return found
+    for index, found_split in enumerate(columns.get("split", ())):
+        if found_split != split:
+            return Contradiction(index, f"split is '{found_split}' in a shard of '{split}'")
     return _contradicted_row(columns, table, thorough)
 
 
 def _contradicted_row(columns: Columns, table: Table[Any], thorough: bool) -> Contradiction | None:
     names = list(columns)
     is_hash = hasattr(table.row, "hashed_id")
+    is_of_mass = thorough and hasattr(table.row, "mass_P")
+    sure = getattr(table.row, "surely_sound", None)
+    if sure is not None and not is_of_mass and sure(columns):
+        return None
     for index, values in enumerate(zip(*columns.values(), strict=True)):
         try:
             row = table.row(**dict(zip(names, values, strict=True)))
@@ -81,7 +92,7 @@ def _contradicted_row(columns: Columns, table: Table[Any], thorough: bool) -> Co
             return Contradiction(
                 index, f"sample_id does not name its token ids: {row.hashed_id} does"
             )
-        if thorough and hasattr(row, "mass_P"):
+        if is_of_mass:
             worst = max(row.mass_P, key=lambda mass: abs(mass - 1), default=1.0)
             if not abs(worst - 1) <= MAX_MASS_ERROR:
                 return Contradiction(index, f"the mass of a position is {worst:.3f}, not 1")
@@ -109,6 +120,11 @@ def _outside(columns: Columns, name: str, column: Column, vocab_size: int) -> Co
         for index, value in enumerate(values):
             if (value[:, 1:] > value[:, :-1]).any():
                 return Contradiction(index, f"{name} rises where it has to fall")
+    if column.distinct and not _surely_distinct(flat):
+        for index, value in enumerate(values):
+            twice = _twice(value)
+            if twice is not None:
+                return Contradiction(index, f"{name} holds id {twice} twice at one position")
     return None
 
 
@@ -130,6 +146,8 @@ def _joined(values: Sequence[Array]) -> Array:
     """Return the values of all rows: as neighbouring views of one array they lie together."""
     if not len(values):
         return np.zeros(0)
+    if len(values) == 1:
+        return values[0]
     base: Any = values[0].base
     shape = values[0].shape[1:]
     is_whole = isinstance(base, np.ndarray) and base.size == sum(value.size for value in values)
@@ -177,3 +195,19 @@ def _surely_falling(flat: Array) -> bool:
     in_order = bits[1:] >= bits[:-1]
     in_order[flat.shape[1] - 1 :: flat.shape[1]] = True  # from one position to the next
     return bool(in_order.all())
+
+
+def _surely_distinct(flat: Array) -> bool:
+    """Whether no position [.., K] has a value twice."""
+    if flat.shape[1] > _COMPARED:
+        ordered = np.sort(flat, axis=1)
+        return not bool((ordered[:, 1:] == ordered[:, :-1]).any())
+    entries = np.ascontiguousarray(flat.T)  # [K, ..]: comparisons of whole entries are fast
+    return not any(bool((entries[k:] == entries[:-k]).any()) for k in range(1, len(entries)))
+
+
+def _twice(value: Array) -> int | None:
+    """Return the first value that stands twice at a position of [P, K]."""
+    ordered = np.sort(value, axis=1)
+    found = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
+    return int(found[0]) if found.size else None

@@ -1,8 +1,9 @@
 """Which tokens of a row are scored: half-open spans ``[start, end)`` of indices in its token ids.
 
-An input table that has the column ``scored_S2`` has those tokens scored and no others; without it
-every token but the first is. Spans are not empty, lie in order and do not overlap, and none begins
-at the first token, which has no context. A signal's entries are those of all spans end to end.
+An input table that has the column ``scored_S2`` has those tokens scored and no others (by an
+encoder-decoder those of them that its decoder says); without it every token but the first is. Spans
+are not empty, lie in order and do not overlap, and none begins at the first token, which has no
+context. A signal's entries are those of all spans end to end.
 
 Dimensions: S = spans, P = scored positions.
 """

@@ -41,8 +41,8 @@ class Column:
     """What one field of a row is: its Arrow element type, meaning, dimensions and unit.
 
     ``low`` and ``high`` bound its values; without them integers may be any and floats any that are
-    finite. ``falling`` values do not rise along the last dimension. What is otherwise contradicts
-    the column (``schemas.row_checks``).
+    finite. ``falling`` values do not rise along the last dimension, ``distinct`` ones do not stand
+    twice in it. What is otherwise contradicts the column (``schemas.row_checks``).
     """
 
     dtype: pa.DataType | str
@@ -52,6 +52,7 @@ class Column:
     low: float | None = None
     high: float | str | None = None
     falling: bool = False
+    distinct: bool = False
 
 
 def token_id_type(vocab_size: int) -> pa.DataType:

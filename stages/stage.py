@@ -111,6 +111,7 @@ class Stage(StageConfig, ABC):
     READS: ClassVar[tuple[str, ...]] = ()  # settings that name steps whose tables are read
     RUNS: ClassVar[tuple[str, ...]] = ()  # settings that name models of those tables' tokenizer
     ALSO_RUNS: ClassVar[tuple[str, ...]] = ()  # models with a tokenizer of their own
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ()  # of RUNS: what may name one; others may not
 
     stage: str
 

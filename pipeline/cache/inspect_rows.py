@@ -4,12 +4,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.text import Text
 
 from pipeline.cache.pair_views import Decode
-from pipeline.cache.row_views import Look, view_of
+from pipeline.cache.row_views import Look, scored_tokens, view_of
 from schemas.errors import ConfigError, StoreError
-from schemas.open_table import known_table
+from schemas.open_table import known_table, open_table
 from schemas.storage.files import Folder, sha256_of
 from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.shard_cache import local_file
@@ -29,8 +31,12 @@ def inspect_rows(
     positions: int,
     top: int,
     tokenizer: Path | None,
+    signals: Folder | None = None,
 ) -> None:
-    """Print rows ``first`` .. ``first + count - 1`` of a finished table."""
+    """Print rows ``first`` .. ``first + count - 1`` of a finished table.
+
+    ``signals`` is a table of the teacher's about them: each token that it scored is shown too.
+    """
     _refuse_other_places(folder)
     manifest = read_manifest(folder)
     table = known_table(manifest, folder)
@@ -45,10 +51,30 @@ def inspect_rows(
     rows = list(islice(_rows_from(folder, manifest, table, first), count))
     if not rows:
         raise ConfigError(f"{folder} has {manifest.num_rows} rows, there is no row {first}")
+    found = None if signals is None else _Signals(signals)
     for index, (split, row) in enumerate(rows, start=first):
         console.print(f"\nrow {index}  sample_id {row.sample_id}  split {split}", highlight=False)
         for part in view_of(manifest.table, row, look):
             console.print(part)
+        if found is not None:
+            console.print(found.view_of(row, look))
+
+
+class _Signals:
+    """A teacher's signals about the rows that are shown, found by ``sample_id``."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.opened = open_table(folder, split=None, verify=False)
+        if (table := self.opened.manifest.table) != "teacher_logits":
+            raise ConfigError(f"--signals {folder} is a table of {table}, expected teacher_logits")
+        self.keys = self.opened.sample_ids()
+
+    def view_of(self, row: Any, look: Look) -> RenderableType:
+        places = np.flatnonzero(self.keys == row.sample_id.encode())
+        if not len(places):
+            return Text(f"{self.opened.folder} has no row of it: rejected there, or not about it")
+        signal = self.opened.table.row(**self.opened.row(int(places[0])))
+        return scored_tokens(row, signal, look)
 
 
 def _refuse_other_places(folder: Folder) -> None:

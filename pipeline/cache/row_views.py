@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from textwrap import shorten
 from typing import Any
 
@@ -18,8 +19,11 @@ from pipeline.cache.pair_views import (
     responses_table,
 )
 from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.errors import ConfigError
+from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.advantages import AnyAdvantages
 from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.demonstrations import Demonstrated
 from schemas.tables.documents import Document
 from schemas.tables.episodes import Episode, split_candidates
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
@@ -74,6 +78,35 @@ def _episode_table(row: Episode, decode: Decode) -> RichTable:
     return view
 
 
+def _demonstrated(row: Demonstrated, look: Look) -> list[RenderableType]:
+    """One line a part: what teacher and distiller read, then the query; candidates last."""
+    seen = {
+        "teacher": row.num_teacher_demonstrations,
+        "distiller": row.num_distiller_demonstrations,
+    }
+    kind = f"{row.kind}, draw {row.draw} of query {row.query_id}" if row.task else "a document"
+    read = ", ".join(f"the {who} reads {count}" for who, count in seen.items())
+    title = f"{row.task} ({kind}): of {row.num_demonstrations} demonstrations {read}".strip()
+    view = RichTable("part", "tokens", "read by", "text", title=Text(title))
+    longer = max(row.input_ids_T[: row.query_start], row.distiller_ids_L, key=len)
+    ends = [0, *row.demonstration_ends_M.tolist()]
+    for m, (start, end) in enumerate(pairwise(ends)):
+        readers = ", ".join(who for who, count in seen.items() if m < count)
+        text = Text(repr(look.decode(longer[start:end])))
+        view.add_row(f"demonstration {m}", f"{start}..{end}", readers, text)
+    marks = [row.query_start, row.answer_start, len(row.input_ids_T)]
+    for name, (start, end) in zip(("query", "answer"), pairwise(marks), strict=True):
+        if start < end:
+            text = Text(repr(look.decode(row.input_ids_T[start:end])))
+            view.add_row(name, f"{start}..{end}", "teacher, reader", text)
+    candidates = split_candidates(row.candidate_ids_C, row.candidate_lengths_N)
+    for number, candidate in enumerate(candidates):
+        mark = " (right)" if number == row.gold else ""
+        text = Text(repr(look.decode(candidate)))
+        view.add_row(f"candidate {number}{mark}", str(len(candidate)), "", text)
+    return [view]
+
+
 def _subsets_table(row: SubsetPreferences) -> RichTable:
     view = RichTable("rank", "log Q (nats)", "demonstrations kept")
     subsets = split_subsets(row.subset_demonstrations_S, row.subset_sizes_N)
@@ -91,17 +124,39 @@ def _candidates_table(row: CandidateScores) -> RichTable:
     return view
 
 
-def _positions_table(row: Any, look: Look) -> RichTable:
+def scored_tokens(row: Any, signal: Any, look: Look) -> RichTable:
+    """Return the teacher's view of the tokens that ``signal`` is about, with their text.
+
+    Raises ConfigError for a row without token ids of its own, or with others than the signal's.
+    """
+    ids_T = getattr(row, "input_ids_T", None)
+    if ids_T is None:
+        raise ConfigError(
+            f"sample {row.sample_id} has no input_ids_T, expected a row of documents, episodes or "
+            f"demonstrations: leave --signals out"
+        )
+    whole = np.array([[signal.first_target, len(ids_T)]])
+    targets_P = span_targets(getattr(row, SCORED, whole))
+    if len(targets_P) != signal.num_positions or targets_P[0] != signal.first_target:
+        raise ConfigError(
+            f"sample {row.sample_id} has {len(targets_P)} scored tokens from {targets_P[0]}, its "
+            f"signal {signal.num_positions} from {signal.first_target}: run `teachercache verify`"
+        )
+    names = [f"{t} {look.decode([ids_T[t]])!r}" for t in targets_P.tolist()]
+    return _positions_table(signal, look, names)
+
+
+def _positions_table(row: Any, look: Look, names: Sequence[str] = ()) -> RichTable:
     view = RichTable("predicts", "entropy", "log p(next)", "the teacher's tokens (probability)")
     entries = _entries(row)
     for j in range(min(look.positions, row.num_positions)):
         kept = sorted(entries[j], key=lambda entry: -entry[1])[: look.top]
         words = "  ".join(f"{look.decode([token])!r} {weight:.3f}" for token, weight in kept)
         view.add_row(
-            f"token {row.first_target + j}",
+            Text(f"token {names[j] if names else row.first_target + j}"),
             f"{float(row.entropies_P[j]):.2f}",
             f"{float(row.next_token_logprobs_P[j]):.2f}",
-            words or "hidden state only (exact encoding)",
+            Text(words or "hidden state only (exact encoding)"),
         )
     return view
 
@@ -121,6 +176,7 @@ def _entries(row: Any) -> list[list[tuple[int, float]]]:
 VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
     "documents": _text,
     "episodes": lambda row, look: [_episode_table(row, look.decode)],
+    "demonstrations": _demonstrated,
     "subset_preferences": lambda row, look: [_subsets_table(row)],
     "candidate_scores": lambda row, look: [_candidates_table(row)],
     "preference_pairs": lambda row, look: [pair_table(row, look.decode)],

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
+from pipeline.cache.signal_inputs import Source, misplaced_row, source_of
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.open_table import contradicted, known_table
 from schemas.row_checks import contradiction_in
@@ -71,16 +72,27 @@ def verify_folder(folder: Folder) -> list[str]:
         table = known_table(manifest, folder)
     except TeacherCacheError as error:
         return [str(error)]
+    looked_at = _Table(folder, manifest, table)
     return [
         line
         for shard in manifest.shards
-        for line in _shard_problems(folder / shard.file, folder, manifest, shard, table)
+        for line in _shard_problems(folder / shard.file, shard, looked_at)
     ]
+
+
+class _Table:
+    """A table that is verified: what it was made of, and the ids of its rows seen so far."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, table: Table[Any]) -> None:
+        self.folder, self.manifest, self.table = folder, manifest, table
+        self.source: Source | None = source_of(folder, manifest)
+        self.seen: set[str] = set()
 
 
 def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]) -> list[str]:
     """Fetch each shard once, whatever copies of it this machine has, and look at it here."""
     problems = damaged_shards(folder, replace(manifest, shards=()))
+    looked_at = _Table(folder, manifest, table)
     with tempfile.TemporaryDirectory(prefix="teachercache-") as scratch:
         for shard in manifest.shards:
             path, file = folder / shard.file, Path(scratch) / shard.file
@@ -93,15 +105,15 @@ def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]
                 says = f"the manifest says {shard.sha256[:12]}"
                 problems.append(f"{path} has sha256 {found[:12]}, {says}")
             else:
-                problems.extend(_shard_problems(file, folder, manifest, shard, table))
+                problems.extend(_shard_problems(file, shard, looked_at))
             file.unlink()
     return problems
 
 
-def _shard_problems(
-    file: Path, folder: Folder, manifest: Manifest, shard: ShardRecord, table: Table[Any]
-) -> Iterator[str]:
-    path = folder / shard.file
+def _shard_problems(file: Path, shard: ShardRecord, looked_at: _Table) -> Iterator[str]:
+    """Yield what is wrong in one shard; the ids of its rows are added to those seen."""
+    manifest, table, seen = looked_at.manifest, looked_at.table, looked_at.seen
+    path = looked_at.folder / shard.file
     content = read_shard(file)
     expected = {b"table": manifest.table, b"version": str(manifest.version)}
     found = content.schema.metadata or {}
@@ -111,7 +123,7 @@ def _shard_problems(
     if content.num_rows != shard.num_rows:
         yield f"{path} has {content.num_rows} rows, its record says {shard.num_rows}"
     try:
-        wrong = list(_contradictions(content, path, table, manifest.vocab_size))
+        wrong = list(_contradictions(content, path, table, manifest.vocab_size, shard.split))
         yield from wrong
         if wrong:
             return
@@ -124,12 +136,19 @@ def _shard_problems(
             f"{path} has {tokens} tokens and {positions} positions, its record says "
             f"{shard.num_tokens} and {shard.num_positions}"
         )
+    if looked_at.source is not None:
+        misplaced = misplaced_row(content, table, shard, looked_at.source)
+        if misplaced is not None:
+            yield contradicted(path, *misplaced)
     if len(ids) != content.num_rows:
         yield f"{path} has {content.num_rows - len(ids)} repeated sample_ids"
+    if again := ids & seen:
+        yield f"{path} has {len(again)} sample_ids of the shards before it, {min(again)} is one"
+    seen |= ids
 
 
 def _contradictions(
-    content: pa.Table, path: Folder, table: Table[Any], vocab_size: int
+    content: pa.Table, path: Folder, table: Table[Any], vocab_size: int, split: str
 ) -> Iterator[str]:
     """Yield a line for each record batch with a row that its own bytes contradict."""
     first = 0
@@ -138,9 +157,10 @@ def _contradictions(
             yield f"{path}: record batch {number} has {batch.num_rows} rows, expected {expected}"
             return
         columns = {name: table.column_values(batch, name) for name in table.columns}
-        found = contradiction_in(batch, columns, table, vocab_size, thorough=True)
+        found = contradiction_in(batch, columns, table, vocab_size, split, thorough=True)
         if found is not None:
-            yield contradicted(path, first, columns, found)
+            sample_id = columns["sample_id"][found.row]
+            yield contradicted(path, first + found.row, sample_id, found.problem)
         first += batch.num_rows
 
 

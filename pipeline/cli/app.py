@@ -43,6 +43,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Run the command line: one line and a non-zero exit code for whatever a user can cause."""
+    # Read when torch is loaded: threads that spin while they wait take the cores of whoever works.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         app()
     except TeacherCacheError as error:

@@ -40,6 +40,9 @@ def inspect(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Model folder whose tokenizer turns ids into text.")
     ] = None,
+    signals: Annotated[
+        str | None, typer.Option(help="A teacher_logits folder about these rows.")
+    ] = None,
 ) -> None:
     """Read rows as a person would: text, entropy, the likeliest tokens with their probabilities."""
     from pipeline.cache.inspect_rows import inspect_rows
@@ -52,4 +55,5 @@ def inspect(
         positions=positions,
         top=top,
         tokenizer=tokenizer,
+        signals=None if signals is None else as_folder(signals),
     )

@@ -27,14 +27,24 @@ def vectors(
         list[str] | None, typer.Option(help="Tasks, by name; none: all. Repeatable.")
     ] = None,
     split: Annotated[str, typer.Option(help="Which rows: heldout or train.")] = "heldout",
+    sample: Annotated[
+        str | None, typer.Option(help="The row to read, by its sample_id, and no other.")
+    ] = None,
 ) -> None:
-    """Read the demonstrations of tasks once and keep the vectors, for their reader alone."""
+    """Read the demonstrations of tasks once and keep the vectors, for their reader alone.
+
+    Of a task's rows the one with the smallest sample_id is read; --sample chooses another.
+    """
+    from schemas.errors import ConfigError
     from stages.models.checkpoints.checkpoint import local_copy
     from stages.student.distiller.vectors import make_task_vectors
 
+    if sample is not None and task:
+        raise ConfigError("--sample names a row and its task: leave --task out")
     quiet_libraries()
     folder = local_copy(as_folder(distiller))
-    for made in make_task_vectors(folder, as_folder(data), task or [], output, split=split):
+    table = as_folder(data)
+    for made in make_task_vectors(folder, table, task or [], output, split=split, sample=sample):
         found = {"task": made.task, "file": str(made.file)}
         counts = {"demonstrations": made.num_demonstrations, "tokens": made.num_tokens}
         console.print_json(json.dumps(found | counts))

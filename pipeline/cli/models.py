@@ -1,13 +1,14 @@
 """Commands about models: evaluate, student init, teacher align."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from pipeline.cli.app import AsJson, app, console, quiet_libraries, reporting
-from schemas.storage.files import as_folder
+from schemas.storage.files import Folder, as_folder
 
 student_app = typer.Typer(no_args_is_help=True, help="Make student models.")
 app.add_typer(student_app, name="student")
@@ -41,6 +42,9 @@ def evaluate(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Pairs: most tokens that a student may answer.")
     ] = 64,
+    reader: Annotated[
+        str | None, typer.Option(help="Demonstrations: the model that reads STUDENT's vectors.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a student on cached rows: cross-entropy, KL to the teacher, top-1 agreement.
@@ -51,6 +55,9 @@ def evaluate(
     On preference pairs: preference accuracy and margin, length, KL to the baseline, and with a
     judge the implicit reward of greedy responses and the share of wins over the baseline. DATA may
     hold response_logprobs of the judge, then of its reference.
+
+    On demonstrations STUDENT is a distiller: what its reader says after its vectors, beside what it
+    says after nothing, random vectors, means of embeddings, fewer shots and all demonstrations.
     """
     from pipeline.reports import icl_report, preference_report, results_report
     from schemas.errors import ConfigError
@@ -64,7 +71,14 @@ def evaluate(
             f"--judge, --judge-reference and --baseline are about preference_pairs, {data[0]} is "
             f"table {table}"
         )
-    if table == "preference_pairs":
+    if (reader is not None) != (table == "demonstrations"):
+        raise ConfigError(
+            f"--reader is {reader or 'not given'} and {data[0]} is table {table}: a distiller is "
+            f"measured by its reader on demonstrations, name both; leave --reader out for a student"
+        )
+    if reader is not None:
+        _evaluate_distiller(student, reader, folders, split, score, batch_size, as_json=as_json)
+    elif table == "preference_pairs":
         from stages.student.evaluate_preferences.work import (
             Judge,
             PreferenceOptions,
@@ -100,6 +114,41 @@ def evaluate(
 
         metrics = measure(_model_folder(student), folders, split=split, batch_size=batch_size)
         results_report.print_metrics(console, student, metrics, as_json=as_json)
+
+
+def _evaluate_distiller(
+    student: str,
+    reader: str,
+    folders: Sequence[Folder],
+    split: str,
+    score: Literal["mean", "sum"],
+    batch_size: int,
+    *,
+    as_json: bool,
+) -> None:
+    from pipeline.planning.fingerprint import folder_identity
+    from pipeline.reports.vectors_report import vectors_report
+    from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
+    from stages.student.options import TrainOptions
+
+    distiller, read_by = _model_folder(student), _model_folder(reader)
+    found = evaluate_vectors(
+        {"distiller": distiller},
+        read_by,
+        folders,
+        split=split,
+        scoring=score,
+        options=TrainOptions(eval_batch_size=batch_size),
+    )
+    label = {"cross_model": float(is_cross_model(folder_identity(read_by), folders))}
+    if as_json:
+        reports = {name: report.as_dict() for name, report in found.items()}
+        console.print_json(json.dumps({"student": student, "reader": reader, **label, **reports}))
+        return
+    measured = {name: report.summary() | label for name, report in found.items()}
+    console.print(student, highlight=False, soft_wrap=True)
+    for part in vectors_report(measured, ["distiller"], f"{split} rows"):
+        console.print(part)
 
 
 @student_app.command("init")

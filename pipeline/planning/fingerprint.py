@@ -16,6 +16,7 @@ from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.checkpoints.adapters import ADAPTER_CONFIG, adapter_files
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.own_code import code_files
 from stages.models.checkpoints.rotary_scaling import fixed_window
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
@@ -88,6 +89,17 @@ def model_identity(
             for path in code_files(folder)
         }
     return identity
+
+
+def folder_identity(folder: Path) -> dict[str, Any]:
+    """Return the identity of a folder that no recipe names: of its step, where one made it.
+
+    Dtype and engine are none that a recipe says: compare by ``is_one_model``.
+    """
+    record = read_checkpoint(folder)
+    if record is not None:
+        return {"step": record.fingerprint}
+    return model_identity(folder, dtype="", engine="")
 
 
 def _adapter_identity(adapter: Path) -> dict[str, Any]:

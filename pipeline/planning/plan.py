@@ -27,6 +27,7 @@ from stages.models.checkpoints.tokenizer_identity import (
     tokenizer_fingerprint,
     vocabulary_fingerprint,
 )
+from stages.models.encoder_decoder.kind import encoder_decoder_problem
 from stages.models.spec import ModelSpec
 from stages.registry import Step
 from stages.stage import Kind, SourceStage, Stage, TableRef, TableStage
@@ -179,6 +180,10 @@ def _models(
                 f"this step makes would need too; that is not supported: name a model of "
                 f"transformers' own classes"
             )
+        is_asked, is_run = setting in stage.ENCODER_DECODERS, isinstance(stage, TableStage)
+        problem = encoder_decoder_problem(model.identity, is_asked=is_asked, is_run=is_run)
+        if problem and settings is stage.RUNS:
+            raise ConfigError(f"{place}.{setting}: model '{ref}' {problem}")
         if extra and model.engine == "vllm" and isinstance(stage, TableStage):  # else none starts
             model = replace(model, identity={**model.identity, "engine_extra": extra})
         found[ref] = model

@@ -3,15 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
+from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
@@ -33,7 +34,8 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
         console.print(_students_table(trained))
     for step in steps:
         if isinstance(step.stage, EvaluateStage):
-            console.print(_evaluation_table(step))
+            for part in _evaluation(step, step.stage):
+                console.print(part)
         if isinstance(step.stage, PreferenceEvaluationStage):
             body = json.loads((step.place / EVALUATION).read_text())
             for table in preference_tables(body, title=step.name):
@@ -110,16 +112,23 @@ MEASURED = {
 BASELINES = ("majority", "random", "teacher")
 
 
-def _evaluation_table(step: PlannedStep) -> Table:
-    """One column a student, and what the majority, chance and the teacher's cache give."""
+def _evaluation(step: PlannedStep, stage: EvaluateStage) -> Iterator[RenderableType]:
     record = read_checkpoint(step.place)
     measured = {} if record is None else record.metrics
-    students = [name for name in step.models if name in measured]
-    students += [name for name in measured if name not in students]  # beside a distiller
+    if stage.reader is not None and measured:
+        yield from vectors_report(measured, stage.students, step.name)
+    else:
+        yield _evaluation_table(
+            step.name, [name for name in step.models if name in measured], measured
+        )
+
+
+def _evaluation_table(
+    title: str, students: Sequence[str], measured: Mapping[str, Mapping[str, float]]
+) -> Table:
+    """One column a student, and what the majority, chance and the teacher's cache give."""
     first = measured[students[0]] if students else {}
-    label = " (cross_model)" if first.get("cross_model") else ""
-    headers = [*students, *(f"({name})" for name in BASELINES)]
-    table = Table("", *headers, title=f"{step.name}{label}")
+    table = Table("", *students, *(f"({name})" for name in BASELINES), title=title)
     for header, name in MEASURED.items():
         cells = [_number(measured[student].get(name)) for student in students]
         if any(cell != "-" for cell in cells):

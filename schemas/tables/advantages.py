@@ -19,6 +19,7 @@ Dimensions: P = response tokens of the row, N = responses, K = kept tokens, E = 
 positions, D and R = hidden widths of aligned teacher and reference.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ import pyarrow as pa
 from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
+Columns = Mapping[str, Sequence[Any]]
 HEAD_FOLDERS = ("teacher_head", "reference_head")  # beside the shards of ``exact``
 SampleId = Annotated[str, Column(pa.string(), "joins responses.sample_id")]
 TokenAdvantages = Annotated[
@@ -86,13 +88,20 @@ class ExactAdvantages(_Scored):
         """Check that lengths agree; raises ValueError naming the sample."""
         _check_positions(self, len(self.teacher_hidden_PD), len(self.reference_hidden_PR))
 
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return _positions_agree(columns, "teacher_hidden_PD", "reference_hidden_PR")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdAdvantages(_Scored):
     """K drawn tokens a position, each with its advantage and how likely it was to be drawn."""
 
     sample_id: SampleId
-    token_ids_PK: Annotated[Array, Column(TOKEN_ID, "the sure ones first, then drawn", dims="PK")]
+    token_ids_PK: Annotated[
+        Array, Column(TOKEN_ID, "the sure ones first, then drawn", dims="PK", distinct=True)
+    ]
     advantages_PK: Advantages
     log_inclusions_PK: Annotated[
         Array,
@@ -108,6 +117,11 @@ class ThresholdAdvantages(_Scored):
         """Check that lengths agree; raises ValueError naming the sample."""
         columns = self.token_ids_PK, self.advantages_PK, self.log_inclusions_PK
         _check_positions(self, *map(len, columns))
+
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return _positions_agree(columns, "token_ids_PK", "advantages_PK", "log_inclusions_PK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +147,14 @@ class UnionAdvantages(_Scored):
         entries = int(np.asarray(self.num_entries_P, np.int64).sum())
         if {len(self.token_ids_E), len(self.advantages_E)} != {entries}:
             raise ValueError(f"sample {self.sample_id}: {entries} entries are counted, not stored")
+        ids_E = np.asarray(self.token_ids_E, np.int64)
+        position_E = np.repeat(np.arange(len(self.num_entries_P)), self.num_entries_P)
+        keys_E = np.sort((position_E << 32) + ids_E)  # an id has 32 bits
+        if (twice_E := keys_E[1:] == keys_E[:-1]).any():
+            token_id = int(keys_E[1:][twice_E][0]) & 0xFFFFFFFF
+            raise ValueError(
+                f"sample {self.sample_id}: token_ids_E holds id {token_id} twice at one position"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +162,9 @@ class ReleasedAdvantages(_Scored):
     """The aligned teacher's K likeliest tokens, as the published code scores them (no beta)."""
 
     sample_id: SampleId
-    token_ids_PK: Annotated[Array, Column(TOKEN_ID, "by falling probability", dims="PK")]
+    token_ids_PK: Annotated[
+        Array, Column(TOKEN_ID, "by falling probability", dims="PK", distinct=True)
+    ]
     advantages_PK: Advantages
     token_advantages_P: TokenAdvantages
     teacher_logprobs_N: TeacherLogprobs
@@ -149,6 +173,11 @@ class ReleasedAdvantages(_Scored):
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""
         _check_positions(self, len(self.token_ids_PK), len(self.advantages_PK))
+
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return _positions_agree(columns, "token_ids_PK", "advantages_PK")
 
 
 AnyAdvantages = ExactAdvantages | ThresholdAdvantages | UnionAdvantages | ReleasedAdvantages
@@ -163,6 +192,17 @@ def _check_positions(row: AnyAdvantages, *lengths: int) -> None:
         )
     if len(row.teacher_logprobs_N) != len(row.reference_logprobs_N):
         raise ValueError(f"sample {row.sample_id}: unlike numbers of responses")
+
+
+def _positions_agree(columns: Columns, *names: str) -> bool:
+    """Whether every row of a record batch has positions, as many in each of these columns."""
+    expected = [*map(len, columns["token_advantages_P"])]
+    teacher, reference = columns["teacher_logprobs_N"], columns["reference_logprobs_N"]
+    return (
+        all([*map(len, columns[name])] == expected for name in names)
+        and min(expected, default=0) > 0
+        and [*map(len, teacher)] == [*map(len, reference)]
+    )
 
 
 _NAME, _VERSION = "advantages", 1

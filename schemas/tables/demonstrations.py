@@ -4,7 +4,8 @@ MEND (arXiv 2403.06914): a distiller reads demonstrations and makes vectors of t
 reader answers the query after the vectors as the teacher does after the demonstrations themselves.
 Both may have a budget of tokens, so a row holds what each of them sees: ``input_ids_T`` is
 ``teacher's demonstrations + query + answer``, ``distiller_ids_L`` the distiller's demonstrations.
-The query is there once, so the reader's cannot be another than the teacher's.
+The query is there once, so the reader's cannot be another than the teacher's. The demonstrations
+of both begin alike, so ``demonstration_ends_M`` is about either.
 
 The query's own tokens and the answer's are scored, each from the tokens before it; the first token
 of the query is not, as it follows a demonstration for the one and a vector for the other.
@@ -13,7 +14,7 @@ A row made of a document has no answer (``answer_start`` is its length) and no t
 those of the episode, and are there for who evaluates.
 
 Dimensions: T = tokens as the teacher reads them, L = the distiller's tokens, S = scored spans,
-N = candidates, C = tokens of all candidates.
+M = demonstrations that the one reads that reads more, N = candidates, C = tokens of all candidates.
 """
 
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Demonstrated:
     distiller_ids_L: Annotated[
         Array, Column(TOKEN_ID, "the demonstrations that a distiller reads", dims="L")
     ]
+    demonstration_ends_M: Annotated[
+        Array, Column(pa.int32(), "tokens up to the end of each that either reads", dims="M", low=1)
+    ]
     num_demonstrations: Annotated[int, Column(pa.int32(), "of the source's row")]
     num_teacher_demonstrations: Annotated[int, Column(pa.int32(), "that the teacher reads")]
     num_distiller_demonstrations: Annotated[int, Column(pa.int32(), "that a distiller reads")]
@@ -83,6 +87,11 @@ class Demonstrated:
             problem = f"teacher and distiller see {seen} demonstrations, one each is the least"
         elif max(seen) > self.num_demonstrations:
             problem = f"{seen} demonstrations are seen of {self.num_demonstrations}"
+        elif not _end_where_they_are_read(self):
+            problem = (
+                f"demonstrations end at {np.asarray(self.demonstration_ends_M).tolist()}, and "
+                f"{seen} of them in {self.query_start} and {len(self.distiller_ids_L)} tokens"
+            )
         elif (lengths < 1).any() or int(lengths.sum()) != len(self.candidate_ids_C):
             problem = f"candidate lengths {lengths.tolist()} for {len(self.candidate_ids_C)} tokens"
         elif not -1 <= self.gold < len(lengths) or (self.gold < 0) != (not len(lengths)):
@@ -98,6 +107,7 @@ class Demonstrated:
         spans = [(int(self.query_start), int(self.answer_start))]
         spans += [(int(start), int(end)) for start, end in self.scored_S2]
         spans += pairwise([num_tokens, *(num_tokens + end for end in ends)])
+        spans += pairwise([0, *np.asarray(self.demonstration_ends_M).tolist()])
         spans += id_spans(self.source_id)
         ids = np.concatenate([self.input_ids_T, self.candidate_ids_C, self.distiller_ids_L])
         return sample_id_of(ids, spans)
@@ -113,4 +123,14 @@ class Demonstrated:
         return len(span_targets(self.scored_S2))
 
 
-DEMONSTRATIONS = Table(Demonstrated, name="demonstrations", version=1)
+def _end_where_they_are_read(row: Demonstrated) -> bool:
+    """Whether each demonstration ends after the one before, the last one where it is cut."""
+    ends_M = np.asarray(row.demonstration_ends_M, np.int64)
+    seen = row.num_teacher_demonstrations, row.num_distiller_demonstrations
+    if len(ends_M) != max(seen) or (np.diff(ends_M, prepend=0) < 1).any():
+        return False
+    read = row.query_start, len(row.distiller_ids_L)
+    return all(ends_M[count - 1] == length for count, length in zip(seen, read, strict=True))
+
+
+DEMONSTRATIONS = Table(Demonstrated, name="demonstrations", version=2)

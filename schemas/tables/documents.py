@@ -3,6 +3,7 @@
 Dimensions: T = tokens of the row.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -31,6 +32,16 @@ class Document:
             )
         if len(self.input_ids_T) < 2:
             raise ValueError(f"sample {self.sample_id}: {len(self.input_ids_T)} tokens, at least 2")
+
+    @staticmethod
+    def surely_sound(columns: Mapping[str, Sequence[Any]]) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` and their hash ask for."""
+        ids = columns["input_ids_T"]
+        return (
+            set(columns["split"]) <= {*SPLITS}
+            and all(len(ids_T) >= 2 for ids_T in ids)
+            and [sample_id_of(ids_T) for ids_T in ids] == list(columns["sample_id"])
+        )
 
     @property
     def hashed_id(self) -> str:

@@ -38,7 +38,8 @@ class Responses:
         ),
     ]
     top_ids_AK: Annotated[
-        Array, Column(TOKEN_ID, "student's likeliest, by falling probability", dims="AK")
+        Array,
+        Column(TOKEN_ID, "student's likeliest, by falling probability", dims="AK", distinct=True),
     ]
     top_logprobs_AK: Annotated[
         Array,

@@ -5,9 +5,10 @@ the model's own config does to its logits (soft-capping, scaling), before any sa
 Entry j of a row is the distribution over the token at index ``first_target + j`` given all tokens
 before it. The first token of a document has no context and no entry. Where the input's rows name
 their scored tokens (``schemas.scored_spans``), entries are those of all spans end to end, and
-``first_target`` is where the first span begins. Of a preference pair, token
-ids are those of prompt, chosen and rejected end to end: ``first_target`` is where the chosen
-response begins, and a rejected token's context is the prompt and the rejected tokens before it.
+``first_target`` is where the first span begins. An encoder-decoder has entries for those of them
+that its decoder says, the last ones of a row. Of a preference pair, token ids are those of prompt,
+chosen and rejected end to end: ``first_target`` is where the chosen response begins, and a rejected
+token's context is the prompt and the rejected tokens before it.
 
 ``next_token_logprobs_P`` and ``entropies_P`` describe the full distribution, whatever is kept of
 it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``).
@@ -16,6 +17,7 @@ Dimensions: P = scored positions, K = kept entries, E = head entries, D = hidden
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,9 +26,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..distribution import unpack_top_k
+from ..scored_spans import SCORED, span_targets
 from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
+Columns = Mapping[str, Sequence[Any]]
 SampleId = Annotated[str, Column(pa.string(), "joins documents.sample_id")]
 FirstTarget = Annotated[int, Column(pa.int32(), "index in input_ids of the token entry 0 predicts")]
 NextTokenLogprobs = Annotated[
@@ -66,7 +70,10 @@ class ThresholdLogits(_Scored):
     sample_id: SampleId
     first_target: FirstTarget
     token_ids_PK: Annotated[
-        Array, Column(TOKEN_ID, "head by falling probability, then sampled tail", dims="PK")
+        Array,
+        Column(
+            TOKEN_ID, "head by falling probability, then sampled tail", dims="PK", distinct=True
+        ),
     ]
     num_head_P: Annotated[
         Array, Column(pa.uint8(), "how many of the K are the head", dims="P", high=KEPT)
@@ -83,6 +90,15 @@ class ThresholdLogits(_Scored):
         if int(self.num_head_P.sum(dtype=np.int64)) != len(self.head_codes_E):
             raise ValueError(f"sample {self.sample_id}: head codes do not match the head counts")
 
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        if not _positions_agree(columns, "token_ids_PK", "num_head_P"):
+            return False
+        starts = np.cumsum([0, *map(len, columns["num_head_P"])])[:-1]
+        num_codes = np.add.reduceat(np.concatenate(columns["num_head_P"]), starts, dtype=np.int64)
+        return bool(num_codes.tolist() == [*map(len, columns["head_codes_E"])])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKLogits(_Scored):
@@ -90,7 +106,9 @@ class TopKLogits(_Scored):
 
     sample_id: SampleId
     first_target: FirstTarget
-    token_ids_PK: Annotated[Array, Column(TOKEN_ID, "by falling probability", dims="PK")]
+    token_ids_PK: Annotated[
+        Array, Column(TOKEN_ID, "by falling probability", dims="PK", distinct=True)
+    ]
     logprobs_PK: Annotated[
         Array,
         Column(
@@ -123,6 +141,14 @@ class TopKLogits(_Scored):
         if self.logprobs_PK.shape != self.token_ids_PK.shape:
             raise ValueError(f"sample {self.sample_id}: log-probs and token ids differ in shape")
 
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        ids, logprobs = columns["token_ids_PK"], columns["logprobs_PK"]
+        return _positions_agree(columns, "token_ids_PK", "rest_logprobs_P") and all(
+            a.shape == b.shape for a, b in zip(ids, logprobs, strict=True)
+        )
+
     @property
     def mass_P(self) -> Array:
         """The mass of the K + 1 buckets of each position, float32: one, but for rounding."""
@@ -144,6 +170,11 @@ class ExactLogits(_Scored):
         """Check that lengths agree; raises ValueError naming the sample."""
         _check_positions(self, len(self.hidden_PD), len(self.hidden_PD))
 
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return _positions_agree(columns, "hidden_PD")
+
 
 AnyLogits = ThresholdLogits | TopKLogits | ExactLogits
 
@@ -157,6 +188,51 @@ def _check_positions(row: AnyLogits, *lengths: int) -> None:
             f"{sorted(found)} entries, "
             f"first_target {row.first_target}"
         )
+
+
+def _positions_agree(columns: Columns, *names: str) -> bool:
+    """Whether every row of a record batch has positions, as many in each of these columns."""
+    expected = [*map(len, columns["next_token_logprobs_P"])]
+    return (
+        all([*map(len, columns[name])] == expected for name in (*names, "entropies_P"))
+        and min(expected, default=0) > 0
+        and min(columns["first_target"]) >= 1
+    )
+
+
+INPUT_COLUMNS = (
+    *("input_ids_T", "prompt_ids_T", "chosen_ids_C", "rejected_ids_R"),
+    *(SCORED, "answer_start"),
+)
+
+
+def misplaced(row: Mapping[str, Any]) -> str:
+    """Return how the positions of a row, joined with its input, miss that input's tokens.
+
+    Of a document or an episode every token but the first is scored, of a pair both responses, of a
+    row that names spans their tokens (or those of the answer alone, by an encoder-decoder). ""
+    where they meet, and where the input (of ``INPUT_COLUMNS``) is not among the columns.
+    """
+    first_target, num_found = row["first_target"], len(row["next_token_logprobs_P"])
+    if SCORED in row:
+        targets_P = span_targets(row[SCORED])
+        answer_P = targets_P[targets_P >= row.get("answer_start", len(row["input_ids_T"]))]
+        if (first_target, num_found) == (min(answer_P, default=0), len(answer_P)):
+            return ""
+        start, num_positions = int(min(targets_P, default=0)), len(targets_P)
+    elif "chosen_ids_C" in row:
+        start = len(row["prompt_ids_T"])
+        num_positions = len(row["chosen_ids_C"]) + len(row["rejected_ids_R"])
+    elif "input_ids_T" in row:
+        start, num_positions = 1, len(row["input_ids_T"]) - 1
+    else:
+        return ""
+    if (first_target, num_found) == (start, num_positions):
+        return ""
+    return (
+        f"signals for {num_found} tokens from token {first_target} on, its input has "
+        f"{num_positions} from token {start} on"
+    )
 
 
 NAME, VERSION = "teacher_logits", 1

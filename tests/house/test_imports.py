@@ -26,7 +26,10 @@ IMPORT_SITES = {
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
     "trl": ("stages/teacher/trl_trainer.py",),
-    "peft": ("stages/teacher/trl_trainer.py", "stages/models/checkpoints/adapters.py"),
+    "peft": (
+        *("stages/teacher/trl_trainer.py", "stages/models/checkpoints/adapters.py"),
+        "stages/student/distiller/lora.py",
+    ),
     "fsspec": ("schemas/storage/object_path.py",),
     "s3fs": (),
     "botocore": (),

@@ -56,18 +56,18 @@ COMMANDS = {
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
-    "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer"},
+    "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {
         *("--data", "--split", "--batch-size", "--score", "--json", "--judge"),
-        *("--judge-reference", "--beta", "--baseline", "--max-tokens"),
+        *("--judge-reference", "--beta", "--baseline", "--max-tokens", "--reader"),
     },
     "student init": {"--from", "--layers"},
     "teacher align": {
         *("--from", "--pairs", "--steps", "--beta", "--lr", "--batch-size", "--lora-rank"),
         "--seed",
     },
-    "mend vectors": {"--data", "--task", "--split"},
+    "mend vectors": {"--data", "--task", "--split", "--sample"},
 }
 
 

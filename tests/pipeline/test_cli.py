@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, readable output, one line and a code an error."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,21 @@ def test_a_module_of_our_own_that_is_missing_is_not_taken_for_a_package(
 def test_the_version_is_told() -> None:
     said = teachercache("--version")
     assert (said.code, said.out) == (0, f"teachercache {version('teachercache')}\n")
+
+
+@pytest.mark.parametrize("asked", [None, "1000"])
+def test_threads_that_wait_do_not_spin_unless_asked_to(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command sets it before torch is loaded, for the processes that it starts too."""
+    app_module = sys.modules["pipeline.cli.app"]
+    monkeypatch.setattr("sys.argv", ["teachercache", "--version"])
+    monkeypatch.setenv("GOMP_SPINCOUNT", asked or "")
+    if asked is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    with pytest.raises(SystemExit):
+        app_module.main()
+    assert os.environ["GOMP_SPINCOUNT"] == (asked or "0")
 
 
 def test_inspect_says_what_else_a_place_is(

@@ -1,6 +1,7 @@
 """MEND as a recipe on a tiny model: what is read, the teacher over it, and what is trained."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ TRAINING: dict[str, Any] = {
         "model": "small",
         "reader": "small",
         "num_vectors": 4,
+        "lora_rank": 2,
     },
     "variant": {
         **SETTINGS,
@@ -108,7 +110,7 @@ def test_a_step_without_a_model_is_a_step_like_any_other(recipe: TinyRecipe) -> 
     assert stamps(recipe.root) == before
     assert teachercache("verify", recipe.root).code == 0
     shown_rows = teachercache("inspect", shown, "--rows", "1")
-    assert shown_rows.code == 0 and "distiller_ids_L" in shown_rows.out
+    assert shown_rows.code == 0 and "teacher, distiller" in shown_rows.out
     assert np.isfinite(row["entropies_P"]).all()
 
 
@@ -118,6 +120,17 @@ def test_another_budget_is_another_table(recipe: TinyRecipe) -> None:
         for n in (500, 501)
     ]
     assert len({*names, recipe.step("shown_signals").fingerprint}) == 3
+
+
+@pytest.mark.slow
+def test_a_budget_that_leaves_no_demonstration_ends_the_run_in_one_line(
+    recipe: TinyRecipe,
+) -> None:
+    assert teachercache("run", recipe.path, "--step", "documents").code == 0
+    budget = ("--set", "steps.shown.distiller_tokens=1")
+    said = teachercache("run", recipe.path, "--step", "shown", *budget)
+    assert said.code == 3
+    assert "8 x 'no whole demonstration fits distiller_tokens 1', first sample" in said.error
 
 
 @pytest.mark.slow
@@ -135,16 +148,64 @@ def test_a_distiller_is_trained_by_its_teacher_or_labelled(recipe: TinyRecipe) -
         record = read_checkpoint(recipe.step(name).folder)
         assert record is not None
         assert {found["cross_model"] for found in record.metrics.values()} == {label}
-        assert {"zero-shot", "random vectors", "all demonstrations"} < set(record.metrics)
+        beside = {"zero-shot", "random vectors", "mean pooling", "fewer shots"}
+        assert {*beside, "all demonstrations"} < set(record.metrics)
+        read = {one: found["positions_before_query"] for one, found in record.metrics.items()}
+        assert read["zero-shot"] == 0 and read["all demonstrations"] > read["mean pooling"] == 4
     assert "results_of_variant (cross_model)" in said.out and "zero-shot" in said.out
+    assert "(majority)" not in said.out  # documents have no candidates
+    assert re.search("fewer shots: [0-9]+ rows read no demonstration", said.out)
     after = read_checkpoint(recipe.step("results").folder)
     assert after is not None
     trained = metrics["distilled"]["after"]["kl_to_teacher"]
     assert after.metrics["distilled"]["kl_to_teacher"] == pytest.approx(trained, rel=1e-5)
+    adapted = recipe.step("variant").folder / "config.json"  # trained by LoRA
+    assert json.loads(adapted.read_text())["lora_rank"] == 2
     for found in metrics.values():
         assert found["before"]["kl_to_teacher"] != found["after"]["kl_to_teacher"]
     assert set(recipe.run().states.values()) == {"done"}
     assert teachercache("verify", recipe.root).code == 0
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_distiller_as_the_step_does(
+    recipe: TinyRecipe, tiny_model: Path
+) -> None:
+    """And says in one line where a reader is missing, another one, or out of place."""
+    assert teachercache("run", recipe.path).code == 0
+    names = ("distilled", "variant", "small")
+    places = {name: Path(str(recipe.step(name).folder)) for name in names}
+    data = [
+        word
+        for name in ("shown", "shown_signals")
+        for word in ("--data", str(recipe.step(name).folder))
+    ]
+    for name, reader, step in (
+        ("distilled", tiny_model, "results"),
+        ("variant", places["small"], "results_of_variant"),
+    ):
+        asked: list[str | Path] = ["evaluate", places[name], "--reader", reader, *data]
+        said = teachercache(*asked, "--json")
+        assert said.code == 0, said.err
+        body = json.loads(said.out)
+        record = read_checkpoint(recipe.step(step).folder)
+        assert record is not None
+        metrics = {**record.metrics, "distiller": record.metrics[name]}
+        assert body["cross_model"] == metrics[name]["cross_model"]
+        for one in ("distiller", "zero-shot", "mean pooling", "all demonstrations"):
+            found = body[one]["overall"]["kl_to_teacher"]
+            assert found == pytest.approx(metrics[one]["kl_to_teacher"], abs=1e-6)
+    said = teachercache(*asked)
+    assert said.code == 0 and "(cross_model)" in said.out and "fewer shots" in said.out
+    said = teachercache("evaluate", places["distilled"], *data)
+    assert said.code == 2 and "--reader is not given and" in said.error
+    said = teachercache("evaluate", places["distilled"], "--reader", places["small"], *data)
+    assert said.code == 2 and "the distiller was made for reader" in said.error
+    said = teachercache("evaluate", tiny_model, "--reader", tiny_model, *data)
+    assert said.code == 2 and "expected a distiller" in said.error
+    documents = recipe.step("documents").folder
+    said = teachercache("evaluate", tiny_model, "--reader", tiny_model, "--data", documents)
+    assert said.code == 2 and "is table documents: a distiller is measured by" in said.error
 
 
 @pytest.mark.parametrize(

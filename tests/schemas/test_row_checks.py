@@ -3,8 +3,9 @@
 Every kind of table, written as a broken writer would: the file's sha256 is that of its record.
 """
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.row_checks import contradiction_in
 from schemas.sample_id import sample_id_of
-from schemas.storage.manifest import MANIFEST, Manifest, write_manifest
+from schemas.storage.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from schemas.storage.records import ShardRecord, shard_name
 from schemas.storage.shards import write_shard
 from schemas.tables import TABLES
@@ -37,7 +38,7 @@ def some_row(name: str, variant: str, index: int) -> Values:
     key = sample_id_of(np.array([index]))
     fall_PK = -np.sort(rng.random((P, K)), axis=1) - 2
     rest_P = np.log(1 - np.exp(fall_PK).sum(axis=1))
-    ids_PK = rng.integers(0, VOCAB, (P, K))
+    ids_PK = rng.permuted(np.tile(np.arange(VOCAB), (P, 1)), axis=1)[:, :K]
     logits = {
         "sample_id": key,
         "first_target": 1,
@@ -170,6 +171,20 @@ def write(folder: Path, name: str, variant: str, faults: Values) -> Path:
     return file
 
 
+def plant_twice(column: str) -> Callable[[Values], Values]:
+    """Put a position's first kept token in the place of another one of it too."""
+
+    def planted(row: Values) -> Values:
+        values = np.array(row[column])
+        if values.ndim == 1:  # two entries of each position end to end
+            values[5] = values[4]
+        else:
+            values[2, -1] = values[2, 0]
+        return {column: values}
+
+    return planted
+
+
 def plant(column: str, value: float) -> Callable[[Values], Values]:
     """Put a number in the middle of one column."""
 
@@ -185,6 +200,7 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("documents", "", plant("input_ids_T", 9), "sample_id does not name its token ids"),
     ("documents", "", plant("input_ids_T", VOCAB), "input_ids_T holds 300, expected 0 to 299"),
     ("documents", "", lambda row: {"split": "test"}, "split is 'test'"),
+    ("documents", "", lambda row: {"split": "heldout"}, "is 'heldout' in a shard of 'train'"),
     ("documents", "", lambda row: {"input_ids_T": row["input_ids_T"][:1]}, "1 tokens, at least 2"),
     ("episodes", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
     ("episodes", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),
@@ -200,7 +216,19 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("demonstrations", "", plant("distiller_ids_L", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("distiller_ids_L", VOCAB), "distiller_ids_L holds 300"),
-    ("demonstrations", "", lambda row: {"query_start": 2}, "sample_id does not name its token ids"),
+    (
+        "demonstrations",
+        "",
+        lambda row: {"query_start": 2},
+        "demonstrations end at [3], and (1",
+    ),
+    (
+        "demonstrations",
+        "",
+        plant("demonstration_ends_M", 9),
+        "demonstrations end at [9], and (1",
+    ),
+    ("demonstrations", "", plant("demonstration_ends_M", 0), "demonstration_ends_M holds 0"),
     ("demonstrations", "", plant("scored_S2", 5), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("scored_S2", 99), "do not lie in order"),
     ("demonstrations", "", lambda row: {"source_id": "0" * 24}, "sample_id does not name"),
@@ -234,6 +262,8 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("teacher_logits", "threshold", plant("entropies_P", -0.5), "entropies_P holds -0.5"),
     ("teacher_logits", "threshold", plant("next_token_logprobs_P", 0.5), "holds 0.5"),
     ("teacher_logits", "threshold", lambda row: {"first_target": 0}, "first_target 0"),
+    ("teacher_logits", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
+    ("teacher_logits", "top_k", plant_twice("token_ids_PK"), "twice at one position"),
     ("teacher_logits", "top_k", plant("logprobs_PK", np.nan), "logprobs_PK holds nan"),
     ("teacher_logits", "top_k", plant("logprobs_PK", -0.5), "logprobs_PK rises"),
     ("teacher_logits", "top_k", plant("rest_logprobs_P", np.inf), "rest_logprobs_P holds inf"),
@@ -246,6 +276,10 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("advantages", "threshold", plant("advantages_PK", np.inf), "advantages_PK holds inf"),
     ("advantages", "threshold", plant("log_inclusions_PK", 0.5), "log_inclusions_PK holds 0.5"),
     ("advantages", "threshold", plant("token_ids_PK", VOCAB), "token_ids_PK holds 300"),
+    ("responses", "", plant_twice("top_ids_AK"), "top_ids_AK holds id"),
+    ("advantages", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
+    ("advantages", "as_released", plant_twice("token_ids_PK"), "twice at one position"),
+    ("advantages", "union_top_k", plant_twice("token_ids_E"), "twice at one position"),
     ("advantages", "union_top_k", plant("num_entries_P", 3), "11 entries are counted, not stored"),
     ("advantages", "union_top_k", plant("rest_advantages_P", np.nan), "holds nan"),
     ("advantages", "union_top_k", plant("token_ids_E", VOCAB), "token_ids_E holds 300"),
@@ -308,6 +342,31 @@ def test_record_batches_of_another_size_are_named(
         second[FAULTY]
 
 
+def test_a_sample_of_two_rows_is_named_by_verify_and_where_tables_are_joined(
+    tmp_path: Path,
+) -> None:
+    """Which of the two rows would be the sample's is chance."""
+    twice = some_row("teacher_logits", "top_k", 3)["sample_id"]
+    for name, variant in (("documents", ""), ("teacher_logits", "top_k")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, name, variant, {"sample_id": twice} if variant else {})
+    (line,) = said_by_verify(tmp_path)
+    assert line.endswith("has 1 repeated sample_ids")
+    with pytest.raises(StoreError, match=f"1 sample_ids stand in several rows, {twice} is one"):
+        open_dataset([tmp_path / "documents", tmp_path / "teacher_logits"])
+
+
+def test_a_sample_of_two_shards_is_named_by_verify(tmp_path: Path) -> None:
+    file = write(tmp_path, "documents", "", {})
+    manifest = read_manifest(tmp_path)
+    shards = tuple(replace(manifest.shards[0], name=shard_name(index, 2)) for index in range(2))
+    for shard in shards:
+        shutil.copy(file, tmp_path / shard.file)
+    write_manifest(tmp_path, replace(manifest, shards=shards))
+    (line,) = said_by_verify(tmp_path)
+    assert f"{shards[1].file} has {ROWS} sample_ids of the shards before it, " in line
+
+
 def test_a_mass_that_is_not_one_is_named_by_verify(tmp_path: Path) -> None:
     """Training finds it where the masses are added up: ``test_loader``."""
     low = {"rest_logprobs_P": np.full(P, -9.0)}
@@ -327,11 +386,11 @@ def test_torn_offsets_and_nulls_are_named() -> None:
     )
     columns = {name: table.column_values(batch, name) for name in table.columns}
     broken = pa.RecordBatch.from_arrays([*batch.columns[:2], torn], schema=batch.schema)
-    found = contradiction_in(broken, columns, table, VOCAB)
+    found = contradiction_in(broken, columns, table, VOCAB, "train")
     assert found is not None and "torn record batch" in found.problem
     split = pa.array(["train", None, "train"])
     nameless = pa.RecordBatch.from_arrays(
         [batch.column(0), split, batch.column(2)], names=batch.schema.names
     )
-    found = contradiction_in(nameless, columns, table, VOCAB)
+    found = contradiction_in(nameless, columns, table, VOCAB, "train")
     assert found is not None and found == (1, "split is null")

@@ -14,7 +14,7 @@ import pytest
 from pipeline.cache.verify import verify_folder
 from schemas import open_table
 from schemas.dataset import open_dataset
-from schemas.errors import IdentityMismatch, SchemaMismatch, StoreError
+from schemas.errors import ConfigError, IdentityMismatch, SchemaMismatch, StoreError
 from schemas.sample_id import sample_id_of
 from schemas.storage.files import atomic_file
 from schemas.storage.manifest import Manifest, damaged_shards, read_manifest, write_manifest
@@ -48,7 +48,7 @@ def top_k_row(of: Document) -> TopKLogits:
     return TopKLogits(
         sample_id=of.sample_id,
         first_target=1,
-        token_ids_PK=np.zeros((num_positions, 2), np.int64),
+        token_ids_PK=np.tile(np.arange(2), (num_positions, 1)),
         logprobs_PK=np.zeros((num_positions, 2), np.float16),
         rest_logprobs_P=np.zeros(num_positions, np.float16),
         next_token_logprobs_P=np.full(num_positions, -mark, np.float16),
@@ -310,7 +310,7 @@ def test_splits_are_apart(documents: Path) -> None:
     train, heldout = (open_dataset([documents], split=s) for s in ("train", "heldout"))
     assert (len(train), len(heldout)) == (2 * ROWS, ROWS)
     assert {train[i]["split"] for i in range(len(train))} == {"train"}
-    with pytest.raises(StoreError, match="no row in split 'test'"):
+    with pytest.raises(ConfigError, match="no row in split 'test'"):
         open_dataset([documents], split="test")
 
 
@@ -353,14 +353,14 @@ def test_a_table_of_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     records = [
         ShardRecord(
             name=shard_name(index, num_shards),
-            split="train",
+            split=row.split,
             num_rows=1,
             num_tokens=6,
             num_positions=0,
             num_bytes=1,
             sha256="0" * 64,
         )
-        for index in range(num_shards)
+        for index, row in enumerate(rows)
     ]
     write_manifest(tmp_path, replace_shards(write_documents(tmp_path / "other"), records))
     dataset = open_dataset([tmp_path], verify=False)

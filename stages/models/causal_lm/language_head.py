@@ -6,9 +6,10 @@ matrix, its bias, and what the model's configuration does after the product:
     logits = softcap * tanh((W h + b) * scale / softcap)
 
 ``scale`` is Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``, MiniCPM's ``dim_model_base
-/ hidden_size``, Falcon-H1's ``lm_head_multiplier``; ``softcap`` is Gemma's. Where we differ from
-the models: products of half-precision inputs are kept in float32, while transformers rounds them
-to bfloat16 first, which moves a logit of 20 by up to 0.06.
+/ hidden_size``, Falcon-H1's ``lm_head_multiplier``, the older T5's ``d_model ** -0.5`` (the newer
+has none; transformers keeps the switch as ``scale_decoder_outputs``); ``softcap`` is Gemma's. Where
+we differ from the models: products of half-precision inputs are kept in float32, while transformers
+rounds them to bfloat16 first, which moves a logit of 20 by up to 0.06.
 
 Rows of the matrix at or beyond ``config.vocab_size`` are padding of the weight file, no part of
 the model's softmax, and are cut off; rows below it that no token uses are part of it and stay. A
@@ -45,7 +46,7 @@ _KNOWN = {*_SOFTCAPS, *_MULTIPLIERS, *_DIVISORS}
 # Settings that speak of logits and are no head: routers, attention scores, what forward returns.
 _NO_HEAD = re.compile(r"router|att|auxiliary|to_keep|lm_head_bias|chunk_size|freeze|_init")
 
-_OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight")
+_OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight", "head.weight")  # the last is RWKV's
 _INPUT_NAMES = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
     "embeddings.weight",
@@ -212,6 +213,8 @@ def _scale(text: PretrainedConfig) -> float:
         divisor = _number(text, name) or 1.0
         # HyperCLOVA X multiplies by what Granite and MiniCPM divide by.
         scale *= divisor if text.model_type.startswith("hyperclovax") else 1.0 / divisor
+    if getattr(text, "scale_decoder_outputs", False):
+        scale *= text.d_model**-0.5
     base = _number(text, "dim_model_base")
     if base and not hasattr(text, "logits_scaling"):
         scale *= base / text.hidden_size
@@ -243,11 +246,14 @@ def _read_head(path: Path, config: PretrainedConfig) -> tuple[Tensor, Tensor | N
     output, inputs = _shortest(files, _OUTPUT_NAMES), _shortest(files, _INPUT_NAMES)
     tied = getattr(config, "tie_word_embeddings", False)
     name = (inputs or output) if tied else output
+    if getattr(config, "is_encoder_decoder", False):  # T5 says tied of both kinds: files know
+        name = output or _shortest(files, ("shared.weight",))
     if name is None:
         wanted = _INPUT_NAMES if tied else _OUTPUT_NAMES
         raise ConfigError(
             f"{path}: no head matrix in the weight files, expected a tensor ending in one of "
-            f"{', '.join(wanted)} (tie_word_embeddings is {bool(tied)}): use a full checkpoint"
+            f"{', '.join(wanted)} (tie_word_embeddings is {bool(tied)}): use a full checkpoint, or "
+            f"another model where a '{config.model_type}' calls its head otherwise"
         )
     bias = f"{(output or 'lm_head.weight').removesuffix('weight')}bias"
     weight = _read_tensors(files[name], (name,))[name]

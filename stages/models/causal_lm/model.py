@@ -26,7 +26,7 @@ from stages.models.checkpoints.tokenizer_identity import (
     vocabulary_fingerprint,
 )
 
-_MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
+MAX_HEAD_ERROR = 1e-3  # of logits in float32, relative to 1 + the largest
 
 
 def load_student(folder: Path, *, device: torch.device, role: str = "student") -> PreTrainedModel:
@@ -194,7 +194,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         off_TV = (head.logits(hidden_BTD[0]) - expected_TV).abs()
         error = float(off_TV.max() / (1 + expected_TV.abs().max()))
     model.train(training)
-    if not error <= _MAX_HEAD_ERROR:
+    if not error <= MAX_HEAD_ERROR:
         raise ConfigError(
             f"{name}: its logits are not head(last hidden state) but off by {error:.2g} "
             f"of the largest: {type(model).__name__} does something this trainer does not know"

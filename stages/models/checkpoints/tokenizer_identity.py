@@ -20,6 +20,7 @@ from typing import Any
 
 from schemas.errors import ConfigError
 from schemas.storage.files import sha256_of
+from stages.models.checkpoints.tokenizer_as_built import was_built_otherwise
 
 TOKENIZER_JSON = "tokenizer.json"
 # Vocabularies of tokenizers that are saved without tokenizer.json; hashed as bytes.
@@ -34,15 +35,9 @@ _VOCABULARY_FILES = (
     "added_tokens.json",
 )
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_CONFIG = "config.json"  # its model_type decides, too, how transformers opens a tokenizer
 _TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 _RUN_TIME_KEYS = ("truncation", "padding")  # of tokenizer.json: how a caller last used it
-# What transformers 5 builds of a vocabulary for a class, whatever the file's own pre-tokenizer is.
-_OF_SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-_OF_BARE_BYTES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _SPECIAL_KEYS = (
     "bos_token",
     "eos_token",
@@ -79,14 +74,15 @@ def _fingerprints(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> tup
         "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
         "chat_templates": _chat_templates(folder, settings),
     }
-    if _was_built_otherwise(settings, vocabulary):
+    has_file = (folder / TOKENIZER_JSON).is_file()
+    if has_file and was_built_otherwise(settings, vocabulary, _model_type(folder)):
         body["ids"] = TOKENIZER_JSON
     return _hash_of(body), _hash_of(_meaning_of_ids(folder, settings, vocabulary))
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Return name, size and time of whatever a fingerprint may be read from."""
-    found = [folder / name for name in _tokenizer_files()]
+    found = [folder / name for name in (*_tokenizer_files(), _CONFIG)]
     found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
     stats = ((path.name, path.stat()) for path in found if path.is_file())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -115,22 +111,6 @@ def _meaning_of_ids(
 def _hash_of(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _was_built_otherwise(settings: dict[str, Any], vocabulary: dict[str, Any]) -> bool:
-    """Whether transformers 5 opens the folder with another pre-tokenizer than its file's.
-
-    Spaces vanish, or digits are not taken apart. Tables were made of such ids once; so the right
-    ones have a fingerprint of their own.
-    """
-    named = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    found = vocabulary.get("pre_tokenizer") or {}
-    if named in _OF_SENTENCEPIECE:
-        return '"ByteLevel"' in json.dumps(found)
-    if named in _OF_BARE_BYTES:
-        return bool(found.get("type") == "Sequence")
-    patterns = [part.get("pattern") for part in found.get("pretokenizers", ())]
-    return named == "Qwen2Tokenizer" and {"Regex": _QWEN2_PATTERN} not in patterns
 
 
 def first_tokens(folder: Path) -> list[str] | None:
@@ -216,6 +196,15 @@ def _settings(folder: Path) -> dict[str, Any]:
         _read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS_FILES
     ]
     return special | config
+
+
+def _model_type(folder: Path) -> str:
+    """Return what config.json calls the model, "" where it does not; who opens it says why."""
+    try:
+        body = json.loads((folder / _CONFIG).read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(body.get("model_type", "")) if isinstance(body, dict) else ""
 
 
 def _token(value: Any) -> Any:

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError, first_line
@@ -46,6 +46,7 @@ from schemas.storage.shard_cache import user_cache
 from stages.models.causal_lm.language_head import LanguageHead, read_config
 from stages.models.checkpoints.adapters import adapted_model
 from stages.models.checkpoints.own_code import code_files, is_trusted, open_pretrained
+from stages.models.encoder_decoder.halves import frame_of
 from stages.models.engines.memory import available_memory, weight_bytes
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.vllm_generator import VllmGenerator, installed_vllm
@@ -234,10 +235,10 @@ def _computed(
     known = (OSError, ValueError, RuntimeError)
     failures = (Exception,) if is_trusted(model_path) else known  # own code may raise anything
     transformers_logging.disable_progress_bar()
+    has_decoder = frame_of(read_config(model_path), model_path) is not None
+    kind = AutoModelForSeq2SeqLM if has_decoder else AutoModelForCausalLM
     try:
-        model = open_pretrained(
-            AutoModelForCausalLM, model_path, dtype=dtype, device_map=device_map
-        ).eval()
+        model = open_pretrained(kind, model_path, dtype=dtype, device_map=device_map).eval()
         if adapter is not None:
             model = adapted_model(model, adapter, model_path).eval()
         kept = [_kept(model, ids_T) for ids_T in probes]
@@ -258,9 +259,17 @@ def _computed(
 
 @torch.inference_mode()
 def _kept(model: Any, ids_T: TokenIds) -> tuple[Tensor, Tensor]:
-    """Return ids and values of the largest log-probs of every position of one probe."""
-    input_ids = torch.from_numpy(ids_T)[None].to(model.device)
-    logprobs_TV = model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
+    """Return ids and values of the largest log-probs of every position of one probe.
+
+    An encoder-decoder is given it in both of its halves, and shifts the second one itself.
+    """
+    probe = torch.from_numpy(ids_T)[None].to(model.device)
+    inputs = {"input_ids": probe, "use_cache": False}
+    frame = frame_of(model.config)
+    if frame is not None:
+        text_ids = torch.from_numpy(frame.encoder_ids(ids_T))[None].to(model.device)
+        inputs |= {"input_ids": text_ids, "labels": probe}
+    logprobs_TV = model(**inputs).logits[0].float().log_softmax(-1)
     logprobs_PK, token_ids_PK = logprobs_TV.topk(min(_NUM_KEPT, logprobs_TV.shape[-1]))
     return token_ids_PK, logprobs_PK
 

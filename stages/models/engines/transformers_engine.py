@@ -7,23 +7,32 @@ Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
 """
 
 import gc
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.own_code import open_pretrained
-from stages.models.engines.sequences import TokenIds, check_sequences, prefix_groups, windows
+from stages.models.engines.sequences import (
+    PrefixGroup,
+    TokenIds,
+    check_sequences,
+    prefix_groups,
+    windows,
+)
 from stages.models.spec import EngineOptions, HeadCheck
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 
 
 class TransformersEngine:
@@ -41,7 +50,7 @@ class TransformersEngine:
         self.window = window_of(config)
         self.max_length = min(self.window, options.max_model_len or self.window)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
-        self._batch_tokens = options.max_num_batched_tokens or _BATCH_TOKENS
+        self._batch_tokens = options.max_num_batched_tokens or BATCH_TOKENS
         self._model: Any = _load(model_path, dtype, device)
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
@@ -57,12 +66,16 @@ class TransformersEngine:
     ) -> list[Tensor]:
         """Return [n, D] for the last n positions of each sequence.
 
-        A prefix that sequences share is run once and its keys and values are used by all of them.
+        A prefix that sequences share is run once and its keys and values are used by all of them;
+        where a model keeps a state in their place, each sequence is run whole.
         """
         check_sequences(sequences, max_length=self.max_length, vocab_size=self.head.vocab_size)
         results: dict[int, Tensor] = {}
         alone: list[int] = []
-        for group in prefix_groups(sequences, counts, max_tokens=self._batch_tokens):
+        groups: Iterable[PrefixGroup] = [PrefixGroup([*range(len(sequences))], 0)]
+        if self._keeps_keys:
+            groups = prefix_groups(sequences, counts, max_tokens=self._batch_tokens)
+        for group in groups:
             if not group.shared:
                 alone.extend(group.members)
                 continue
@@ -117,6 +130,22 @@ class TransformersEngine:
         hidden_BTD = output.last_hidden_state
         assert isinstance(hidden_BTD, Tensor)
         return hidden_BTD
+
+    @cached_property
+    def _keeps_keys(self) -> bool:
+        """Whether each layer keeps the keys and values of the tokens it has seen, and no state.
+
+        A state (of RWKV, Mamba, and the layers without attention of hybrid models) cannot be cut,
+        nor is it kept in a way that all such models share.
+        """
+        if "past_key_values" not in inspect.signature(self._model.forward).parameters:
+            return False
+        one_token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            output = self._model(input_ids=one_token, use_cache=True)
+        layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+        kinds = {type(layer) for layer in layers}
+        return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
     def _run_prefix(self, prefix_T: TokenIds, num_sequences: int) -> Any:
         """Return the prefix's keys and values, repeated for each sequence."""

@@ -194,7 +194,9 @@ def start_vllm(
             return vllm, vllm.LLM(str(model_path), **arguments)
     except Exception as error:
         free_vllm()
-        raise EngineError(f"vLLM did not start on {model_path}: {first_line(error)}") from error
+        said = first_line(error)
+        advice = "; engine 'transformers' runs models that vLLM does not" * ("not support" in said)
+        raise EngineError(f"vLLM did not start on {model_path}: {said}{advice}") from error
 
 
 def _lora_request(adapter: Path) -> Any:

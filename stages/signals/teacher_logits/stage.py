@@ -2,9 +2,12 @@
 
 Of documents and episodes every position is scored, of preference pairs those of the two responses,
 and of conversations and ``demonstrations``, whose rows name spans of their own, those of the spans.
+An encoder-decoder scores demonstrations alone, and of their spans what its decoder says: the
+answer, or the query of a row without one.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -18,7 +21,8 @@ from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS
-from stages.stage import Estimate, SignalStage, StageConfig, StageContext
+from stages.models.encoder_decoder.kind import is_encoder_decoder
+from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 EXACT_FILES = ("head.safetensors", "head.json")
 
@@ -61,6 +65,8 @@ class TeacherLogitsStage(SignalStage):
         PREFERENCE_PAIRS,
     )
 
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("model",)
+
     stage: Literal["teacher_logits"]
     encoding: Encoding = ThresholdEncoding()
     seed: int = 0
@@ -69,6 +75,16 @@ class TeacherLogitsStage(SignalStage):
     def table(self) -> Table[Any]:
         """``teacher_logits`` in the variant that the encoding names."""
         return ENCODINGS[self.encoding.kind]
+
+    def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a table that the stage does not read, or an encoder-decoder of this table."""
+        super().check(tables, models)
+        if is_encoder_decoder(models[self.model]) and tables[0].table is not DEMONSTRATIONS:
+            raise ConfigError(
+                f"input: step '{tables[0].step}' writes {tables[0].table.name}, and model "
+                f"'{self.model}' is an encoder-decoder, which scores {DEMONSTRATIONS.name} alone: "
+                f"name a step of that stage, or a causal language model"
+            )
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -90,7 +106,8 @@ class TeacherLogitsStage(SignalStage):
     def estimate(self, source: Manifest, *, hidden_size: int) -> Estimate:
         """All positions but the first of each row; real text came within a tenth of the bytes.
 
-        Prompts of preference pairs are not scored, so pairs come to less.
+        Prompts of preference pairs are not scored, nor queries by an encoder-decoder: both come to
+        less.
         Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
         byte, and the two float16 columns hardly at all.
         """

@@ -7,7 +7,8 @@ goes to the engine as one unit and in one order, so that a re-run meets the same
 Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
 token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
 spans (``schemas.scored_spans``), their tokens alone are scored, and what follows the last is not
-read. Of a preference pair only the responses are scored, each after the prompt, which the engine is
+read. An encoder-decoder reads such a row in two halves (``stages.models.encoder_decoder.halves``).
+Of a preference pair only the responses are scored, each after the prompt, which the engine is
 asked to run once.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
@@ -32,6 +33,13 @@ from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from stages.models.causal_lm.language_head import read_config
+from stages.models.encoder_decoder.halves import decoder_begins, decoder_spans, frame_of
+from stages.models.engines.encoder_decoder_engine import (
+    EncoderDecoderEngine,
+    Read,
+    open_encoder_decoder_engine,
+)
 from stages.models.engines.engine import Engine, HiddenStates, open_model
 from stages.models.engines.sequences import TokenIds, require_room
 from stages.models.spec import EngineOptions
@@ -59,11 +67,14 @@ FLOAT16_MAX = 65504.0
 def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
     model = context.models[stage.model]
+    if frame_of(read_config(model.path)) is not None:
+        with open_encoder_decoder_engine(model, context.engine) as two_halves:
+            _note_head(stage, context, two_halves)
+            yield lambda shard: score_halves(stage, two_halves, shard, context.engine)
+        return
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
-        context.notes["head_check"] = engine.head_check
-        if isinstance(stage.encoding, ExactEncoding):
-            engine.head.save(context.folder)
+        _note_head(stage, context, engine)
 
         def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
             if of_pairs:
@@ -75,6 +86,14 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
             return score_shard(stage, engine, shard)
 
         yield work
+
+
+def _note_head(
+    stage: TeacherLogitsStage, context: StageContext, engine: Engine | EncoderDecoderEngine
+) -> None:
+    context.notes["head_check"] = engine.head_check
+    if isinstance(stage.encoding, ExactEncoding):
+        engine.head.save(context.folder)
 
 
 def score_shard(
@@ -118,6 +137,61 @@ def score_spans(
         yield _encode(stage, blocks, asked, hidden_ND[wanted_P])
 
 
+def score_halves(
+    stage: TeacherLogitsStage,
+    engine: EncoderDecoderEngine,
+    shard: pa.Table,
+    options: EngineOptions,
+) -> Iterable[AnyLogits | Rejected]:
+    """Yield one row, or one rejection, for each row of ``demonstrations``, read in two halves."""
+    rows = [row for batch in shard.to_batches() for row in _halves_of(batch)]
+    reasons = [_halves_reason(engine, row) for row in rows]
+    require_room(engine, max((engine.longest_half(row.read) for row in rows), default=0), options)
+    fitting = [row.read for row, reason in zip(rows, reasons, strict=True) if not reason]
+    states = iter(engine.said_states(fitting))
+    blocks = LogitBlocks(engine.head)
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason:
+            yield Rejected(row.spanned.sample_id, reason)
+            continue
+        hidden_AD, targets_P = next(states), row.spanned.targets_P
+        wanted_P = torch.from_numpy(targets_P - row.begins).to(hidden_AD.device)
+        next_ids_P = row.spanned.ids_T[targets_P].astype(np.int64)
+        asked = _Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
+        yield _encode(stage, blocks, asked, hidden_AD[wanted_P])
+
+
+@dataclass(frozen=True, slots=True)
+class _Halves:
+    """A row of which the decoder says the tokens from ``begins`` on, the scored ones among them."""
+
+    spanned: "_Spanned"
+    begins: int
+
+    @property
+    def read(self) -> Read:
+        ids_T = self.spanned.ids_T
+        return Read(ids_T[: self.begins], ids_T[self.begins :])
+
+
+def _halves_of(batch: pa.RecordBatch) -> Iterator[_Halves]:
+    names = (SCORED, "query_start", "answer_start")
+    columns = [DEMONSTRATIONS.column_values(batch, name) for name in names]
+    for (sample_id, ids_T), spans_S2, *starts in zip(_sequences_of(batch), *columns, strict=True):
+        begins = decoder_begins(len(ids_T), *starts)
+        targets_P = span_targets(decoder_spans(spans_S2, begins))
+        yield _Halves(_Spanned(sample_id, ids_T, targets_P), begins)
+
+
+def _halves_reason(engine: EncoderDecoderEngine, row: _Halves) -> str:
+    """Say why an encoder-decoder cannot score a row, ``""`` if it can."""
+    if not len(row.spanned.targets_P):
+        return "none of its scored tokens is one that a decoder says"
+    if engine.longest_half(row.read) > engine.max_length:
+        return f"longer than the model's window of {engine.max_length} tokens"
+    return _id_reason(engine, row.spanned)
+
+
 @dataclass(frozen=True, slots=True)
 class _Spanned:
     """A row whose scored tokens are ``targets_P``, by index."""
@@ -149,6 +223,10 @@ def _span_reason(engine: Engine, row: _Spanned) -> str:
         return "no token of it is scored: it is a prompt"
     if len(row.read_T) > engine.max_length:
         return f"longer than the model's window of {engine.max_length} tokens"
+    return _id_reason(engine, row)
+
+
+def _id_reason(engine: Engine | EncoderDecoderEngine, row: _Spanned) -> str:
     largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size
     if largest >= vocab_size:
         return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"

@@ -10,7 +10,6 @@ assistant and tool), ``nothing_asked`` (an answer that follows no turn), ``empty
 marks answers, and not as many as there are).
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -35,6 +34,7 @@ from stages.sources.dialogues.dialogue import (
 )
 from stages.sources.dialogues.wording import ChatWording, eos_of, part_ids
 from stages.sources.reading.cleaning import digest_of, normalise
+from stages.sources.reading.rejects import Rejects, UnusableRecord, beginning
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 
 TRAIN, HELDOUT = SPLITS
@@ -45,31 +45,39 @@ class ConversationBuilder:
     """Makes rows with one tokenizer, its chat template and a maximum length."""
 
     def __init__(
-        self, stage: ConversationsStage, tokenizer: TextTokenizer, counts: Counter[str]
+        self, stage: ConversationsStage, tokenizer: TextTokenizer, rejects: Rejects
     ) -> None:
         """Raise ConfigError where tokenizer, chat template and length do not go together."""
         tokenizer.require(length=stage.max_length, eos=False, setting="max_length")
         self.stage = stage
         self.tokenizer = tokenizer
-        self.counts = counts
+        self.rejects = rejects
         self.wording = ChatWording(tokenizer, stage.chat_template_kwargs)
 
     def build_all(self, conversations: Iterable[RawConversation]) -> list[Conversation]:
-        """Return distinct rows; what cannot be one is counted by its reason."""
+        """Return distinct rows; what cannot be one is counted by its reason and listed."""
         rows: dict[str, Conversation] = {}
+        places: dict[str, str] = {}
         for conversation in conversations:
-            try:
-                built = list(self.build(conversation))
-            except UnusableDialogue as error:
-                self.counts[error.reason] += 1
-                continue
-            for row in built:
-                if row.sample_id in rows:
-                    self.counts["duplicate_conversation"] += 1
-                    continue
-                rows[row.sample_id] = row
-                self.counts["cut_to_length"] += row.is_cut
+            with self.rejects.passing(conversation.place):
+                built = self._built(conversation)
+                twice = [row.sample_id for row in built if row.sample_id in rows]
+                for row in built:
+                    if row.sample_id not in rows:
+                        rows[row.sample_id], places[row.sample_id] = row, conversation.place
+                        self.rejects.counts["cut_to_length"] += row.is_cut
+                if twice:
+                    first = f"sample {twice[0]} is that of {places[twice[0]]}"
+                    raise UnusableRecord("duplicate_conversation", first)
         return list(rows.values())
+
+    def _built(self, conversation: RawConversation) -> list[Conversation]:
+        try:
+            return list(self.build(conversation))
+        except UnusableDialogue as error:
+            opening = beginning(conversation.messages[0].words)
+            what = f"the conversation that opens with {opening}"
+            raise UnusableRecord(error.reason, what) from error
 
     def build(self, conversation: RawConversation) -> Iterator[Conversation]:
         """Yield the rows; raises UnusableDialogue with the reason why there is none."""

@@ -40,7 +40,7 @@ def _make(
     stage: ConversationsStage, tokenizer: TextTokenizer, on_progress: OnProgress
 ) -> tuple[list[Conversation], PreparedShards]:
     read = Rejects()
-    builder = ConversationBuilder(stage, tokenizer, read.counts)
+    builder = ConversationBuilder(stage, tokenizer, read)
     found = builder.build_all(read_conversations(stage.source, read))
     read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} rows of conversations")

@@ -28,7 +28,7 @@ class DemonstrationsStage(TableStage):
     ``demonstration_fraction`` is that of documents; episodes have their own spans.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (DOCUMENTS, EPISODES)
 
     stage: Literal["demonstrations"]

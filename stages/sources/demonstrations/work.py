@@ -94,6 +94,8 @@ def _fitting(prefix: Array, shown: Sequence[Array], budget: int | None) -> int:
 
 
 def _row(source: _Source, num_teacher: int, num_distiller: int) -> Demonstrated:
+    shown = source.demonstrations[: max(num_teacher, num_distiller)]
+    lengths_M = [len(source.prefix) + len(shown[0]), *map(len, shown[1:])]
     before = np.concatenate([source.prefix, *source.demonstrations[:num_teacher]])
     input_ids_T = np.concatenate([before, source.query, source.answer])
     distiller_ids_L = np.concatenate([source.prefix, *source.demonstrations[:num_distiller]])
@@ -114,6 +116,7 @@ def _row(source: _Source, num_teacher: int, num_distiller: int) -> Demonstrated:
         query_start=query_start,
         answer_start=answer_start,
         distiller_ids_L=distiller_ids_L,
+        demonstration_ends_M=np.cumsum(lengths_M, dtype=np.int32),
         num_demonstrations=len(source.demonstrations),
         num_teacher_demonstrations=num_teacher,
         num_distiller_demonstrations=num_distiller,

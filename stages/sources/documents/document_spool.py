@@ -15,7 +15,7 @@ from stages.sources.documents.spool import KEY, Spool, key_columns
 from stages.sources.documents.stage import IngestStage
 from stages.sources.documents.tally import Tally
 from stages.sources.reading.cleaning import CleanText, clean
-from stages.sources.reading.rejects import MalformedRecord
+from stages.sources.reading.rejects import MalformedRecord, UnusableRecord, beginning
 from stages.sources.reading.values import read_rows
 from stages.stage import OnProgress
 
@@ -38,7 +38,7 @@ def spool_documents(
             tally.rejects.num_read += 1
             segment.num_read += 1
             with tally.rejects.passing(f"{rows.where}:{number}"):
-                _sort_out(value, stage, segment, tally)
+                _sort_out(value, stage, segment)
         if segment.is_full:
             spool.write_segment(segment.frame(), _state(tally, file, row, finished=False))
             segment = _Segment(segment_bytes)
@@ -47,12 +47,12 @@ def spool_documents(
     return tally
 
 
-def _sort_out(value: object, stage: IngestStage, segment: "_Segment", tally: Tally) -> None:
+def _sort_out(value: object, stage: IngestStage, segment: "_Segment") -> None:
     if isinstance(value, MalformedRecord):
         raise value
     cleaned = clean(value, min_chars=stage.min_chars, max_chars=stage.max_chars)
     if not segment.add(cleaned):
-        tally.reject("duplicate")
+        raise UnusableRecord("duplicate", f"read before: {beginning(cleaned.text)}")
 
 
 def _state(tally: Tally, file: int, row: int, *, finished: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from stages.sources.documents.spool import KEY, Spool, key_columns
 from stages.sources.documents.stage import IngestStage
 from stages.sources.documents.tally import Tally
 from stages.sources.reading.control_tokens import REJECTED, ControlTokenRule
+from stages.sources.reading.rejects import LISTED
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 from stages.stage import OnProgress
 
@@ -90,7 +91,7 @@ class _Cutter:
     def _batches(self, documents: pl.DataFrame) -> Iterator[tuple[str, list[str]]]:
         """Yield the distinct texts of a range in the order of their keys, some at a time."""
         distinct = documents.unique(subset=KEY, keep="first", maintain_order=True).sort(KEY)
-        self.tally.reject("duplicate", documents.height - distinct.height)
+        self._reject_duplicates(documents)
         below = pl.lit(int(self.stage.heldout_fraction * 2**64), dtype=pl.UInt64)
         batch_of = pl.col("text").str.len_chars().cum_sum() // _ENCODE_CHARS
         marked = distinct.select("text", heldout=pl.col(KEY[1]) < below, batch=batch_of)
@@ -98,9 +99,16 @@ class _Cutter:
             for split, heldout in ((TRAIN, False), (HELDOUT, True)):
                 yield split, batch.filter(pl.col("heldout") == heldout)["text"].to_list()
 
+    def _reject_duplicates(self, documents: pl.DataFrame) -> None:
+        again = documents.filter(~pl.struct(KEY).is_first_distinct())
+        for text in again["text"].head(LISTED):
+            self.tally.reject_text("duplicate", text, "read before, far from here")
+        self.tally.reject("duplicate", max(0, again.height - LISTED))
+
     def _rows_of(self, texts: list[str], split: str) -> list[IdArray]:
         usable = [text for text in texts if self._may_be_used(text)]
-        documents = [ids_T for ids_T in self.tokenizer.encode(usable) if self._is_usable(ids_T)]
+        encoded = zip(usable, self.tokenizer.encode(usable), strict=True)
+        documents = [ids_T for text, ids_T in encoded if self._is_usable(text, ids_T)]
         room = self.stage.length - len(self.prefix_ids)
         if self.stage.mode == "truncate":
             pieces, num_cut = truncate(documents, length=room)
@@ -115,16 +123,21 @@ class _Cutter:
 
     def _may_be_used(self, text: str) -> bool:
         outcome = self.rule.outcome([text])
-        if outcome is not None:
+        if outcome == REJECTED:
+            self.tally.reject_text(outcome, text, "it spells a control token")
+        elif outcome is not None:
             self.tally.reject(outcome)
         return outcome != REJECTED
 
-    def _is_usable(self, ids_T: IdArray) -> bool:
+    def _is_usable(self, text: str, ids_T: IdArray) -> bool:
         fewest = 1 if self.stage.mode == "pack" or len(self.prefix_ids) else 2
+        largest, size = int(ids_T.max(initial=0)), self.tokenizer.vocab_size
         if len(ids_T) < fewest:
-            self.tally.reject("too_few_tokens")
-        elif int(ids_T.max()) >= self.tokenizer.vocab_size:
-            self.tally.reject("token_outside_vocabulary")
+            said = f"{len(ids_T)} tokens, a row has {fewest} at least"
+            self.tally.reject_text("too_few_tokens", text, said)
+        elif largest >= size:
+            said = f"token {largest}, the model has {size}"
+            self.tally.reject_text("token_outside_vocabulary", text, said)
         else:
             return True
         return False

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.sources.reading.rejects import Rejects
+from stages.sources.reading.rejects import Rejects, UnusableRecord, beginning
 
 
 @dataclass(slots=True)
@@ -23,6 +23,10 @@ class Tally:
         """Count documents or rows that are left out; a count of zero leaves no entry."""
         if count:
             self.rejects.counts[reason] += count
+
+    def reject_text(self, reason: str, text: str, detail: str) -> None:
+        """Count and list a document that is no longer known by its place: by its beginning."""
+        self.rejects.add(beginning(text), UnusableRecord(reason, detail))
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts as JSON values; ``from_json`` reads them back."""

@@ -8,7 +8,6 @@ tokens and spans is there), ``token_outside_vocabulary``, ``options_of_same_toke
 that the tokenizer cannot tell apart), ``answer_without_tokens``.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -21,14 +20,11 @@ from schemas.tables.episodes import Episode
 from stages.sources.episodes.draws import DrawnEpisode
 from stages.sources.episodes.templates import EpisodeTemplate
 from stages.sources.reading.cleaning import digest_of
+from stages.sources.reading.rejects import Rejects, UnusableRecord, beginning
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 from stages.sources.tasks.task import Example, Task
 
 _NO_IDS = np.zeros(0, np.uint32)
-
-
-class _UnusableEpisode(Exception):
-    """An episode that cannot become a row; its text is what it is counted under."""
 
 
 class EpisodeBuilder:
@@ -39,14 +35,14 @@ class EpisodeBuilder:
         tokenizer: TextTokenizer,
         template: EpisodeTemplate,
         max_length: int,
-        counts: Counter[str],
+        rejects: Rejects,
     ) -> None:
         """Tokenise the separator; raises ConfigError where it has no tokens of its own."""
         tokenizer.require(length=max_length, eos=False)
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
-        self.counts = counts
+        self.rejects = rejects
         self.prefix_ids = tokenizer.prefix_ids
         self.separator_ids = tokenizer.encode_separator(template.separator)
         self._ids: dict[str, IdArray] = {}
@@ -55,21 +51,25 @@ class EpisodeBuilder:
     def build_all(self, drawn: Iterable[DrawnEpisode]) -> list[Episode]:
         """Return distinct rows; of equal ones the first stays, wherever it is from."""
         rows: dict[str, Episode] = {}
+        places: dict[str, str] = {}
         for one in drawn:
             row = self.build(one)
-            if row is not None and row.sample_id in rows:
-                self.counts["duplicate_episode"] += 1
-            elif row is not None:
+            if row is None:
+                continue
+            first = places.setdefault(row.sample_id, one.query.place)
+            if row.sample_id not in rows:
                 rows[row.sample_id] = row
+                continue
+            with self.rejects.passing(one.query.place):
+                said = f"sample {row.sample_id} is that of {first}"
+                raise UnusableRecord("duplicate_episode", said)
         return list(rows.values())
 
     def build(self, drawn: DrawnEpisode) -> Episode | None:
-        """Return the row, or None where it is rejected (and counted)."""
-        try:
+        """Return the row, or None where it is rejected (counted and listed)."""
+        with self.rejects.passing(drawn.query.place):
             return self._built(drawn)
-        except _UnusableEpisode as error:
-            self.counts[str(error)] += 1
-            return None
+        return None
 
     def _built(self, drawn: DrawnEpisode) -> Episode:
         task, query = drawn.task, drawn.query
@@ -79,12 +79,12 @@ class EpisodeBuilder:
         demonstrations = [self.parts(task, d, drawn.wording) for d in drawn.demonstrations]
         kept = self._within_length(demonstrations, query_parts, candidates)
         if kept is None:
-            raise _UnusableEpisode("too_long")
+            raise UnusableRecord("too_long", f"of {_named(drawn)}, draw {drawn.draw}")
         row = self._row(drawn, kept, query_parts, candidates)
         top = max(int(ids.max(initial=0)) for ids in (row.input_ids_T, row.candidate_ids_C))
         if top >= self.tokenizer.vocab_size:
-            raise _UnusableEpisode("token_outside_vocabulary")
-        self.counts["demonstrations_dropped"] += len(demonstrations) - len(kept)
+            raise UnusableRecord("token_outside_vocabulary", f"token {top} of {_named(drawn)}")
+        self.rejects.counts["demonstrations_dropped"] += len(demonstrations) - len(kept)
         return row
 
     def parts(self, task: Task, example: Example, wording: int) -> tuple[IdArray, IdArray]:
@@ -101,7 +101,7 @@ class EpisodeBuilder:
             for option, ids in zip(options, found, strict=True):
                 other = seen.setdefault(ids.tobytes(), option)
                 if other != option and not task.options:
-                    raise _UnusableEpisode("options_of_same_tokens")
+                    raise UnusableRecord("options_of_same_tokens", f"'{other}' and '{option}'")
                 if other != option:
                     raise ConfigError(
                         f"task '{task.name}': options '{other}' and '{option}' have the same "
@@ -113,7 +113,7 @@ class EpisodeBuilder:
     def _answer_ids(self, output: str) -> IdArray:
         ids = self._part_ids(self.template.answer_part(output))
         if not len(ids):
-            raise _UnusableEpisode("answer_without_tokens")
+            raise UnusableRecord("answer_without_tokens", f"the answer {beginning(output)}")
         return ids
 
     def _part_ids(self, text: str) -> IdArray:
@@ -171,3 +171,7 @@ class EpisodeBuilder:
             gold=options.index(drawn.query.output) if options else -1,
         )
         return replace(row, sample_id=row.hashed_id)
+
+
+def _named(drawn: DrawnEpisode) -> str:
+    return f"task '{drawn.task.name}', query {beginning(drawn.query.inputs[drawn.wording])}"

@@ -8,7 +8,6 @@ there is nothing to do.
 Cost: 5,526 episodes of 8 demonstrations (1.6 M tokens) took 5 CPU seconds (one core, 2026-11).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from stages.sources.episodes.templates import template_of
 from stages.sources.prepared import PreparedShards, cut_shards
 from stages.sources.prepared_rows import PreparedRows, prepare_rows
 from stages.sources.reading.control_tokens import REJECTED, ControlTokenRule
-from stages.sources.reading.rejects import Rejects
+from stages.sources.reading.rejects import Rejects, UnusableRecord, beginning
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.tasks.readers import read_tasks
 from stages.sources.tasks.task import Task
@@ -51,10 +50,10 @@ def _make(
     read = Rejects()
     counts = read.counts
     template = template_of(stage.template)
-    builder = EpisodeBuilder(tokenizer, template, stage.max_length, counts)
+    builder = EpisodeBuilder(tokenizer, template, stage.max_length, read)
     tasks = read_tasks(stage.sources, read)
     read.require_within(stage.max_rejected_fraction)
-    tasks = _without_rejected(tasks, _rule_of(stage, tokenizer), counts)
+    tasks = _without_rejected(tasks, _rule_of(stage, tokenizer), read)
     on_progress(f"{len(tasks)} tasks, {sum(len(task.examples) for task in tasks):,} examples")
     splits = split_tasks(stage, tasks, counts)
     episodes = builder.build_all(draw_episodes(stage, splits, counts))
@@ -87,13 +86,18 @@ def _rule_of(stage: EpisodesStage, tokenizer: TextTokenizer) -> ControlTokenRule
 
 
 def _without_rejected(
-    tasks: Sequence[Task], rule: ControlTokenRule, counts: Counter[str]
+    tasks: Sequence[Task], rule: ControlTokenRule, rejects: Rejects
 ) -> list[Task]:
     """Return the tasks with the examples that may be used; all that spell such tokens count."""
     found = []
     for task in tasks:
-        outcomes = [rule.outcome((*e.inputs, e.output, *task.options_of(e))) for e in task.examples]
-        counts.update(outcome for outcome in outcomes if outcome)
-        kept = [e for e, why in zip(task.examples, outcomes, strict=True) if why != REJECTED]
+        kept = []
+        for example in task.examples:
+            outcome = rule.outcome((*example.inputs, example.output, *task.options_of(example)))
+            with rejects.passing(example.place):
+                if outcome == REJECTED:
+                    raise UnusableRecord(REJECTED, f"in {beginning(example.inputs[0])}")
+                kept.append(example)
+                rejects.counts.update([outcome] if outcome else [])
         found.append(replace(task, examples=tuple(kept)))
     return found

@@ -17,7 +17,6 @@ first character with what stands before it), and what the template would lose or
 - ``not_after_header``, ``empty_reasoning``, ``unclosed_by_template`` (see ``dialogues.wording``).
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +36,7 @@ from stages.sources.preference_pairs.pairs import (
 )
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.sources.reading.cleaning import digest_of, normalise
+from stages.sources.reading.rejects import Rejects, UnusableRecord, beginning
 from stages.sources.reading.tokens import IdArray, TextTokenizer
 
 TRAIN, HELDOUT = SPLITS
@@ -55,7 +55,7 @@ class PairBuilder:
     """Makes rows with one tokenizer, wording and maximum lengths."""
 
     def __init__(
-        self, stage: PreferencePairsStage, tokenizer: TextTokenizer, counts: Counter[str]
+        self, stage: PreferencePairsStage, tokenizer: TextTokenizer, rejects: Rejects
     ) -> None:
         """Raise ConfigError where tokenizer, chat template and lengths do not go together."""
         tokenizer.require(
@@ -65,7 +65,7 @@ class PairBuilder:
         )
         self.stage = stage
         self.tokenizer = tokenizer
-        self.counts = counts
+        self.rejects = rejects
         self._is_transcript = stage.source.format == "hh_rlhf"
         self.wording: Wording = (
             ChatWording(tokenizer, stage.chat_template_kwargs)
@@ -74,21 +74,29 @@ class PairBuilder:
         )
 
     def build_all(self, pairs: Iterable[RawPair]) -> list[PreferencePair]:
-        """Return distinct rows; what cannot be one is counted by its reason."""
+        """Return distinct rows; what cannot be one is counted by its reason and listed."""
         rows: dict[str, PreferencePair] = {}
+        places: dict[str, str] = {}
+        counts = self.rejects.counts
         for pair in pairs:
-            try:
-                built = self.build(pair)
-            except UnusableDialogue as error:
-                self.counts[error.reason] += 1
-                continue
-            if built.row.sample_id in rows:
-                self.counts["duplicate_pair"] += 1
-                continue
-            rows[built.row.sample_id] = built.row
-            self.counts["turns_dropped"] += built.turns_dropped
-            self.counts["responses_truncated"] += built.responses_truncated
+            with self.rejects.passing(pair.place):
+                built = self._built(pair)
+                sample_id = built.row.sample_id
+                if sample_id in rows:
+                    first = f"sample {sample_id} is that of {places[sample_id]}"
+                    raise UnusableRecord("duplicate_pair", first)
+                rows[sample_id], places[sample_id] = built.row, pair.place
+                counts["turns_dropped"] += built.turns_dropped
+                counts["responses_truncated"] += built.responses_truncated
         return list(rows.values())
+
+    def _built(self, pair: RawPair) -> BuiltPair:
+        try:
+            return self.build(pair)
+        except UnusableDialogue as error:
+            prompt = pair.chosen.prompt
+            asked = f"after {beginning(prompt[-1].words)}" if prompt else "without a prompt"
+            raise UnusableRecord(error.reason, f"the pair {asked}") from error
 
     def build(self, pair: RawPair) -> BuiltPair:
         """Return the row; raises UnusableDialogue with the reason why there is none."""

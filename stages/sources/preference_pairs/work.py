@@ -44,7 +44,7 @@ def _make(
 ) -> tuple[list[PreferencePair], PreparedShards]:
     read = Rejects()
     counts = read.counts
-    found = PairBuilder(stage, tokenizer, counts).build_all(read_pairs(stage.source, read))
+    found = PairBuilder(stage, tokenizer, read).build_all(read_pairs(stage.source, read))
     read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} preference pairs")
     there = {split: sum(row.split == split for row in found) for split in SPLITS}

@@ -14,6 +14,7 @@ from typing import Any
 from schemas.errors import ConfigError, RejectLimitError
 
 LISTED = 100  # records of each reason that are listed with their places
+_SHOWN = 80  # characters of a text that stands for a record
 HOPELESS = 10_000  # malformed records, and no other, after which nobody reads on
 
 
@@ -30,12 +31,18 @@ class MalformedRecord(UnusableRecord):
     """A record that is not what its format says."""
 
 
+def beginning(text: str) -> str:
+    """Return a text's first characters as they are shown for it."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
 @dataclass(slots=True)
 class Rejects:
-    """What was read of a source and not kept.
+    """What was read of a source and not kept, be it found while reading or later.
 
     ``counts`` is by reason, ``malformed`` the part of it that the limit is about. ``listed`` has
-    ``place`` (``file:line``), ``reason`` and ``detail`` of the first records of each reason.
+    ``place`` (``file:line``, or the beginning of the text where records are no longer known by
+    their lines), ``reason`` and ``detail`` of the first records of each reason.
     """
 
     num_read: int = 0

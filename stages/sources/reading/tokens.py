@@ -131,13 +131,21 @@ class TextTokenizer:
         return self._ids_within(f"a{separator}a", 1, 1 + len(separator))
 
     def _ids_within(self, text: str, start: int, stop: int) -> IdArray:
-        """Return the tokens of characters ``start`` to ``stop``, cut off cleanly on both sides."""
+        """Return the tokens of characters ``start`` to ``stop``, cut off cleanly on both sides.
+
+        White space of which a tokenizer makes no token, as T5's does, counts as nothing.
+        """
         encoding = self._backend.encode(text, add_special_tokens=False)
         spans = list(zip(encoding.ids, encoding.offsets, strict=True))
         inside = [(i, a, b) for i, (a, b) in spans if a >= start and b <= stop and a < b]
         outside = sum(b <= start or a >= stop for _, (a, b) in spans)
-        covered = inside and inside[0][1] == start and inside[-1][2] == stop
-        if not covered or outside + len(inside) != len(spans):
+        if not inside and outside == len(spans):
+            raise ConfigError(
+                f"the tokenizer in {self.folder} makes no token of {text[start:stop]!r}: use a "
+                f"separator with one of its own, such as ' ; '"
+            )
+        around = [text[start : inside[0][1]], text[inside[-1][2] : stop]] if inside else ["?"]
+        if "".join(around).strip() or outside + len(inside) != len(spans):
             raise ConfigError(
                 f"the tokenizer in {self.folder} joins {text[start:stop]!r} with what stands "
                 f"beside it; use one that ends in a newline"

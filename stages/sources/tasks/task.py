@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import polars as pl
-
 from schemas.errors import ConfigError
 from stages.sources.reading.cleaning import digest_of
 from stages.sources.reading.lines import valid
@@ -80,16 +78,9 @@ def make_task(
         rejects.add(f"task '{name}'", UnusableRecord("task_without_examples", "none is left"))
         return None
     options_of = _no_options if kind == "classification" else _shuffled
-    kept = distinct([replace(example, options=options_of(example)) for example in usable])
-    rejects.counts["duplicate_example"] += len(usable) - len(kept)
+    with_options = [replace(example, options=options_of(example)) for example in usable]
+    kept = _passing(with_options, rejects, _check_distinct(name))
     return Task(name, kind, tuple(kept), shared, heldout_only)
-
-
-def distinct(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples, the first of those with one content: input, output and options."""
-    keys = [example.content for example in examples]
-    first = pl.DataFrame({"key": keys}).with_row_index().unique("key", keep="first")
-    return [examples[index] for index in first["index"].sort()]
 
 
 def kind_by_options(examples: Sequence[Example]) -> str:
@@ -110,6 +101,18 @@ def _passing(
             check(example)
             kept.append(example)
     return kept
+
+
+def _check_distinct(name: str) -> Callable[[Example], None]:
+    """Return a check that refuses what it has seen: input, output and options as they were."""
+    places: dict[str, str] = {}
+
+    def check(example: Example) -> None:
+        if (content := example.content) in places:
+            raise UnusableRecord("duplicate_example", f"task '{name}' has it at {places[content]}")
+        places[content] = example.place
+
+    return check
 
 
 def _no_options(example: Example) -> tuple[str, ...]:

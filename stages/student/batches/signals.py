@@ -161,13 +161,7 @@ def scored_targets(row: Row) -> npt.NDArray[np.int64]:
                 f"verify` on the data"
             )
         return targets_P
-    stop = num_tokens if scored is None else start + len(scored)
-    if start < 1 or stop > num_tokens:
-        raise StoreError(
-            f"sample {row['sample_id']}: signals for tokens {start} to {stop - 1}, the document "
-            f"has {num_tokens} tokens: run `teachercache verify` on the data"
-        )
-    return np.arange(start, stop)
+    return np.arange(start, num_tokens if scored is None else start + len(scored))
 
 
 def joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:

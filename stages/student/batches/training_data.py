@@ -10,6 +10,7 @@ import torch
 from schemas.dataset import CachedDataset
 from schemas.tables.advantages import HEAD_FOLDERS
 from stages.models.causal_lm.language_head import LanguageHead
+from stages.models.encoder_decoder.halves import Frame
 from stages.student.batches.signals import (
     Collator,
     SignalRows,
@@ -29,7 +30,8 @@ class TrainingData:
     """The opened tables of a run; an objective says what it makes of them.
 
     ``vocab_size`` is the student's, ``seed`` and ``packing`` the run's. Ids from ``num_token_ids``
-    on are no token's (None: not known).
+    on are no token's (None: not known). ``reader_frame`` is that of a reader that is an
+    encoder-decoder.
     """
 
     dataset: CachedDataset
@@ -38,6 +40,7 @@ class TrainingData:
     seed: int
     num_token_ids: int | None = None
     packing: bool = False
+    reader_frame: Frame | None = None
 
     def rows(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> Batches:
         """Return the joined rows of ``dataset``, to be collated so."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from schemas.dataset import open_dataset
+from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, atomic_file
 from schemas.tables.demonstrations import DEMONSTRATIONS
@@ -42,14 +42,22 @@ class TaskVectors:
 
 
 def make_task_vectors(
-    distiller: Path, data: Folder, tasks: Sequence[str], output: Path, *, split: str = "heldout"
+    distiller: Path,
+    data: Folder,
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    split: str = "heldout",
+    sample: str | None = None,
 ) -> list[TaskVectors]:
     """Write the vectors of each task (none named: of all) into ``output``, a file a task.
 
-    Of a task's rows the one with the smallest sample_id is read. Raises ConfigError for a task that
-    the table does not have, IdentityMismatch for a table of another tokenizer.
+    Of a task's rows the one with the smallest sample_id is read; or the row ``sample`` alone, by
+    its sample_id, and then the file of one that has no task is called by that. Raises ConfigError
+    for a task or a sample that the table does not have, IdentityMismatch for a table of another
+    tokenizer.
     """
-    rows = _rows_by_task(data, split)
+    rows = _rows_by_task(data, split) if sample is None else _row_of(data, split, sample)
     unknown = [task for task in tasks if task not in rows]
     if unknown or not rows:
         raise ConfigError(
@@ -64,7 +72,8 @@ def make_task_vectors(
     for task in tasks or sorted(rows):
         row = rows[task]
         notes = {"reader": model.config.reader, "distiller": name, "task": task}
-        file = output / f"{re.sub(r'[^A-Za-z0-9._-]', '_', task)}.safetensors"
+        called = re.sub(r"[^A-Za-z0-9._-]", "_", task) or row["sample_id"]
+        file = output / f"{called}.safetensors"
         _write(file, vectors_of(model, row), notes | {"sample_id": row["sample_id"]})
         shown = int(row["num_distiller_demonstrations"])
         made.append(TaskVectors(file, task, shown, len(row["distiller_ids_L"])))
@@ -106,13 +115,18 @@ def read_vectors(file: Path, *, reader: Path) -> Tensor:
     return vectors_MR
 
 
-def _rows_by_task(data: Folder, split: str) -> dict[str, Mapping[str, Any]]:
+def _opened(data: Folder, split: str) -> CachedDataset:
     dataset = open_dataset([data], split=split, verify=False)
     if dataset.manifests[0].table != DEMONSTRATIONS.name:
         raise ConfigError(
             f"{data} is a table of {dataset.manifests[0].table}, expected {DEMONSTRATIONS.name}: "
             f"name the folder that a step of that stage wrote"
         )
+    return dataset
+
+
+def _rows_by_task(data: Folder, split: str) -> dict[str, Mapping[str, Any]]:
+    dataset = _opened(data, split)
     found: dict[str, Mapping[str, Any]] = {}
     for row in (dataset[index] for index in range(len(dataset))):
         first = found.setdefault(row["task"], row)
@@ -120,6 +134,17 @@ def _rows_by_task(data: Folder, split: str) -> dict[str, Mapping[str, Any]]:
             found[row["task"]] = row
     found.pop("", None)
     return found
+
+
+def _row_of(data: Folder, split: str, sample: str) -> dict[str, Mapping[str, Any]]:
+    dataset = _opened(data, split)
+    for row in (dataset[index] for index in range(len(dataset))):
+        if row["sample_id"] == sample:
+            return {row["task"]: row}
+    raise ConfigError(
+        f"{data} has no {split} row with sample_id {sample}: `teachercache inspect` shows what "
+        f"there is"
+    )
 
 
 def _write(file: Path, vectors_MR: Tensor, notes: Mapping[str, str]) -> None:

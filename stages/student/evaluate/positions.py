@@ -13,7 +13,7 @@ Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,10 +37,16 @@ from stages.models.causal_lm.model import (
     student_vocab_size,
 )
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
-from stages.student.batches.demonstrations import DemonstrationsCollator
+from stages.models.encoder_decoder.halves import frame_of
+from stages.student.batches.demonstrations import (
+    Array,
+    DemonstrationsCollator,
+    distiller_tokens,
+)
 from stages.student.batches.pairs import ChosenCollator
 from stages.student.batches.signals import (
     Collator,
+    Row,
     SignalRows,
     encoding_of,
     worker_errors_as_raised,
@@ -86,7 +92,8 @@ class Scores:
 class HeldOut:
     """Rows to evaluate on, and the part of them that this process takes; a distiller's reader.
 
-    Ids from ``num_token_ids`` on are no token's (None: not known).
+    Ids from ``num_token_ids`` on are no token's (None: not known). ``rows`` are the indices of
+    those that count (None: all), ``tokens_of`` a row what a distiller reads.
     """
 
     dataset: CachedDataset
@@ -97,6 +104,8 @@ class HeldOut:
     world_size: int = 1
     num_token_ids: int | None = None
     reader: PreTrainedModel | None = None
+    rows: Sequence[int] | None = None
+    tokens_of: Callable[[Row], Array] = distiller_tokens
 
 
 def evaluate(
@@ -151,12 +160,14 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
 
 
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
-    mine = range(held_out.rank, len(held_out.dataset), held_out.world_size)
+    rows = range(len(held_out.dataset)) if held_out.rows is None else held_out.rows
+    mine = rows[held_out.rank :: held_out.world_size]
     vocab_size = student_vocab_size(held_out.reader or model)
     encoding = encoding_of(held_out.dataset)
     collator: Any = Collator(encoding, vocab_size, held_out.num_token_ids)
     if held_out.reader is not None:
-        collator = DemonstrationsCollator(collator)
+        frame = frame_of(held_out.reader.config)
+        collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
     elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
     return DataLoader(

@@ -7,7 +7,15 @@ from pydantic import Field
 
 from schemas.errors import ConfigError
 from schemas.tables.demonstrations import DEMONSTRATIONS
+from stages.models.encoder_decoder.kind import kinds_problem
 from stages.stage import FolderStage, Kind, TableRef
+
+# What stands beside distillers (see ``before_query``), and numbers that only theirs have.
+ZERO_SHOT, RANDOM, POOLED = "zero-shot", "random vectors", "mean pooling"
+FEWER, ALL = "fewer shots", "all demonstrations"
+BESIDE = (ZERO_SHOT, RANDOM, POOLED, FEWER, ALL)
+POSITIONS, BEYOND_WINDOW = "positions_before_query", "rows_beyond_window"
+WITHOUT_SHOTS = "rows_without_demonstration"
 
 
 class EvaluateStage(FolderStage):
@@ -23,6 +31,7 @@ class EvaluateStage(FolderStage):
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "data", "reader")
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students", "reader")
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("reader",)
 
     stage: Literal["evaluate"]
     students: tuple[str, ...] = Field(min_length=1)
@@ -41,3 +50,6 @@ class EvaluateStage(FolderStage):
             )
         if self.reader in self.students:
             raise ConfigError(f"students: '{self.reader}' is the reader, expected distillers")
+        made_by = {table.step: table.made_by for table in tables}
+        if problem := kinds_problem(models[self.reader], made_by):
+            raise ConfigError(f"reader: '{self.reader}' {problem}")

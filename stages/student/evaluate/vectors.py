@@ -1,62 +1,54 @@
 """How well a frozen reader answers after a distiller's vectors, and after what stands beside them.
 
-Beside each distiller stand what a reader says of the same queries after nothing (``zero-shot``),
-after as many random rows of its own vocabulary (``random vectors``) and after the demonstrations
-that the teacher reads, as text (``all demonstrations``; a reader that is the teacher has a KL of 0
-there, so none is given). Free answers are left out and counted.
+What stands beside them is in ``before_query``. A row that the reader has no room for, with what is
+given before its query and the longest of its answers, is left out for that one alone and counted;
+``positions_before_query`` is the mean over the others. Free answers are left out and counted.
 
-Dimensions: B = rows, L = tokens of demonstrations, M = vectors, N = candidates, Q = tokens of a
-query with a candidate, R = the reader's width.
+Dimensions: M = positions before a query, N = candidates, Q = tokens of a query with a candidate,
+R = the reader's width.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder
+from schemas.storage.manifest import read_manifest
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.model import check_student, student_head, student_vocab_size
-from stages.student.batches.demonstrations import check_rooms
-from stages.student.distiller.distiller import Distiller, load_distiller
-from stages.student.distiller.reader import check_reader, load_reader, read_hidden_states
+from stages.models.encoder_decoder.halves import frame_of
+from stages.models.encoder_decoder.model import padded
+from stages.stage import is_one_model
+from stages.student.batches.demonstrations import asked_length, check_rooms
+from stages.student.distiller.distiller import load_distiller
+from stages.student.distiller.reader import answer_states, check_reader, load_reader, window_of
+from stages.student.evaluate.before_query import Given, beside_distillers
 from stages.student.evaluate.icl import IclReport, TaskReport
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores
-from stages.student.evaluate.icl_tasks import STUDENT, accuracy_by_draw, choice_numbers, make_choice
-from stages.student.evaluate.positions import device_of, held_out_of, measure_student
+from stages.student.evaluate.icl_tasks import (
+    STUDENT,
+    Numbers,
+    accuracy_by_draw,
+    choice_numbers,
+    make_choice,
+)
+from stages.student.evaluate.positions import HeldOut, device_of, held_out_of, measure_student
+from stages.student.evaluate.stage import BEYOND_WINDOW, FEWER, POSITIONS, WITHOUT_SHOTS
 from stages.student.options import TrainOptions
 
-ZERO_SHOT, RANDOM, ALL = "zero-shot", "random vectors", "all demonstrations"
 CANDIDATES_AT_A_TIME = 64
 
 Row = Mapping[str, Any]
-
-
-class FixedVectors(nn.Module):
-    """The same vectors [M, R] before every query, whatever is demonstrated; M may be 0."""
-
-    def __init__(self, vectors_MR: Tensor) -> None:
-        """Hold them."""
-        super().__init__()
-        self.vectors_MR = vectors_MR
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.vectors_MR.device
-
-    def forward(self, input_ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return [B, M, R]."""
-        return self.vectors_MR.expand(len(lengths_B), -1, -1)
 
 
 def evaluate_vectors(
@@ -70,8 +62,9 @@ def evaluate_vectors(
 ) -> dict[str, IclReport]:
     """Measure distillers, and what stands beside them, on ``demonstrations`` and their signals.
 
-    Reports are by the distillers' names, then by those of the module. Raises ConfigError for
-    another table, and what training would raise for models that do not fit.
+    Reports are by the distillers' names, then by those of ``before_query``, which are given as many
+    positions as the first distiller makes vectors. Raises ConfigError for another table, and what
+    training would raise for models that do not fit.
     """
     options = options or TrainOptions()
     device = device_of(options)
@@ -85,65 +78,71 @@ def evaluate_vectors(
     check_student(reader_folder, dataset, student_vocab_size(reader))
     held_out = held_out_of(dataset, reader_folder, device, options, "float32")
     held_out = replace(held_out, reader=reader)
-    made: dict[str, Any] = {}
+    given: dict[str, Given] = {}
     for name, folder in distillers.items():
         distiller = load_distiller(folder, device=device)
         check_student(folder, dataset, distiller.vocab_size)
         check_reader(distiller, reader, reader_folder)
         check_rooms(distiller, reader, dataset)
-        made[name] = distiller
-    made |= _beside(reader, next(iter(made.values())), held_out.num_token_ids)
-    reports = {}
-    for name, model in made.items():
-        answered = _answered(dataset, reader, _shown_by(model), scoring)
-        reports[name] = replace(answered, positions=measure_student(model, held_out))
-    embed = reader.get_input_embeddings()
-    whole = lambda row: embed(_ids(row["input_ids_T"][: row["query_start"]], device))  # noqa: E731
-    return reports | {ALL: _answered(dataset, reader, whole, scoring)}
+        given[name] = Given(distiller, distiller.config.num_vectors)
+    num_vectors = next(iter(given.values())).num_vectors
+    assert num_vectors is not None
+    given |= beside_distillers(reader, num_vectors, held_out.num_token_ids)
+    return {name: _report(name, one, held_out, scoring) for name, one in given.items()}
 
 
-def _beside(
-    reader: PreTrainedModel, distiller: Distiller, num_token_ids: int | None
-) -> dict[str, FixedVectors]:
-    """Return no vectors, and as many of the vocabulary's rows as the distiller makes."""
-    rows_VR = reader.get_input_embeddings().weight.detach()[:num_token_ids]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(len(rows_VR), generator=generator)[: distiller.config.num_vectors]
-    chosen_MR = rows_VR[drawn.to(rows_VR.device)]
-    return {ZERO_SHOT: FixedVectors(rows_VR[:0]), RANDOM: FixedVectors(chosen_MR)}
+def is_cross_model(reader: Mapping[str, Any], tables: Sequence[Folder]) -> bool:
+    """Whether the reader of this identity is another model than the cached teacher."""
+    made_by = [model for table in tables for model in read_manifest(table).identity["models"]]
+    return any(not is_one_model(model, reader) for model in made_by)
 
 
-def _shown_by(model: Any) -> Callable[[Row], Tensor]:
-    """Return what gives the vectors [M, R] of a row."""
-
-    def shown(row: Row) -> Tensor:
-        ids_L = _ids(row["distiller_ids_L"], model.device)
-        vectors_BMR: Tensor = model(ids_L[None], torch.tensor([len(ids_L)]))
-        return vectors_BMR[0]
-
-    return shown
-
-
-def _ids(ids: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.asarray(ids, np.int64)).to(device)
+def _report(name: str, given: Given, held_out: HeldOut, scoring: CandidateScoring) -> IclReport:
+    """Measure the rows that the reader has room for: at scored positions, then candidates."""
+    dataset, reader = held_out.dataset, held_out.reader
+    assert reader is not None
+    window, frame, rows, read = window_of(reader), frame_of(reader.config), [], []
+    for index in range(len(dataset)):
+        row = dataset[index]
+        num_positions = given.num_positions(row)
+        answers = len(row["input_ids_T"]) - row["answer_start"], *row["candidate_lengths_N"]
+        asked = asked_length(row, frame, int(max(answers)))
+        if window is None or num_positions + asked <= window:
+            rows.append(index)
+            read.append(num_positions)
+    counts: Numbers = {}
+    if len(rows) < len(dataset):
+        counts[BEYOND_WINDOW] = float(len(dataset) - len(rows))
+    if name == FEWER and 0 in read:
+        counts[WITHOUT_SHOTS] = float(read.count(0))
+    answered = _answered(dataset, rows, reader, given, scoring)
+    if not rows:
+        return replace(answered, positions=counts)
+    options = held_out.options
+    if given.num_vectors is None:  # rows of unlike lengths are read one at a time
+        options = replace(options, eval_batch_size=1)
+    mine = replace(held_out, rows=rows, tokens_of=given.tokens_of, options=options)
+    measured = measure_student(given.model, mine)
+    return replace(answered, positions={POSITIONS: float(np.mean(read)), **measured, **counts})
 
 
 @torch.inference_mode()
 def _answered(
     dataset: CachedDataset,
+    rows: Sequence[int],
     reader: PreTrainedModel,
-    shown: Callable[[Row], Tensor],
+    given: Given,
     scoring: CandidateScoring,
 ) -> IclReport:
-    """Answer every row that has candidates by the one of the best score."""
+    """Answer each of ``rows`` that has candidates by the one of the best score."""
     tasks: dict[str, list[Any]] = defaultdict(list)
     kinds: dict[str, str] = {}
     num_left_out = 0
-    for row in (dataset[index] for index in range(len(dataset))):
+    for row in (dataset[index] for index in rows):
         if row["gold"] < 0:
             num_left_out += bool(row["task"])
             continue
-        sums_N = candidate_sums(reader, shown(row), row)
+        sums_N = candidate_sums(reader, given.before(row), row)
         scores_N = candidate_scores(sums_N, row["candidate_lengths_N"], scoring)
         tasks[row["task"]].append(make_choice(row, {STUDENT: scores_N}))
         kinds[row["task"]] = row["kind"]
@@ -168,14 +167,10 @@ def candidate_sums(reader: PreTrainedModel, vectors_MR: Tensor, row: Row) -> Any
     candidates = split_candidates(row["candidate_ids_C"], row["candidate_lengths_N"])
     head, sums = student_head(reader), []
     for start in range(0, len(candidates), CANDIDATES_AT_A_TIME):
-        part = [ids.tolist() for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
-        width = len(query) + max(map(len, part))
-        ids_NQ = torch.zeros(len(part), width, dtype=torch.long, device=vectors_MR.device)
-        for place, ids in enumerate(part):
-            ids_NQ[place, : len(query) + len(ids)] = torch.tensor([*query, *ids])
-        vectors_NMR = vectors_MR.expand(len(part), -1, -1)
-        hidden_NQR = read_hidden_states(reader, vectors_NMR, ids_NQ)[:, len(query) - 1 : -1]
-        logprobs_NAV = head.logits(hidden_NQR).float().log_softmax(-1)
-        own_NA = logprobs_NAV.gather(2, ids_NQ[:, len(query) :, None])[:, :, 0].double()
+        part = [ids.astype(np.int64) for ids in candidates[start : start + CANDIDATES_AT_A_TIME]]
+        ids_NA = padded(part)[0].to(vectors_MR.device)
+        hidden_NAR = answer_states(reader, vectors_MR, query, ids_NA)
+        logprobs_NAV = head.logits(hidden_NAR).float().log_softmax(-1)
+        own_NA = logprobs_NAV.gather(2, ids_NA[:, :, None])[:, :, 0].double()
         sums += [float(own_A[: len(ids)].sum()) for own_A, ids in zip(own_NA, part, strict=True)]
     return np.array(sums)

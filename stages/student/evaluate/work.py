@@ -5,11 +5,11 @@ from typing import Any
 from schemas.storage.manifest import read_manifest
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
-from stages.stage import StepJob, is_one_model
+from stages.stage import StepJob
 from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
-from stages.student.evaluate.vectors import evaluate_vectors
+from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
 
 
 def make(stage: EvaluateStage, job: StepJob) -> None:
@@ -32,18 +32,12 @@ def _of_distillers(
     distillers = {name: job.models[name].path for name in stage.students}
     reader = job.models[stage.reader].path
     found = evaluate_vectors(distillers, reader, job.tables, scoring=stage.score)
-    label = {"cross_model": float(_is_cross_model(job))}
+    # The reader is the last of the step's models.
+    label = {"cross_model": float(is_cross_model(job.identity["models"][-1], job.tables))}
     return (
         {name: report.as_dict() for name, report in found.items()},
         {name: report.summary() | label for name, report in found.items()},
     )
-
-
-def _is_cross_model(job: StepJob) -> bool:
-    """Whether the reader, the last of the step's models, is another than the cached teacher."""
-    reader = job.identity["models"][-1]
-    made_by = [read_manifest(table).identity["models"] for table in job.tables]
-    return any(not is_one_model(model, reader) for models in made_by for model in models)
 
 
 def _of_students(

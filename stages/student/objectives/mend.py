@@ -12,6 +12,9 @@ the paper, on documents, has ``answer_weight`` 0, stage 2, on episodes, 1; its l
 ``kl_weight``, 1 in the published code. Gradients reach the distiller through the reader, which is
 run, forward and backward, in every step: only the teacher's pass is cached.
 
+Of an encoder-decoder the positions are those of the tokens that its decoder says: the answer's, or
+the query's but the first where there is no answer.
+
 The reader is the teacher itself, as in the paper, or with ``cross_model`` another model with its
 tokenizer, which is a variant of ours. All values in nats.
 """
@@ -51,7 +54,8 @@ class MendConfig(Objective):
         from stages.student.batches.demonstrations import DemonstrationsCollator  # loads torch
 
         needs_answers = self.answer_weight > 0
-        return data.rows(DemonstrationsCollator(data.signals(), needs_answers=needs_answers))
+        signals, frame = data.signals(), data.reader_frame
+        return data.rows(DemonstrationsCollator(signals, needs_answers=needs_answers, frame=frame))
 
     def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
         """Return the KL, and the answers' cross-entropy where it has a weight."""

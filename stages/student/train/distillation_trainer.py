@@ -35,6 +35,7 @@ from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import student_vocab_size
 from stages.models.causal_lm.sequence_logprobs import MICRO_BATCH_TOKENS
 from stages.models.checkpoints.checkpoint import WHOLE
+from stages.models.encoder_decoder.halves import frame_of
 from stages.student.batches.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn, counts_of
 from stages.student.batches.training_data import TrainingData, advantage_heads_of, teacher_head_of
 from stages.student.evaluate.positions import DTYPES
@@ -74,7 +75,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         """
         vocab_size = student_vocab_size(reader or model)
         data = TrainingData(
-            dataset, lm_dataset, vocab_size, config.seed, num_token_ids, config.packing
+            dataset,
+            lm_dataset,
+            vocab_size,
+            config.seed,
+            num_token_ids,
+            packing=config.packing,
+            reader_frame=None if reader is None else frame_of(reader.config),
         )
         rows, collator = config.objective.batches(data)
         super().__init__(

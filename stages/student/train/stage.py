@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
+from stages.models.encoder_decoder.kind import kinds_problem
 from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
@@ -95,6 +96,7 @@ class TrainStage(TrainConfig, Stage):
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data", "reader")
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
     RUNS: ClassVar[tuple[str, ...]] = ("student", "reader")
+    ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("reader",)
 
     stage: Literal["train"]
     student: str
@@ -133,6 +135,8 @@ class TrainStage(TrainConfig, Stage):
             return
         reader = models[self.reader]
         made_by = {table.step: table.made_by for table in tables if table.made_by is not None}
+        if problem := kinds_problem(reader, made_by):
+            raise ConfigError(f"reader: '{self.reader}' {problem}")
         others = [step for step, model in made_by.items() if not is_one_model(model, reader)]
         if others and not self.objective.cross_model:
             raise ConfigError(

@@ -78,6 +78,7 @@ def test_a_row_that_cannot_be_scored_costs_itself_alone(teacher: Path, tmp_path:
     fine, longest, strange = made_rows()[:3]
     ids_T = np.arange(1, 67)
     whole: dict[str, Any] = {"query_start": 50, "answer_start": 66, "input_ids_T": ids_T}
+    whole |= {"distiller_ids_L": ids_T[:50], "demonstration_ends_M": np.array([50])}
     rows = [
         fine,
         replace(longest, **whole, scored_S2=np.array([[51, 66]])),

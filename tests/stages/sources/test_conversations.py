@@ -318,6 +318,20 @@ def test_what_no_row_can_be_made_of_is_counted(
     assert len(rows) == 1 and rejects == {reason: 1}
 
 
+def test_a_reject_is_listed_with_its_place_and_opening(
+    make: Make, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    chats = [said("Hi there.", "Yes?"), said("Hi there.", "Yes?"), said("Again.", " ")]
+    make(chats, tokenizers["qwen2_5"])
+    body = json.loads((tmp_path / "work-1" / "conversations.json").read_text())
+    place = tmp_path / "chats-1.jsonl"
+    twice, empty = body["rejected"]
+    assert (twice["place"], twice["reason"]) == (f"{place}:2", "duplicate_conversation")
+    assert twice["detail"].endswith(f"is that of {place}:1")
+    assert (empty["place"], empty["reason"]) == (f"{place}:3", "empty_response")
+    assert empty["detail"] == "the conversation that opens with 'Again.'"
+
+
 def test_nothing_left_is_one_line_that_says_why(make: Make, tokenizers: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"no train row .*no_assistant_turn 1.*; give more"):
         make([[{"role": "user", "content": "Hi."}]], tokenizers["qwen2_5"])

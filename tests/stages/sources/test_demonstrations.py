@@ -68,6 +68,8 @@ def test_each_reads_the_first_demonstrations_that_fit_its_budget() -> None:
         seen = row.num_teacher_demonstrations, row.num_distiller_demonstrations
         assert seen == (len(teachers), len(distillers))
         assert row.num_demonstrations == len(episode.demonstrations_M3)
+        ends = [*episode.demonstrations_M3[1:, 0].tolist(), episode.query_start]
+        assert row.demonstration_ends_M.tolist() == ends[: max(seen)]
         answer = episode.input_ids_T[episode.answer_start :]
         np.testing.assert_array_equal(row.input_ids_T[row.answer_start :], answer)
         np.testing.assert_array_equal(row.candidate_ids_C, episode.candidate_ids_C)
@@ -124,6 +126,8 @@ def test_a_row_says_what_is_wrong_with_it() -> None:
         ({"answer_start": 21}, "query 16, answer 21 do not lie in order in 20 tokens"),
         ({"distiller_ids_L": np.zeros(0)}, "one each is the least"),
         ({"num_teacher_demonstrations": 2}, "demonstrations are seen of 1"),
+        ({"demonstration_ends_M": np.array([15])}, r"end at \[15\], and \(1, 1\) of them in 16"),
+        ({"demonstration_ends_M": np.array([8, 16])}, r"end at \[8, 16\], and \(1, 1\)"),
         ({"gold": 0}, "gold is 0 of 0 candidates"),
     ):
         with pytest.raises(ValueError, match=f"sample {row.sample_id}: .*{problem}"):

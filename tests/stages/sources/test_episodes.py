@@ -20,8 +20,10 @@ from stages.sources.episodes.building import EpisodeBuilder
 from stages.sources.episodes.draws import DrawnEpisode
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.episodes.templates import TEMPLATES, EpisodeTemplate, template_of
+from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.tasks.task import Example, Task
+from tests.fixtures.tiny_t5 import END, save_t5_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 
@@ -148,7 +150,7 @@ def episode_of(builder: EpisodeBuilder, kept: tuple[int, ...]) -> Episode:
 def test_every_subset_is_what_building_it_from_text_gives(
     template: EpisodeTemplate, real: Opened
 ) -> None:
-    builder = EpisodeBuilder(real.ours, template, 250, Counter())
+    builder = EpisodeBuilder(real.ours, template, 250, Rejects())
     whole = episode_of(builder, (0, 1, 2, 3))
     answer = whole.input_ids_T[whole.answer_start :].tolist()
     subsets = chain.from_iterable(combinations(range(4), size) for size in range(5))
@@ -168,7 +170,7 @@ def test_every_subset_is_what_building_it_from_text_gives(
 
 
 def test_spans_decode_to_the_text_they_stand_for(real: Opened) -> None:
-    builder = EpisodeBuilder(real.ours, TEMPLATES["qa"], 250, Counter())
+    builder = EpisodeBuilder(real.ours, TEMPLATES["qa"], 250, Rejects())
     row = episode_of(builder, (3, 1))
     ids_T = row.input_ids_T
     for (start, answer, end), example in zip(
@@ -188,7 +190,7 @@ def test_the_whole_text_has_the_same_tokens(real: Opened) -> None:
     task = Task("t", "generation", ())
     rows = [Example((f"number {i} is a b",), f"word {i}", (), "f:1") for i in range(4)]
     for template in TEMPLATES.values():
-        builder = EpisodeBuilder(real.ours, template, 250, Counter())
+        builder = EpisodeBuilder(real.ours, template, 250, Rejects())
         row = builder.build(DrawnEpisode("train", task, tuple(rows[:3]), rows[3], 0, 0))
         parts = [template.query_part(r.inputs[0]) + template.answer_part(r.output) for r in rows]
         assert row is not None and row.gold == -1 and not len(row.candidate_ids_C)
@@ -201,7 +203,7 @@ def test_sentencepiece_parts_stand_inside_a_text_and_a_bos_before_it(tmp_path: P
     tokenizer = TextTokenizer(folder)
     assert tokenizer.prefix_ids.tolist() == [1]
     for template in (TEMPLATES["metaicl"], TEMPLATES["qa"], TEMPLATES["lama"]):
-        builder = EpisodeBuilder(tokenizer, template, 250, Counter())
+        builder = EpisodeBuilder(tokenizer, template, 250, Rejects())
         row = episode_of(builder, (0, 1))
         tail = template.query_part("the query?") + template.answer_part(" positive")
         decode = AutoTokenizer.from_pretrained(folder).decode
@@ -221,8 +223,27 @@ def test_templates_say_what_is_wrong_with_them(tiny_model: Path) -> None:
     for separator in (" ", "\n "):
         template = EpisodeTemplate(demonstration="{input} {output}", separator=separator)
         with pytest.raises(ConfigError, match=r"joins .* use one that ends in a newline"):
-            EpisodeBuilder(tokenizer, template, 100, Counter())
+            EpisodeBuilder(tokenizer, template, 100, Rejects())
     assert template_of("metaicl").separator == "\n\n\n"
+
+
+def test_a_separator_has_tokens_where_the_tokenizer_drops_white_space(tmp_path: Path) -> None:
+    """T5's does, and ends a text of its own with ``</s>``, which no part of an episode has."""
+    save_t5_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"makes no token of '\\n\\n\\n': use a separator with"):
+        EpisodeBuilder(tokenizer, TEMPLATES["metaicl"], 250, Rejects())
+    template = EpisodeTemplate(demonstration="Question: {input}\nAnswer: {output}", separator=" ; ")
+    builder = EpisodeBuilder(tokenizer, template, 250, Rejects())
+    rows = [Example((f"number {i} is w{i}",), f"word {i}", (), "f:1") for i in range(4)]
+    task = Task("t", "generation", ())
+    row = builder.build(DrawnEpisode("train", task, tuple(rows[:3]), rows[3], 0, 0))
+    parts = [template.query_part(r.inputs[0]) + template.answer_part(r.output) for r in rows]
+    (expected,) = tokenizer.encode([template.separator.join(parts)])
+    assert row is not None and row.input_ids_T.tolist() == expected.tolist()
+    whole = AutoTokenizer.from_pretrained(tmp_path)(template.separator.join(parts))["input_ids"]
+    assert whole == [*expected.tolist(), END]
+    assert len(builder.separator_ids) == 2
 
 
 class Lowercase:
@@ -237,7 +258,7 @@ class Lowercase:
 
 def test_options_with_the_same_tokens_are_named(tmp_path: Path, tiny_model: Path) -> None:
     tokenizer = TextTokenizer(Lowercase(tmp_path, tiny_model).folder)
-    builder = EpisodeBuilder(tokenizer, TEMPLATES["metaicl"], 100, Counter())
+    builder = EpisodeBuilder(tokenizer, TEMPLATES["metaicl"], 100, Rejects())
     options = ("us", "them", "US")
     with pytest.raises(ConfigError, match="task 't': options 'us' and 'US' have the same tokens"):
         builder.candidate_ids(Task("t", "classification", (), options), options)
@@ -574,13 +595,14 @@ def test_prepared_twice_gives_equal_bytes_and_done_work_is_kept(
     assert lines == ["3 tasks, 46 examples", "81 episodes"]
     moved = tasks.rename(tmp_path / "moved")
     again = stage_for(moved, tiny_model, draws=2)
-    assert again.prepare(tmp_path / "b") == prepared
+    moved_one = again.prepare(tmp_path / "b")
+    assert (moved_one.shards, moved_one.rejects) == (prepared.shards, prepared.rejects)
     assert again.source_identity() == stage_for(moved, tiny_model).source_identity()
     files = [sorted((tmp_path / name / "episodes").iterdir()) for name in "ab"]
     assert len(files[0]) == len(prepared.shards)
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
     stamps = [file.stat().st_mtime_ns for file in files[1]]
-    assert again.prepare(tmp_path / "b") == prepared
+    assert again.prepare(tmp_path / "b") == moved_one
     assert [file.stat().st_mtime_ns for file in files[1]] == stamps
     splits = [shard.split for shard in prepared.shards]
     assert splits == sorted(splits, reverse=True)

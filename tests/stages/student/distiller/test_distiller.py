@@ -1,5 +1,6 @@
 """The distiller and its frozen reader against the same maths written plainly in float64."""
 
+import json
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -140,6 +141,26 @@ def test_what_cannot_work_is_one_line(models: MendModels, tmp_path: Path) -> Non
     (tmp_path / "small").symlink_to(small)
     with pytest.raises(IdentityMismatch, match="make the distiller of a model with the reader's"):
         make(strange, tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("model", "reader", "message"),
+    [
+        (64, 128, "num_vectors is 70, and 'small' reads 64 tokens at once: .* demonstrations bef"),
+        (128, 64, "num_vectors is 70, and 'reader' reads 64 tokens at once: .* a query after"),
+    ],
+)
+def test_vectors_that_fill_a_window_are_refused(
+    models: MendModels, tmp_path: Path, model: int, reader: int, message: str
+) -> None:
+    """Of the model, which reads demonstrations before them, and of the reader."""
+    for name, window in (("small", model), ("teacher", reader)):
+        copytree(models.teacher.parent / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["max_position_embeddings"] = window
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        make(MendModels(tmp_path / "teacher", models.distiller), tmp_path / "out", num_vectors=70)
 
 
 def test_a_reader_may_have_another_chat_template(models: MendModels, tmp_path: Path) -> None:

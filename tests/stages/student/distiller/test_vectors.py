@@ -10,13 +10,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, IdentityMismatch, StoreError
+from schemas.tables.demonstrations import DEMONSTRATIONS
 from stages.models.engines.vllm_engine import common_arguments, free_vllm, start_vllm
 from stages.models.spec import EngineOptions
 from stages.student.distiller.distiller import load_distiller
 from stages.student.distiller.vectors import make_task_vectors, read_vectors
-from tests.fixtures.cached_data import save_model
-from tests.fixtures.demonstration_data import MendData, make_mend_data
+from tests.conftest import save_tiny_model
+from tests.fixtures.cached_data import VOCAB_SIZE, save_model, write_table
+from tests.fixtures.demonstration_data import MendData, make_mend_data, make_models
 from tests.fixtures.tiny_recipe import teachercache
 
 TASK = "made up"  # what the fixture's episodes are called
@@ -58,6 +60,28 @@ def test_making_them_again_gives_the_same_bytes(data: MendData, file: Path, tmp_
     assert made.file.read_bytes() == file.read_bytes()
 
 
+def test_any_row_may_be_the_one_that_is_read(data: MendData, tmp_path: Path) -> None:
+    """By its sample_id: another draw of a task, or a row that is a document's and has none."""
+    train = [row for row in data.rows("episodes").values() if row.split == "train"]
+    documents = [row for row in data.rows("documents").values() if row.split == "heldout"]
+    distiller = load_distiller(data.models.distiller, device=torch.device("cpu")).eval()
+    for row, source, name in (
+        (max(train, key=lambda one: one.sample_id), "episodes", "made_up"),
+        (documents[0], "documents", documents[0].sample_id),
+    ):
+        place = ("mend", "vectors", data.models.distiller, tmp_path, "--data", data.root / source)
+        said = teachercache(*place, "--sample", row.sample_id, "--split", row.split)
+        assert said.code == 0, said.err
+        found = read_vectors(tmp_path / f"{name}.safetensors", reader=data.models.teacher)
+        ids_L = torch.tensor(row.distiller_ids_L.tolist())
+        with torch.no_grad():
+            assert torch.equal(found, distiller(ids_L[None], torch.tensor([len(ids_L)]))[0])
+    said = teachercache(*place, "--sample", train[0].sample_id)
+    assert said.code == 2 and f"no heldout row with sample_id {train[0].sample_id}" in said.error
+    said = teachercache(*place, "--sample", documents[0].sample_id, "--task", TASK)
+    assert said.code == 2 and "--sample names a row and its task: leave --task out" in said.error
+
+
 def test_what_does_not_fit_is_one_line(data: MendData, file: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "other", seed=9, num_layers=1)
     with pytest.raises(ConfigError, match=r"has vectors for reader \w+, .*other is"):
@@ -69,6 +93,19 @@ def test_what_does_not_fit_is_one_line(data: MendData, file: Path, tmp_path: Pat
     assert said.code == 2 and "no heldout row of task 'nothing'; there are: made up" in said.error
     said = teachercache(*place, data.root / "documents")
     assert said.code == 2 and "no tasks, it was made of documents" in said.error
+
+
+def test_rows_that_the_distiller_cannot_read_are_one_line(data: MendData, tmp_path: Path) -> None:
+    """Of another tokenizer, or longer than its window of 64 leaves room for before 62 vectors."""
+    save_tiny_model(tmp_path / "strange", vocab_size=512)
+    rows = list(data.rows("episodes").values())
+    bound = DEMONSTRATIONS.bind(vocab_size=VOCAB_SIZE)
+    write_table(tmp_path / "table", bound, rows, tmp_path / "strange")
+    with pytest.raises(IdentityMismatch, match="has tokenizer"):
+        make_task_vectors(data.models.distiller, tmp_path / "table", [], tmp_path / "out")
+    many = make_models(tmp_path / "many", distiller_width=24, num_vectors=62)
+    with pytest.raises(ConfigError, match="tokens of demonstrations, the distiller has room for 2"):
+        make_task_vectors(many.distiller, data.root / "episodes", [], tmp_path / "out")
 
 
 def prompts_of(data: MendData, file: Path, reader: Any) -> list[Tensor]:

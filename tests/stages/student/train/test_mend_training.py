@@ -241,6 +241,7 @@ def test_what_has_no_room_is_one_line(data: MendData, tmp_path: Path) -> None:
         answer_start=50,
         scored_S2=np.array([[6, 50]]),
         distiller_ids_L=ids_T[:5],
+        demonstration_ends_M=np.array([5]),
     )
     folder = tmp_path / "demonstrations"
     longer = replace(longer, sample_id=longer.hashed_id)

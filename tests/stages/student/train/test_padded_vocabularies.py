@@ -89,7 +89,7 @@ def test_a_distiller_learns_what_tokens_have(encoding: str, tmp_path: Path) -> N
     given = {"student": models.distiller, "reader": reader, "data": tables, "options": OPTIONS}
     result = train(config, output=out, **given)  # type: ignore[arg-type]
     before = result.metrics["before"]
-    off = {"exact": 1e-3, "threshold": 0.5}[encoding]
+    off = {"exact": 1e-3, "threshold": 0.8}[encoding]
     assert before["tokens"] == len(kl) and float(np.mean(dropped)) > 0.001
     assert before["dropped_mass"] == pytest.approx(float(np.mean(dropped)), rel=off)
     within = {"exact": 2e-3, "threshold": 0.3}[encoding]

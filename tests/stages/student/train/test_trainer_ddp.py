@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.fixtures.demonstration_data import MendData, make_mend_data
+from tests.fixtures.demonstration_data import MendData, make_mend_data, make_models
 from tests.fixtures.episode_data import EpisodeData, make_episode_data
 from tests.fixtures.preference_data import PreferenceData, make_preference_data
 
@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
     "dckd": ({"loss": "dckd"}, 2, (4, 2, 2)),
     "adpa": ({"loss": "adpa"}, 2, (4, 2, 2)),
     "mend": ({"loss": "mend"}, 2, (3, 2, 4)),  # its third step has 2 of 6 rows
+    "mend-lora": ({"loss": "mend"}, 2, (3, 2, 2)),
 }
 PAIRS = ("dpo", "dckd", "adpa")
 
@@ -88,11 +89,14 @@ def pair_job_of(data: PreferenceData, objective: dict[str, Any]) -> dict[str, An
     }
 
 
-def mend_job_of(data: MendData, objective: dict[str, Any]) -> dict[str, Any]:
+def mend_job_of(data: MendData, objective: dict[str, Any], lora_rank: int) -> dict[str, Any]:
     """The same of a distiller and its reader."""
+    models = data.models
+    if lora_rank:
+        models = make_models(data.root / "lora", distiller_width=24, lora_rank=lora_rank)
     return {
         "objective": objective,
-        "student": str(data.models.distiller),
+        "student": str(models.distiller),
         "reader": str(data.models.teacher),
         "data": [str(path) for path in data.tables("episodes", "threshold")],
         "lm_data": [],
@@ -134,8 +138,8 @@ def runs(
             if processes in (1, asked):
                 if name in PAIRS:
                     job = pair_job_of(pairs, objective)
-                elif name == "mend":
-                    job = mend_job_of(demonstrations, objective)
+                elif objective["loss"] == "mend":
+                    job = mend_job_of(demonstrations, objective, 2 if name == "mend-lora" else 0)
                 else:
                     job = job_of(data, objective)
                 jobs.append({**job, "output": str(output / name), "numbers": numbers})
