@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.exports import datasets_folder, parquet, parquet_sampled
+from pipeline.exports import datasets_folder, parquet, parquet_sampled, trl_dpo
 from pipeline.exports.written import Written
 from schemas.dataset import CachedDataset
 
@@ -14,4 +14,5 @@ FORMATS: dict[str, Format] = {
     "parquet": parquet.export,
     "parquet-sampled": parquet_sampled.export,
     "datasets": datasets_folder.export,
+    "trl-dpo": trl_dpo.export,
 }
