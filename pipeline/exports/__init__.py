@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.exports import datasets_folder, parquet, parquet_sampled, trl_dpo
+from pipeline.exports import axolotl, datasets_folder, distillkit, parquet, parquet_sampled, trl_dpo
 from pipeline.exports.written import Written
 from schemas.dataset import CachedDataset
 
@@ -15,4 +15,6 @@ FORMATS: dict[str, Format] = {
     "parquet-sampled": parquet_sampled.export,
     "datasets": datasets_folder.export,
     "trl-dpo": trl_dpo.export,
+    "axolotl": axolotl.export,
+    "distillkit": distillkit.export,
 }

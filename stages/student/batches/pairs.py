@@ -130,7 +130,7 @@ class DpoCollator:
 
 
 def reference_logprobs(rows: Sequence[Row]) -> npt.NDArray[np.float32]:
-    """Return [B, 2], of chosen and rejected; raises StoreError where they are of other responses."""
+    """Return [B, 2], chosen and rejected; raises StoreError where they are of other responses."""
     for row in rows:
         lengths = [len(row["chosen_ids_C"]), len(row["rejected_ids_R"])]
         if row["response_num_tokens_N"].tolist() != lengths:

@@ -203,7 +203,12 @@ def test_files_are_cut_and_memory_is_bounded(
         ("top_k", "parquet", 9, ("--k is 9", "keeps 8 tokens", "at most 8")),
         ("exact", "parquet", 308, ("--k is 308", "307 tokens")),
         ("exact", "parquet", None, ("say how many", "--k 64")),
-        ("top_k", "onnx", None, ("--to is 'onnx'", "parquet, parquet-sampled, datasets, trl-dpo")),
+        (
+            "top_k",
+            "onnx",
+            None,
+            ("--to is 'onnx'", "parquet, parquet-sampled, datasets, trl-dpo, axolotl, distillkit"),
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_in_one_line(
