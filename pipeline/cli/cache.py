@@ -57,7 +57,7 @@ def inspect(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where to write; it must not be there yet.")],
+    folder: Annotated[str, typer.Argument(help="Where to write; it must not be there yet.")],
     data: Annotated[
         list[str], typer.Option(help="The input's folder, then the signals' about it. Repeatable.")
     ],
@@ -74,7 +74,7 @@ def export(
 
     quiet_libraries()
     written, num_missing = export_tables(
-        [as_folder(place) for place in data], to, folder, split=split, k=k
+        [as_folder(place) for place in data], to, as_folder(folder), split=split, k=k
     )
     rows = ", ".join(f"{name} {count:,}" for name, count in written.rows.items())
     console.print(f"{folder}: {to}, rows: {rows}", soft_wrap=True, markup=False, highlight=False)

@@ -20,7 +20,7 @@ from schemas.storage.manifest import read_manifest
 
 
 def export_tables(
-    tables: Sequence[Folder], to: str, folder: Path, *, split: str | None, k: int | None
+    tables: Sequence[Folder], to: str, folder: Folder, *, split: str | None, k: int | None
 ) -> tuple[Written, int]:
     """Export joined tables; return what was written, and how many rows no signal was there for.
 
@@ -29,6 +29,11 @@ def export_tables(
     """
     if to not in FORMATS:
         raise ConfigError(f"--to is '{to}', expected one of {', '.join(FORMATS)}")
+    if not isinstance(folder, Path):
+        raise ConfigError(
+            f"{folder} is in an object store, exports are written on this machine: name a folder "
+            f"here and copy it"
+        )
     if folder.exists():
         raise ConfigError(
             f"{folder} is there already, and no export is written over: delete it, or name another"

@@ -22,7 +22,6 @@ from pipeline.exports.export import export_tables
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, SchemaMismatch, StoreError
 from schemas.scored_spans import span_targets
-from schemas.storage.manifest import read_manifest
 from schemas.tables.conversations import CONVERSATIONS, Conversation
 from schemas.tables.teacher_logits import TOP_K, TopKLogits
 from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, K, make_cached_data, write_table
@@ -276,4 +275,9 @@ def test_the_command_says_what_was_written_and_what_is_lost(
     assert "rows: train 18, heldout 6" in said.out and "outside the top 8" in said.out
     again = teachercache("export", str(tmp_path / "out"), *places, "--to", "parquet")
     assert again.code == 2 and again.err.count("\n") == 1 and "already" in again.err
-    assert read_manifest(data.documents).num_rows == 24
+    stored = teachercache("export", "s3://bucket/out", *places, "--to", "parquet")
+    assert stored.code == 2 and "on this machine" in stored.err
+    other = teachercache(
+        "export", str(tmp_path / "x"), *places, "--to", "parquet", "--split", "dev"
+    )
+    assert other.code == 2 and "has train and heldout" in other.err

@@ -122,4 +122,8 @@ def test_other_tables_are_refused(
         export_tables(
             [data.root / name for name in tables], "trl-dpo", tmp_path / "out", split=None, k=None
         )
+    with pytest.raises(ConfigError, match="expected two: one of token ids"):
+        export_tables(
+            data.dckd("top_k"), "parquet", tmp_path / "out", split=None, k=None
+        )  # of two responses, end to end
     assert list(tmp_path.iterdir()) == []
