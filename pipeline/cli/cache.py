@@ -1,11 +1,11 @@
-"""Commands about what is cached: verify, inspect."""
+"""Commands about what is cached: verify, inspect, export."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, console
+from pipeline.cli.app import app, console, quiet_libraries
 from schemas.storage.files import as_folder
 
 
@@ -57,3 +57,31 @@ def inspect(
         tokenizer=tokenizer,
         signals=None if signals is None else as_folder(signals),
     )
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="Where to write; it must not be there yet.")],
+    data: Annotated[
+        list[str], typer.Option(help="The input's folder, then the signals' about it. Repeatable.")
+    ],
+    to: Annotated[str, typer.Option(help="The format: see docs/guides/exports.md.")],
+    split: Annotated[
+        str | None, typer.Option(help="Which rows: train or heldout. By default all.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Likeliest tokens of a position, by falling odds.")
+    ] = None,
+) -> None:
+    """Write finished tables as another trainer reads them; says what that format cannot hold."""
+    from pipeline.exports.export import export_tables
+
+    quiet_libraries()
+    written, num_missing = export_tables(
+        [as_folder(place) for place in data], to, as_folder(folder), split=split, k=k
+    )
+    rows = ", ".join(f"{name} {count:,}" for name, count in written.rows.items())
+    console.print(f"{folder}: {to}, rows: {rows}", soft_wrap=True, markup=False, highlight=False)
+    if num_missing:
+        console.print(f"left out, without a signal: {num_missing:,} rows", highlight=False)
+    console.print(f"lost: {written.lost}", soft_wrap=True, markup=False, highlight=False)

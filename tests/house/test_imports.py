@@ -22,7 +22,7 @@ IMPORT_SITES = {
     "torch": ("stages/", "pipeline/executors/local/training.py"),
     "transformers": ("stages/",),
     "tokenizers": (OPENS_TOKENIZERS,),
-    "datasets": ("stages/sources/", "stages/teacher/"),
+    "datasets": ("stages/sources/", "stages/teacher/", "pipeline/exports/"),
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
     "trl": ("stages/teacher/trl_trainer.py",),

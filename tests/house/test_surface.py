@@ -56,6 +56,7 @@ COMMANDS = {
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
+    "export": {"--data", "--to", "--split", "--k"},
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {

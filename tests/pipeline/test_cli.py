@@ -19,6 +19,7 @@ HELP = {
     ("run",): ("recipe", "--set", "Safe to run again"),
     ("status",): ("recipe", "rejected rows"),
     ("verify",): ("folders", "checksums"),
+    ("export",): ("folder", "--to", "cannot hold"),
     ("inspect",): ("folder", "--tokenizer", "entropy"),
     ("train",): ("--step", "--nproc", "no teacher is"),
     ("evaluate",): ("student", "--data", "agreement"),

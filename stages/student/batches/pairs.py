@@ -117,22 +117,25 @@ class DpoCollator:
             check_ids(rows, column, self.vocab_size)
         return {
             "answers": [_answers(row) for row in rows],
-            "reference_logprobs": torch.from_numpy(
-                np.stack([row["response_logprobs_N"] for row in rows]).astype(np.float32)
-            ),
+            "reference_logprobs": torch.from_numpy(reference_logprobs(rows)),
         }
 
 
+def reference_logprobs(rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+    """Return [B, 2], chosen and rejected; raises StoreError where they are of other responses."""
+    for row in rows:
+        lengths = [len(row["chosen_ids_C"]), len(row["rejected_ids_R"])]
+        if row["response_num_tokens_N"].tolist() != lengths:
+            raise StoreError(
+                f"sample {row['sample_id']}: reference log-probs of responses of "
+                f"{row['response_num_tokens_N'].tolist()} tokens, the pair's have {lengths}: were "
+                f"they made of the student's responses, and not of the pairs?"
+            )
+    return np.stack([row["response_logprobs_N"] for row in rows]).astype(np.float32)
+
+
 def _answers(row: Row) -> Continuations:
-    responses = row["chosen_ids_C"], row["rejected_ids_R"]
-    lengths = [len(response) for response in responses]
-    if row["response_num_tokens_N"].tolist() != lengths:
-        raise StoreError(
-            f"sample {row['sample_id']}: reference log-probs of responses of "
-            f"{row['response_num_tokens_N'].tolist()} tokens, the pair's have {lengths}: were they "
-            f"made of the student's responses, and not of the pairs?"
-        )
-    return Continuations.of(row["prompt_ids_T"], responses)
+    return Continuations.of(row["prompt_ids_T"], (row["chosen_ids_C"], row["rejected_ids_R"]))
 
 
 @dataclass(frozen=True, slots=True)
