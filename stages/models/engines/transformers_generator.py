@@ -66,6 +66,8 @@ class TransformersGenerator:
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], decoding: Decoding
     ) -> Iterator[Generated]:
         """Yield a response to each prompt, in the order given."""
+        if self._model is None:
+            raise EngineError("the transformers engine is closed: open it again")
         room = self.max_length - decoding.max_tokens
         check_sequences(prompts, max_length=room, vocab_size=self.vocab_size)
         assert len(prompts) == len(seeds)
@@ -95,8 +97,6 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[TokenIds], drawer: "_Drawer", decoding: Decoding) -> None:
-        if self._model is None:
-            raise EngineError("the transformers engine is closed: open it again")
         width = max(len(prompt_T) for prompt_T in prompts)
         input_ids_BT = torch.zeros((len(prompts), width), dtype=torch.long)
         mask_BT = torch.zeros_like(input_ids_BT)
