@@ -7,7 +7,6 @@ Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
 """
 
 import gc
-import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError, first_line
+from stages.models.causal_lm.kept_keys import keeps_keys
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.sequences import (
@@ -133,19 +132,7 @@ class TransformersEngine:
 
     @cached_property
     def _keeps_keys(self) -> bool:
-        """Whether each layer keeps the keys and values of the tokens it has seen, and no state.
-
-        A state (of RWKV, Mamba, and the layers without attention of hybrid models) cannot be cut,
-        nor is it kept in a way that all such models share.
-        """
-        if "past_key_values" not in inspect.signature(self._model.forward).parameters:
-            return False
-        one_token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            output = self._model(input_ids=one_token, use_cache=True)
-        layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-        kinds = {type(layer) for layer in layers}
-        return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        return keeps_keys(self._model)
 
     def _run_prefix(self, prefix_T: TokenIds, num_sequences: int) -> Any:
         """Return the prefix's keys and values, repeated for each sequence."""
