@@ -11,14 +11,26 @@ states of RWKV's prompts that stand together, and cannot go on from xLSTM's at a
 import inspect
 from collections.abc import Sequence
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+_KNOWN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
 
 def keeps_keys(model: PreTrainedModel) -> bool:
-    """Return whether each layer keeps the keys and values of the tokens it has seen, no state."""
+    """Return whether each layer keeps the keys and values of the tokens it has seen, no state.
+
+    A model is tried once, on one token.
+    """
+    if model not in _KNOWN:
+        _KNOWN[model] = _tried(model)
+    return _KNOWN[model]
+
+
+def _tried(model: PreTrainedModel) -> bool:
     if not keeps_some_keys(model):
         return False
     one_token = torch.zeros((1, 1), dtype=torch.long, device=model.device)

@@ -9,7 +9,7 @@ Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class TransformersEngine:
         results: dict[int, Tensor] = {}
         alone: list[int] = []
         groups: Iterable[PrefixGroup] = [PrefixGroup([*range(len(sequences))], 0)]
-        if self._keeps_keys:
+        if keeps_keys(self._model):
             groups = prefix_groups(sequences, counts, max_tokens=self._batch_tokens)
         for group in groups:
             if not group.shared:
@@ -130,10 +130,6 @@ class TransformersEngine:
         assert isinstance(hidden_BTD, Tensor)
         return hidden_BTD
 
-    @cached_property
-    def _keeps_keys(self) -> bool:
-        return keeps_keys(self._model)
-
     def _run_prefix(self, prefix_T: TokenIds, num_sequences: int) -> Any:
         """Return the prefix's keys and values, repeated for each sequence."""
         input_ids_1T = torch.from_numpy(prefix_T.astype("int64"))[None].to(self.device)
@@ -143,10 +139,17 @@ class TransformersEngine:
 
 
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
+    with loading(model_path, device):
         model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
         return model.base_model.eval().to(device)
+
+
+@contextmanager
+def loading(model_path: Path, device: torch.device) -> Iterator[None]:
+    """Raise EngineError for what transformers says of a model that it cannot load."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
             f"transformers cannot load {model_path} on {device}: {first_line(error)}"

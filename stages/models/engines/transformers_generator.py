@@ -15,7 +15,6 @@ tokens, K = likeliest tokens kept at each of them.
 
 import gc
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import logging as transformers_logging
 
 from schemas.distribution import uniforms
-from schemas.errors import EngineError, first_line
+from schemas.errors import EngineError
 from stages.models.causal_lm.kept_keys import equally_long, keeps_keys, keeps_some_keys
 from stages.models.causal_lm.language_head import read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
-from stages.models.engines.transformers_engine import batches, window_of
+from stages.models.engines.transformers_engine import batches, loading, window_of
 from stages.models.spec import EngineOptions
 
 _BATCH_TOKENS = 16_384  # keys and values of this many are held at a time
@@ -82,11 +80,7 @@ class TransformersGenerator:
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the prompts that stand together."""
         for batch in batches(lengths, self._batch_tokens):
-            yield from [batch] if self._keeps_keys else equally_long(batch, lengths)
-
-    @cached_property
-    def _keeps_keys(self) -> bool:
-        return keeps_keys(self._model)
+            yield from [batch] if keeps_keys(self._model) else equally_long(batch, lengths)
 
     def close(self) -> None:
         """Free the model and its memory."""
@@ -180,11 +174,5 @@ def _stacked(steps: Sequence[Tensor]) -> npt.NDArray[Any]:
 
 
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
-        model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
-        return model.eval().to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
-        ) from error
+    with loading(model_path, device):
+        return open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype).eval().to(device)
