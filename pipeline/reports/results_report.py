@@ -70,6 +70,7 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
     )
     results = [(step, read_checkpoint(step.place)) for step in steps]
     seen: set[tuple[str, ...]] = set()
+    trained = {step.name for step in steps}
     for step, record in results:
         if record is None:
             continue
@@ -77,7 +78,8 @@ def _students_table(steps: Sequence[PlannedStep]) -> Table:
         if before not in seen:
             seen.add(before)
             start = next(iter(step.models))
-            table.add_row(f"{start}, untrained", *before)
+            when = f"before {step.name}" if start in trained else "untrained"
+            table.add_row(f"{start}, {when}", *before)
     for step, record in results:
         if record is not None:
             table.add_row(_name(step), *_metric_cells(record.metrics["after"]))

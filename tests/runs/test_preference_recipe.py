@@ -110,6 +110,7 @@ def test_the_examples_run_from_pairs_to_a_table(tmp_path: Path) -> None:
         assert set(report["students"]) == set(students)
         for word in ("wins", "reward", *students):
             assert word in said.out, (word, said.out)
+        assert "sft, before " in said.out and "sft, untrained" not in said.out
         if name != "dckd":
             assert "[pairs] done already" in said.out
             assert "[aligned_teacher] done already" in said.out

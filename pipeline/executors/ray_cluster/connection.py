@@ -64,15 +64,19 @@ def connected(address: str | None, folder: Path, *, num_cpus: int) -> Iterator[N
 def _init(address: str, arguments: dict[str, Any]) -> None:
     """Connect. A head that listens already may not be able to serve a client yet: then ask again.
 
-    The server of each client is made by an agent of the head, which is the last thing it starts.
+    The server of each client is made by an agent of the head, which is the last thing it starts. On
+    a busy machine one attempt may take as long as the head has, so that is counted from the first
+    one that failed.
     """
-    deadline = time.monotonic() + HEAD_START_S
+    deadline: float | None = None
     while True:
         try:
             ray.init(address=address, **arguments)
         except ConnectionAbortedError as error:  # by the head, with the traceback it has there
             ray.shutdown()
-            if time.monotonic() > deadline:
+            if deadline is None:
+                deadline = time.monotonic() + HEAD_START_S
+            elif time.monotonic() > deadline:
                 last_line = str(error).strip().splitlines()[-1]
                 raise ConnectionError(f"its server for a client failed: {last_line}") from error
             time.sleep(1.0)

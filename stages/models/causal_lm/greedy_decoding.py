@@ -1,7 +1,8 @@
 """Greedy decoding of several prompts at once, by transformers' ``generate``.
 
 Prompts are padded on the left, with an attention mask, from which it counts positions; tests hold
-it to one prompt at a time. Nothing a model folder suggests for sampling or against repetition is
+it to one prompt at a time. A model that keeps a state is given prompts of equal lengths together,
+unpadded (``kept_keys``). Nothing a model folder suggests for sampling or against repetition is
 used: it would measure the suggestion.
 
 Dimensions: B = prompts of a batch, T = tokens of the longest.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from stages.models.causal_lm.kept_keys import equally_long, keeps_keys, keeps_some_keys
 from stages.models.causal_lm.language_head import max_positions
 
 
@@ -30,6 +32,14 @@ def decode_greedily(
     So one that ran out of tokens, or of the model's window, has no token of ``ends``. Call it in
     eval and inference mode.
     """
+    lengths = [len(prompt) for prompt in prompts]
+    if len(set(lengths)) > 1 and not keeps_keys(model):
+        decoded: dict[int, list[int]] = {}
+        for group in equally_long(range(len(prompts)), lengths):
+            part = [prompts[index] for index in group]
+            new = decode_greedily(model, part, ends=ends, max_new_tokens=max_new_tokens)
+            decoded.update(zip(group, new, strict=True))
+        return [decoded[index] for index in range(len(prompts))]
     input_ids_BT, mask_BT = _pad_on_the_left(prompts, model.device)
     room = max_positions(model.config.get_text_config())
     if room is not None:
@@ -42,7 +52,7 @@ def decode_greedily(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
-        use_cache=True,
+        use_cache=keeps_some_keys(model),
     )
     model.generation_config = GenerationConfig()  # else its own values fill what we leave open
     try:

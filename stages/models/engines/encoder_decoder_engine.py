@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from schemas.errors import EngineError, first_line
 from stages.models.causal_lm.language_head import LanguageHead, read_config
 from stages.models.encoder_decoder.halves import Frame, Ids, frame_of
 from stages.models.encoder_decoder.model import (
@@ -33,7 +32,7 @@ from stages.models.engines.head_check import (
     reference_of,
 )
 from stages.models.engines.sequences import TokenIds, check_sequences
-from stages.models.engines.transformers_engine import BATCH_TOKENS, batches, window_of
+from stages.models.engines.transformers_engine import BATCH_TOKENS, batches, loading, window_of
 from stages.models.spec import EngineOptions, HeadCheck, ModelSpec
 
 
@@ -65,12 +64,8 @@ class EncoderDecoderEngine:
         self.max_length = min(self.window, options.max_model_len or self.window)
         self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         self._batch_tokens = options.max_num_batched_tokens or BATCH_TOKENS
-        try:
+        with loading(model_path, device):
             self._model = open_encoder_decoder(model_path, dtype=dtype).eval().to(device)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EngineError(
-                f"transformers cannot load {model_path} on {device}: {first_line(error)}"
-            ) from error
 
     def longest_half(self, row: Read) -> int:
         """Return the tokens of the longer half, what the frame adds included."""

@@ -170,7 +170,7 @@ def check_head(
         raise EngineError(
             f"{model_path}: the engine's log-probs differ from {other} by {error:.3g} nats on "
             f"average, expected at most {tolerance} in {dtype}: the head or the engine does "
-            f"not reproduce this model; use another engine or model"
+            f"not reproduce this model; use another engine or model, or leave engine.extra out"
         )
 
 

@@ -7,20 +7,19 @@ Dimensions: B = sequences of a batch, T = tokens, D = hidden width.
 """
 
 import gc
-import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError, first_line
+from stages.models.causal_lm.kept_keys import keeps_keys
 from stages.models.causal_lm.language_head import LanguageHead, max_positions, read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.sequences import (
@@ -73,7 +72,7 @@ class TransformersEngine:
         results: dict[int, Tensor] = {}
         alone: list[int] = []
         groups: Iterable[PrefixGroup] = [PrefixGroup([*range(len(sequences))], 0)]
-        if self._keeps_keys:
+        if keeps_keys(self._model):
             groups = prefix_groups(sequences, counts, max_tokens=self._batch_tokens)
         for group in groups:
             if not group.shared:
@@ -131,22 +130,6 @@ class TransformersEngine:
         assert isinstance(hidden_BTD, Tensor)
         return hidden_BTD
 
-    @cached_property
-    def _keeps_keys(self) -> bool:
-        """Whether each layer keeps the keys and values of the tokens it has seen, and no state.
-
-        A state (of RWKV, Mamba, and the layers without attention of hybrid models) cannot be cut,
-        nor is it kept in a way that all such models share.
-        """
-        if "past_key_values" not in inspect.signature(self._model.forward).parameters:
-            return False
-        one_token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            output = self._model(input_ids=one_token, use_cache=True)
-        layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-        kinds = {type(layer) for layer in layers}
-        return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-
     def _run_prefix(self, prefix_T: TokenIds, num_sequences: int) -> Any:
         """Return the prefix's keys and values, repeated for each sequence."""
         input_ids_1T = torch.from_numpy(prefix_T.astype("int64"))[None].to(self.device)
@@ -156,10 +139,17 @@ class TransformersEngine:
 
 
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
+    with loading(model_path, device):
         model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
         return model.base_model.eval().to(device)
+
+
+@contextmanager
+def loading(model_path: Path, device: torch.device) -> Iterator[None]:
+    """Raise EngineError for what transformers says of a model that it cannot load."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
             f"transformers cannot load {model_path} on {device}: {first_line(error)}"

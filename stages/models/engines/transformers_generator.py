@@ -1,6 +1,7 @@
 """The transformers generator: for machines without vLLM, and for audits of it.
 
-``generate`` runs the model on prompts of like lengths, padded on the left under an attention mask.
+``generate`` runs the model on prompts of like lengths, padded on the left under an attention mask
+(of equal lengths, where a model keeps a state: ``stages.models.causal_lm.kept_keys``).
 Which token comes next is decided here: a logits processor, the only one, reads the logits as the
 model gives them, keeps the log-probs, draws the token, and leaves ``generate`` no other. So the
 log-probs kept are the ones the token was drawn by, and no second forward pass is needed.
@@ -27,15 +28,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import logging as transformers_logging
 
 from schemas.distribution import uniforms
-from schemas.errors import EngineError, first_line
+from schemas.errors import EngineError
+from stages.models.causal_lm.kept_keys import equally_long, keeps_keys, keeps_some_keys
 from stages.models.causal_lm.language_head import read_config
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.sequences import TokenIds, check_sequences
-from stages.models.engines.transformers_engine import batches, window_of
+from stages.models.engines.transformers_engine import batches, loading, window_of
 from stages.models.spec import EngineOptions
 
 _BATCH_TOKENS = 16_384  # keys and values of this many are held at a time
@@ -63,16 +64,23 @@ class TransformersGenerator:
         self, prompts: Sequence[TokenIds], seeds: Sequence[int], decoding: Decoding
     ) -> Iterator[Generated]:
         """Yield a response to each prompt, in the order given."""
+        if self._model is None:
+            raise EngineError("the transformers engine is closed: open it again")
         room = self.max_length - decoding.max_tokens
         check_sequences(prompts, max_length=room, vocab_size=self.vocab_size)
         assert len(prompts) == len(seeds)
         results: dict[int, Generated] = {}
         lengths = [len(prompt_T) + decoding.max_tokens for prompt_T in prompts]
-        for batch in batches(lengths, self._batch_tokens):
+        for batch in self._batches(lengths):
             drawer = _Drawer([seeds[index] for index in batch], decoding)
             self._run([prompts[index] for index in batch], drawer, decoding)
             results.update(zip(batch, drawer.responses(), strict=True))
         yield from (results[index] for index in range(len(prompts)))
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the prompts that stand together."""
+        for batch in batches(lengths, self._batch_tokens):
+            yield from [batch] if keeps_keys(self._model) else equally_long(batch, lengths)
 
     def close(self) -> None:
         """Free the model and its memory."""
@@ -83,8 +91,6 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[TokenIds], drawer: "_Drawer", decoding: Decoding) -> None:
-        if self._model is None:
-            raise EngineError("the transformers engine is closed: open it again")
         width = max(len(prompt_T) for prompt_T in prompts)
         input_ids_BT = torch.zeros((len(prompts), width), dtype=torch.long)
         mask_BT = torch.zeros_like(input_ids_BT)
@@ -100,7 +106,7 @@ class TransformersGenerator:
                 max_new_tokens=decoding.max_tokens,
                 eos_token_id=list(decoding.stop_token_ids),
                 pad_token_id=decoding.stop_token_ids[0],
-                use_cache=True,
+                use_cache=keeps_some_keys(self._model),
             ),
         )
 
@@ -168,11 +174,5 @@ def _stacked(steps: Sequence[Tensor]) -> npt.NDArray[Any]:
 
 
 def _load(model_path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    transformers_logging.disable_progress_bar()
-    try:
-        model = open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype)
-        return model.eval().to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EngineError(
-            f"transformers cannot load {model_path} on {device}: {first_line(error)}"
-        ) from error
+    with loading(model_path, device):
+        return open_pretrained(AutoModelForCausalLM, model_path, dtype=dtype).eval().to(device)

@@ -39,3 +39,23 @@ def test_a_head_that_cannot_serve_a_client_yet_is_asked_again(
     ):
         pass
     assert len(asked) > 50
+
+
+def test_one_attempt_may_take_as_long_as_a_head_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine: then it is asked once more all the same."""
+    asked: list[Any] = []
+
+    def init(**arguments: Any) -> None:
+        asked.append(arguments["address"])
+        if len(asked) == 1:
+            raise ConnectionAbortedError(SAID)
+
+    monkeypatch.setattr(f"{PLACE}._require_answer", lambda address: None)
+    monkeypatch.setattr(f"{PLACE}.ray.init", init)
+    monkeypatch.setattr(f"{PLACE}.ray.shutdown", lambda: None)
+    monkeypatch.setattr(f"{PLACE}.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(f"{PLACE}.time.monotonic", lambda: 1000.0 * len(asked))
+    with connection.connected("ray://head:1", tmp_path, num_cpus=1):
+        assert asked == ["ray://head:1"] * 2

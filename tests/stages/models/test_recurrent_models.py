@@ -15,7 +15,10 @@ from transformers import (
     xLSTMConfig,
 )
 
+from stages.models.causal_lm.greedy_decoding import decode_greedily
+from stages.models.engines.decoding import Decoding
 from stages.models.engines.engine import open_engine
+from stages.models.engines.generator import open_generator
 from stages.models.spec import EngineOptions
 
 VOCAB = 64
@@ -70,3 +73,31 @@ def test_states_are_those_of_one_forward_a_sequence(folder: Path, tmp_path: Path
         expected_TV = model(input_ids=torch.from_numpy(ids_T)[None], use_cache=False).logits[0]
         torch.testing.assert_close(logits_TV, expected_TV, rtol=0, atol=1e-4)
         torch.testing.assert_close(last_AD, whole_TD[-count:], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def plain_greedy(model: Any, ids_T: np.ndarray[Any, Any], steps: int) -> list[int]:
+    """The likeliest tokens after one prompt, a whole forward each."""
+    ids: list[int] = ids_T.tolist()
+    for _ in range(steps):
+        ids.append(
+            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        )
+    return ids[len(ids_T) :]
+
+
+def test_prompts_of_unlike_lengths_are_answered_as_each_alone(folder: Path, tmp_path: Path) -> None:
+    """No padding is read into a state; two of them are equally long."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, VOCAB, length).astype(np.uint16) for length in (3, 11, 6, 11)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = [plain_greedy(model, prompt_T, 6) for prompt_T in prompts]
+    with torch.inference_mode():
+        assert decode_greedily(model, prompts, ends=(), max_new_tokens=6) == expected
+    decoding = Decoding(6, (VOCAB - 1,), temperature=0.0, top_p=1.0, top_k=2)
+    options = EngineOptions(cache_dir=tmp_path, device="cpu")
+    with open_generator("transformers", folder, dtype="float32", options=options) as generator:
+        found = list(generator.generate(prompts, [0, 1, 2, 3], decoding))
+    for response, tokens in zip(found, expected, strict=True):
+        length = tokens.index(VOCAB - 1) + 1 if VOCAB - 1 in tokens else len(tokens)
+        assert response.token_ids_A.tolist() == tokens[:length]
