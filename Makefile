@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check bench assets tasks pairs install airflow test-slow test-airflow stages tree clean
+.PHONY: demo test check bench assets tasks pairs chats install airflow test-slow test-airflow stages tree clean
 
 install: $(STAMP)
 
@@ -45,6 +45,10 @@ tasks: assets
 # Preference pairs for the alignment examples.
 pairs: assets
 	@$(BIN)/python examples/fetch_pairs.py --cache $(CACHE)
+
+# Chats for the examples of conversations.
+chats: assets
+	@$(BIN)/python examples/fetch_chats.py --cache $(CACHE)
 
 airflow: $(AIRFLOW)/installed
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +44,33 @@ def make_pairs(cache: Path) -> None:
     if target.is_file():
         print(f"pairs: ready in {target}")
         return
-    pairs = read_array(cache / SOURCE)
+    pairs = read_array(cache / SOURCE, PARTS)
+    write_lines(cache, target, pairs)
+    print(f"pairs: {len(pairs)} -> {target}")
+
+
+def write_lines(cache: Path, target: Path, records: Sequence[dict[str, Any]]) -> None:
     with scratch_folder(cache) as scratch:
         with (scratch / target.name).open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+            stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             stream.flush()
             os.fsync(stream.fileno())
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch / target.name, target)
-    print(f"pairs: {len(pairs)} -> {target}")
 
 
-def read_array(path: Path) -> list[dict[str, Any]]:
+def read_array(path: Path, parts: Set[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FetchError(f"{path} is not there: run examples/fetch_assets.py first")
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FetchError(f"{path} is not JSON ({error}): remove it and fetch it again") from error
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, dict) and pair.keys() >= PARTS for pair in pairs
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and record.keys() >= parts for record in records
     ):
-        raise FetchError(f"{path} is no list of objects with {', '.join(sorted(PARTS))}")
-    return pairs
+        raise FetchError(f"{path} is no list of objects with {', '.join(sorted(parts))}")
+    return records
 
 
 if __name__ == "__main__":

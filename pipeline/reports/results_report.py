@@ -12,6 +12,7 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
+from pipeline.reports.seeds_report import seeds_table
 from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
@@ -32,6 +33,10 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
     trained = [step for step in steps if isinstance(step.stage, TrainStage)]
     if trained:
         console.print(_students_table(trained))
+        records = [(step, read_checkpoint(step.place)) for step in trained]
+        measured = [(step, record.metrics["after"]) for step, record in records if record]
+        if (over_seeds := seeds_table(measured)) is not None:
+            console.print(over_seeds)
     for step in steps:
         if isinstance(step.stage, EvaluateStage):
             for part in _evaluation(step, step.stage):

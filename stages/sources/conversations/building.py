@@ -6,8 +6,8 @@ assistant and tool), ``nothing_asked`` (an answer that follows no turn), ``empty
 ``duplicate_conversation`` (a row with these tokens and spans is there),
 ``token_outside_vocabulary``, ``joined_by_tokenizer``, and what the template would lose or garble:
 ``unread_tools`` and the like, ``refused_by_template``, ``changed_by_template``,
-``not_after_header``, ``empty_reasoning``, ``unclosed_by_template``, ``unmarked_by_template`` (it
-marks answers, and not as many as there are).
+``not_after_header``, ``prompt_not_kept``, ``empty_reasoning``, ``unclosed_by_template``,
+``unmarked_by_template`` (it marks answers, and not as many as there are).
 """
 
 from collections.abc import Iterable, Iterator

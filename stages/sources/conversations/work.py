@@ -64,6 +64,12 @@ def _require_rows(
 def _advice(stage: ConversationsStage, counts: Counter[str]) -> str:
     """Return what may keep rows, by what most of them were rejected for."""
     reason = max(counts, key=lambda why: counts[why], default="")
+    if reason == "prompt_not_kept":
+        return (
+            f"the chat template in {stage.tokenizer} writes a prompt otherwise once it is answered "
+            f"(some leave out a system turn): put that turn's text into the first user turn, or "
+            f"save another chat_template.jinja"
+        )
     if reason in ("not_after_header", "empty_reasoning"):
         return (
             f"the chat template in {stage.tokenizer} opens an answer with what these answers do "

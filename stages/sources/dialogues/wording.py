@@ -11,7 +11,8 @@ after that (a line break, say) belongs to no response: the model stops at that t
 that closes with no token of its own is given the EOS.
 
 A response that is not what the model would have to write is none: where the whole dialogue does not
-begin with the header (``not_after_header``), where the template puts an empty thought into it that
+begin with the header (``not_after_header``) or not with the prompt (``prompt_not_kept``: Mistral's
+leaves a system turn out once its question is answered), where the template puts an empty thought into it that
 nobody thought (``empty_reasoning``), or leaves it open (``unclosed_by_template``).
 """
 
@@ -118,7 +119,8 @@ class ChatWording:
         before = self._written(prompt, header=True, tools=tools)
         whole = self._written((*prompt, response), header=False, tools=tools)
         if not whole.startswith(before):
-            raise UnusableDialogue("not_after_header")
+            is_kept = whole.startswith(self._written(prompt, header=False, tools=tools).rstrip())
+            raise UnusableDialogue("not_after_header" if is_kept else "prompt_not_kept")
         written = whole[len(before) :]
         require_all_said(before, written, response)
         bare, spaces = at_spaces(before)

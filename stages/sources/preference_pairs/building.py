@@ -14,7 +14,8 @@ first character with what stands before it), and what the template would lose or
   template does not read what the row holds, ``bad_tools``, ``bad_tool_calls``, ``bad_reasoning``
   where they are not what templates read, ``several_messages`` where ``plain`` writes one text;
 - ``refused_by_template`` and ``changed_by_template`` (roles or texts that it will not have);
-- ``not_after_header``, ``empty_reasoning``, ``unclosed_by_template`` (see ``dialogues.wording``).
+- ``not_after_header``, ``prompt_not_kept``, ``empty_reasoning``, ``unclosed_by_template`` (see
+  ``dialogues.wording``).
 """
 
 from collections.abc import Iterable

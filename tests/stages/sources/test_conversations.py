@@ -40,9 +40,11 @@ SPECIAL = {
     "gemma": {"bos_token": "<bos>", "eos_token": "<end_of_turn>"},
     "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
 }
-INST = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content
- + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
-{%- else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
+# Mistral's way since its second version: a system turn is in the last turn, if a user said that.
+INST = """{{ bos_token }}{% set told = messages[0].content + '\n\n' if messages[0].role == 'system' %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (told if told and loop.last else '')
+ + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
+{%- elif not loop.first %}{{ raise_exception('system first') }}{% endif %}{% endfor %}"""
 Chat = list[dict[str, Any]]
 NO_THOUGHT = {"enable_thinking": False}
 
@@ -297,6 +299,7 @@ REJECTED: dict[str, tuple[str, Any]] = {
     "too_long": ("qwen2_5", said("Hi. " * 1200, "Yes?")),
     "refused_by_template": ("gemma", said("Hi.", "Yes?", system="Be kind.")),
     "empty_reasoning": ("qwen3", said("Hi.", "Yes?")),
+    "prompt_not_kept": ("mistral", said("Hi.", "Yes?", system="Be kind.")),
     "unread_reasoning_content": (
         "qwen2_5",
         [said("Hi.")[0], {"role": "assistant", "content": "Yes?", "reasoning_content": "Well."}],
@@ -316,6 +319,14 @@ def test_what_no_row_can_be_made_of_is_counted(
     good[1] |= {"reasoning_content": "So."} if reason == "empty_reasoning" else {}
     rows, rejects = make([record, good], tokenizers[name], chat_template_kwargs=settings)
     assert len(rows) == 1 and rejects == {reason: 1}
+
+
+def test_a_prompt_that_its_answer_changes_is_named_as_that(
+    make: Make, tokenizers: dict[str, Path]
+) -> None:
+    line = "writes a prompt otherwise once it is answered .some leave out a system turn.: put that"
+    with pytest.raises(ConfigError, match=line):
+        make([said("Hi.", "Yes?", system="Be kind.")], tokenizers["mistral"])
 
 
 def test_a_reject_is_listed_with_its_place_and_opening(
