@@ -1,11 +1,11 @@
-"""Training steps that differ in their seed alone: means over seeds, and differences with intervals."""
+"""Training steps that differ in their seed alone: means over seeds, differences with intervals."""
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from rich.table import Table
@@ -94,7 +94,9 @@ def _seed(step: PlannedStep) -> int:
 
 def _common_name(names: Sequence[str]) -> str:
     """Return what the names begin with, without what leads to a number, else the first."""
-    return os.path.commonprefix(names).rstrip("_-0123456789").removesuffix("_seed") or names[0]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    opening = "".join(letters[0] for letters in alike)
+    return opening.rstrip("_-0123456789").removesuffix("_seed") or names[0]
 
 
 def _values(group: Group, seeds: Any, name: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""The examples' chats: one object of messages a line, made whole, and read by the stage's readers."""
+"""The examples' chats: one object of messages a line, made whole, which the stage reads."""
 
 import json
 from pathlib import Path

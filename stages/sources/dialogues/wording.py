@@ -12,8 +12,9 @@ that closes with no token of its own is given the EOS.
 
 A response that is not what the model would have to write is none: where the whole dialogue does not
 begin with the header (``not_after_header``) or not with the prompt (``prompt_not_kept``: Mistral's
-leaves a system turn out once its question is answered), where the template puts an empty thought into it that
-nobody thought (``empty_reasoning``), or leaves it open (``unclosed_by_template``).
+templates leave a system turn out once its question is answered), where the template puts an empty
+thought into it that nobody thought (``empty_reasoning``), or leaves it open
+(``unclosed_by_template``).
 """
 
 import re

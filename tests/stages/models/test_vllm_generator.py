@@ -47,6 +47,8 @@ class Written:
     again: list[Generated]
     sampled: list[Generated]
     sampled_shuffled: list[Generated]
+    crowd: list[Generated]
+    of_crowd: Generated
     brim: Generated
     ended: list[Generated]
     too_long: str
@@ -66,6 +68,8 @@ def write(generator: Generator) -> Written:
     decodings = [Decoding(MAX_TOKENS, ids, temperature=0.0, top_p=1.0, top_k=5) for ids in stops]
     with pytest.raises(EngineError) as refusal:
         list(generator.generate([np.zeros(245, np.int64)], [0], GREEDY))
+    # More tokens than a step of vLLM takes (4,096): a prompt has to wait, or is read in parts.
+    crowd = [np.full(240, 9 + number) for number in range(20)]
     moved = ([prompts[i] for i in ORDER], [seeds[i] for i in ORDER])
     return Written(
         kind=generator.kind,
@@ -75,6 +79,8 @@ def write(generator: Generator) -> Written:
         again=list(generator.generate(prompts, seeds, GREEDY)),
         sampled=list(generator.generate(prompts, seeds, SAMPLED)),
         sampled_shuffled=list(generator.generate(*moved, SAMPLED)),
+        crowd=list(generator.generate(crowd, range(20), SAMPLED)),
+        of_crowd=next(generator.generate(crowd[17:18], [17], SAMPLED)),
         brim=next(generator.generate([np.full(244, 9)], [0], GREEDY)),
         ended=[next(generator.generate([prompts[3]], [0], decoding)) for decoding in decodings],
         too_long=str(refusal.value),
@@ -155,6 +161,16 @@ def test_every_prompt_gets_its_own_answer_and_a_re_run_the_same_bits(
         assert np.array_equal(first.token_ids_A, second.token_ids_A)
         assert np.array_equal(first.logprobs_A, second.logprobs_A)
         assert np.array_equal(first.top_logprobs_AK, second.top_logprobs_AK)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_more_prompts_than_a_step_takes_are_sampled_as_each_alone(
+    written: tuple[Written, Written],
+) -> None:
+    by_vllm, _ = written
+    assert len(by_vllm.crowd) == 20 and all(len(one.token_ids_A) for one in by_vllm.crowd)
+    assert tokens_of([by_vllm.of_crowd]) == tokens_of(by_vllm.crowd[17:18])
 
 
 @pytest.mark.vllm

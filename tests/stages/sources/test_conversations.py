@@ -41,9 +41,10 @@ SPECIAL = {
     "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
 }
 # Mistral's way since its second version: a system turn is in the last turn, if a user said that.
-INST = """{{ bos_token }}{% set told = messages[0].content + '\n\n' if messages[0].role == 'system' %}
-{%- for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (told if told and loop.last else '')
- + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
+INST = """{{ bos_token }}{% if messages[0].role == 'system' %}
+{%- set told = messages[0].content + '\n\n' %}{% endif %}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '[INST] ' + (told if told and loop.last else '') + m.content
+ + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
 {%- elif not loop.first %}{{ raise_exception('system first') }}{% endif %}{% endfor %}"""
 Chat = list[dict[str, Any]]
 NO_THOUGHT = {"enable_thinking": False}
