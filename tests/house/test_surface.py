@@ -57,6 +57,8 @@ COMMANDS = {
     "status": {"--set", "--json"},
     "verify": set(),
     "export": {"--data", "--to", "--split", "--k"},
+    "publish": {"--private", "--license", "--teacher"},
+    "fetch": {"--revision"},
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {

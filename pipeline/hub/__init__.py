@@ -1,0 +1,1 @@
+"""Finished tables on the hub: published whole under a name, fetched by it."""
