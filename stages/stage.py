@@ -249,18 +249,31 @@ class TableStage(Stage):
     def estimate(self, source: Manifest, *, hidden_size: int) -> "Estimate":
         """Foretell the size of the output for a finished input."""
 
+    def write_side_files(self, context: StageContext) -> None:
+        """Make ``side_files`` of the models alone, whatever lies there; raises what ``open`` does.
+
+        The table's manifest names them, so none that an earlier run left is taken unseen.
+        """
+        if self.side_files:
+            _admit(context)
+            self.work.write_side_files(self, context)
+
     @contextmanager
     def open(self, context: StageContext) -> Iterator[Work]:
         """Load what the work needs once, yield what does one shard; free it on exit.
 
         Raises StoreError for a step's model whose files have changed since it was made.
         """
-        for model in context.models.values():
-            model.admit_code()
-            for folder in filter(None, (model.local_base, model.adapter)):
-                require_whole(folder)
+        _admit(context)
         with self.work.open_work(self, context) as work:
             yield work
+
+
+def _admit(context: StageContext) -> None:
+    for model in context.models.values():
+        model.admit_code()
+        for folder in filter(None, (model.local_base, model.adapter)):
+            require_whole(folder)
 
 
 class SignalStage(TableStage):

@@ -101,7 +101,8 @@ def make_shards(
     made_by = _made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
-        if not indices and all((step.place / name).is_file() for name in stage.side_files):
+        if not indices:
+            stage.write_side_files(context)
             return
         tasks = StepTasks(
             folder=step.place,

@@ -77,8 +77,7 @@ def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
     models = context.models[stage.model], context.models[stage.reference]
     known_ids = _shared_ids(stage, models)
     if isinstance(stage.support, ExactSupport):
-        for model, folder in zip(models, HEAD_FOLDERS, strict=True):
-            head_of(model, device="cpu").save(context.folder / folder)
+        write_side_files(stage, context)
     with open_engine_pair(models, options=context.engine) as pair:
 
         def work(shard: pa.Table) -> Iterable[AnyAdvantages | Rejected]:
@@ -86,6 +85,12 @@ def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
             context.notes["head_check"] = ", ".join(pair.head_checks)
 
         yield work
+
+
+def write_side_files(stage: AdvantagesStage, context: StageContext) -> None:
+    """Write both heads, which ``exact`` advantages are read back with."""
+    for name, folder in zip((stage.model, stage.reference), HEAD_FOLDERS, strict=True):
+        head_of(context.models[name], device="cpu").save(context.folder / folder)
 
 
 def _shared_ids(stage: AdvantagesStage, models: ModelPair) -> int | None:

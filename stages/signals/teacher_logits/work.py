@@ -41,6 +41,7 @@ from stages.models.engines.encoder_decoder_engine import (
     open_encoder_decoder_engine,
 )
 from stages.models.engines.engine import Engine, HiddenStates, open_model
+from stages.models.engines.engine_pair import head_of
 from stages.models.engines.sequences import TokenIds, require_room
 from stages.models.spec import EngineOptions
 from stages.signals.scoring.encoding import (
@@ -94,6 +95,11 @@ def _note_head(
     context.notes["head_check"] = engine.head_check
     if isinstance(stage.encoding, ExactEncoding):
         engine.head.save(context.folder)
+
+
+def write_side_files(stage: TeacherLogitsStage, context: StageContext) -> None:
+    """Write the head that an ``exact`` table is read back with."""
+    head_of(context.models[stage.model], device="cpu").save(context.folder)
 
 
 def score_shard(

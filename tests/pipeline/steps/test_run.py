@@ -204,6 +204,25 @@ def test_a_head_that_has_gone_is_written_again(
     assert all_bytes(recipe) == expected
 
 
+def test_no_damaged_head_gets_into_a_manifest(
+    tiny_model: Path, paragraphs: list[str], tmp_path: Path
+) -> None:
+    """What ``verify`` advises, delete the manifest and run again, mends the head too."""
+    recipe = make_recipe(tmp_path, tiny_model, paragraphs[:NUM_PARAGRAPHS])
+    edit_recipe(recipe, "steps", "signals", "encoding", value={"kind": "exact"})
+    recipe.run()
+    expected, folder = all_bytes(recipe), recipe.step("signals").folder
+    head = folder / "head.safetensors"
+    content = bytearray(head.read_bytes())
+    content[-5] ^= 1
+    head.write_bytes(content)
+    assert teachercache("verify", folder).code == 1
+    (folder / "manifest.json").unlink()
+    assert recipe.run().made == []
+    assert all_bytes(recipe) == expected
+    assert teachercache("verify", folder).code == 0
+
+
 def test_a_changed_recipe_writes_beside_and_never_into_what_is_there(copied: TinyRecipe) -> None:
     before = stamps(copied.root)
     events = copied.run("steps.signals.encoding.k=4")
