@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as transformers_logging
 
 from schemas.errors import EngineError, first_line
+from schemas.storage.checksums import remembered_sha256
 from schemas.storage.files import write_text
 from schemas.storage.shard_cache import user_cache
 from stages.models.causal_lm.language_head import LanguageHead, read_config
@@ -275,7 +276,7 @@ def _kept(model: Any, ids_T: TokenIds) -> tuple[Tensor, Tensor]:
 
 
 def _key(folders: Sequence[Path], dtype: torch.dtype, made_by: str) -> str:
-    """Hash what the reference depends on, without reading the weights."""
+    """Hash what the reference depends on, by content: other models have these sizes, times."""
     parts = [made_by, str(dtype), str(_PROBE_LENGTHS), str(_NUM_KEPT)]
     for file in (file for folder in folders for file in sorted(folder.glob("*"))):
         if file.suffix in (".safetensors", ".bin", ".json"):
@@ -286,5 +287,4 @@ def _key(folders: Sequence[Path], dtype: torch.dtype, made_by: str) -> str:
 
 
 def _stamp(file: Path) -> str:
-    stat = file.stat()
-    return f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{file.name}:{remembered_sha256(file)}"

@@ -19,10 +19,10 @@ from pipeline.planning.fingerprint import (
     fingerprint_of,
     hidden_size_of,
     model_identity,
-    remembered_sha256,
     vocab_size_of,
 )
 from schemas.errors import ConfigError
+from schemas.storage.checksums import remembered_sha256
 from schemas.storage.files import sha256_of
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.sources.documents.stage import IngestStage

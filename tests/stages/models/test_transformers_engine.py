@@ -1,6 +1,7 @@
 """The transformers engine against plain forward passes, and the start-up check of the head."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from schemas.errors import ConfigError, EngineError
 from stages.models.engines.engine import open_engine
-from stages.models.engines.head_check import chosen_check
+from stages.models.engines.head_check import chosen_check, reference_of
 from stages.models.engines.sequences import TokenIds, windows
 from stages.models.spec import EngineOptions
 
@@ -193,3 +194,26 @@ def test_a_model_that_names_no_positions(config: Any, window: int, tmp_path: Pat
         got = [engine.head.logits(hidden_TD) for hidden_TD in engine.hidden_states(sequences)]
     for got_TV, expected_TV in zip(got, plain_logits(tmp_path / "model", sequences), strict=True):
         torch.testing.assert_close(got_TV, expected_TV, rtol=0, atol=TOLERANCE)
+
+
+def test_models_of_equal_sizes_and_times_have_references_of_their_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two folders that an archive unpacked, say: the second was held to what the first one says."""
+    for name, seed in (("one", 0), ("other", 1)):
+        shutil.copytree(tiny_model, tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))
+        model.save_pretrained(tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (1_700_000_000, 1_700_000_000))
+    device = torch.device("cpu")
+    found = [
+        reference_of(
+            tmp_path / name, dtype=torch.float32, device=device, cache_dir=tmp_path / "cache"
+        )
+        for name in ("one", "other", "one")
+    ]
+    assert found[0] == found[2] != found[1]
