@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.planning.fingerprint import hidden_size_of
+from pipeline.planning.fingerprint import hidden_size_of, vocab_size_of
 from pipeline.planning.plan import PlannedStep
 from schemas.errors import StoreError
 from schemas.storage.files import Folder
@@ -65,7 +65,7 @@ def progress_of(step: PlannedStep) -> Progress:
             num_shards=len(manifest.shards),
             num_rows=manifest.num_rows,
             num_positions=manifest.num_positions,
-            num_bytes=manifest.num_bytes,
+            num_bytes=manifest.num_bytes + _head_bytes(step),
         )
     return _unfinished(step)
 
@@ -91,8 +91,19 @@ def _unfinished(step: PlannedStep) -> Progress:
         num_shards=len(source.shards),
         num_rows=source.num_rows,
         num_positions=estimate.num_positions,
-        num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(source.shards),
+        num_bytes=estimate.num_bytes + _head_bytes(step) + EMPTY_SHARD_BYTES * len(source.shards),
         estimated=True,
+    )
+
+
+def _head_bytes(step: PlannedStep) -> int:
+    """Return the bytes of the heads that lie beside the shards of an ``exact`` table."""
+    if not isinstance(step.stage, TableStage) or not step.stage.side_files:
+        return 0
+    return sum(
+        vocab_size_of(model.base) * hidden_size_of(model.base) * (4 if "32" in model.dtype else 2)
+        for model in step.models.values()
+        if (model.base / "config.json").is_file()
     )
 
 

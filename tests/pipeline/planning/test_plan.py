@@ -108,6 +108,21 @@ def test_what_is_expected_is_near_what_comes_out(copied: TinyRecipe, encoding: s
     assert 0.8 < found.num_bytes / expected.num_bytes < 1.25, (found, expected)
 
 
+def test_the_head_beside_an_exact_table_is_part_of_what_it_will_take(
+    tiny_model: Path, paragraphs: list[str], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model, paragraphs[:12])
+    edit_recipe(recipe, "steps", "signals", "encoding", value={"kind": "exact"})
+    recipe.run()
+    folder = recipe.step("signals").folder
+    (folder / "manifest.json").unlink()
+    expected = progress_of(recipe.step("signals")).num_bytes
+    found = sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".json")
+    head = (folder / "head.safetensors").stat().st_size
+    assert expected is not None and head > found / 4
+    assert 0.8 < found / expected < 1.25, (found, expected)
+
+
 def test_a_changed_recipe_lies_beside_what_is_there(finished: TinyRecipe) -> None:
     old = {step.name: step.folder for step in finished.plan()}
     for step in finished.plan("steps.documents.length=32"):
