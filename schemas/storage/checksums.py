@@ -1,7 +1,8 @@
-"""Checksums of files that are asked for again and again: hashed once, then remembered."""
+"""What is read of files again and again, by content: worked out once, then remembered."""
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import StoreError
@@ -18,10 +19,25 @@ def remembered_sha256(path: Path) -> str:
     stat = path.stat()
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    memory = user_cache() / "sha256" / name
-    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
+    return _remembered(user_cache() / "sha256" / name, lambda: sha256_of(path), 64)
+
+
+def remembered_of(
+    what: str, rules: int, files: Sequence[Path], worked_out: Callable[[], str]
+) -> str:
+    """Return a line that depends on names and bytes of ``files`` alone, worked out when first seen.
+
+    ``rules`` is raised when the same files give another line.
+    """
+    contents = [f"{path.name}:{remembered_sha256(path)}" for path in files]
+    name = hashlib.sha256("\n".join([str(rules), *contents]).encode()).hexdigest()[:32]
+    return _remembered(user_cache() / what / name, worked_out, 1)
+
+
+def _remembered(memory: Path, worked_out: Callable[[], str], shortest: int) -> str:
+    if memory.is_file() and len(known := memory.read_text().strip()) >= shortest:
         return known
-    found = sha256_of(path)
+    found = worked_out()
     with contextlib.suppress(StoreError):  # a cache that cannot be written costs time, no more
         write_text(memory, found + "\n")
     return found

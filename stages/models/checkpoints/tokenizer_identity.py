@@ -13,12 +13,12 @@ either moves no fingerprint.
 import hashlib
 import json
 import shutil
-from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
+from schemas.storage.checksums import remembered_of
 from schemas.storage.files import sha256_of
 from stages.models.checkpoints.tokenizer_as_built import was_built_otherwise
 
@@ -34,6 +34,7 @@ _VOCABULARY_FILES = (
     "vocab.txt",
     "added_tokens.json",
 )
+_RULES = 1  # raise it when the same files are read otherwise
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _CONFIG = "config.json"  # its model_type decides, too, how transformers opens a tokenizer
 _TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -53,7 +54,7 @@ _SPECIAL_KEYS = (
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Return the sha256 of the tokenizer in a model folder; raises ConfigError if there is none."""
-    return _fingerprints(folder, _stamps(folder))[0]
+    return str(_known(folder)["tokenizer"])
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
@@ -62,30 +63,34 @@ def vocabulary_fingerprint(folder: Path) -> str:
     That is vocabulary, merges, normaliser, pre-tokeniser and added tokens. What stands around it
     (a BOS, an EOS, a chat template) is in the rows of a table already.
     """
-    return _fingerprints(folder, _stamps(folder))[1]
+    return str(_known(folder)["vocabulary"])
 
 
-@lru_cache(maxsize=64)
-def _fingerprints(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> tuple[str, str]:
-    """Return both, read once for each state of the files: a plan asks at every step."""
+def _known(folder: Path) -> dict[str, Any]:
+    """Return what ``_read_of`` says, from memory where these very files were read before."""
+    found = [folder / name for name in (*_tokenizer_files(), _CONFIG)]
+    found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    files = [path for path in found if path.is_file()]
+    line = remembered_of("tokenizers", _RULES, files, lambda: json.dumps(_read_of(folder)))
+    known: dict[str, Any] = json.loads(line)
+    return known
+
+
+def _read_of(folder: Path) -> dict[str, Any]:
+    """Return both fingerprints, and what the tokenizer puts first."""
     settings, vocabulary = _settings(folder), _vocabulary(folder)
     body = {
         "vocabulary": vocabulary,
         "special": {key: _token(settings[key]) for key in _SPECIAL_KEYS if settings.get(key)},
         "chat_templates": _chat_templates(folder, settings),
     }
-    has_file = (folder / TOKENIZER_JSON).is_file()
-    if has_file and was_built_otherwise(settings, vocabulary, _model_type(folder)):
-        body["ids"] = TOKENIZER_JSON
-    return _hash_of(body), _hash_of(_meaning_of_ids(folder, settings, vocabulary))
-
-
-def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return name, size and time of whatever a fingerprint may be read from."""
-    found = [folder / name for name in (*_tokenizer_files(), _CONFIG)]
-    found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
-    stats = ((path.name, path.stat()) for path in found if path.is_file())
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    first = None
+    if (folder / TOKENIZER_JSON).is_file():
+        first = _put_first(_read_json(folder / TOKENIZER_JSON).get("post_processor") or {})
+        if was_built_otherwise(settings, vocabulary, _model_type(folder)):
+            body["ids"] = TOKENIZER_JSON
+    meaning = _meaning_of_ids(folder, settings, vocabulary)
+    return {"tokenizer": _hash_of(body), "vocabulary": _hash_of(meaning), "first_tokens": first}
 
 
 def _tokenizer_files() -> tuple[str, ...]:
@@ -119,10 +124,8 @@ def first_tokens(folder: Path) -> list[str] | None:
     The post-processor of tokenizer.json decides, as in transformers 5: ``add_bos_token`` counts
     where that file is missing, and None is returned there.
     """
-    path = folder / TOKENIZER_JSON
-    if not path.is_file():
-        return None
-    return _put_first(_read_json(path).get("post_processor") or {})
+    first: list[str] | None = _known(folder)["first_tokens"]
+    return first
 
 
 def _put_first(processor: dict[str, Any]) -> list[str]:
