@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ..errors import SchemaMismatch, StoreError
@@ -120,7 +121,12 @@ def read_manifest(folder: Folder) -> Manifest:
     """
     manifest = manifest_if_there(folder)
     if manifest is None:
-        state = "is not finished" if folder.is_dir() else "does not exist"
+        if not folder.is_dir():
+            state = "does not exist"
+        elif isinstance(folder, Path) and not next(folder.glob("*.arrow"), None):
+            state = "holds no table"  # nor a part of one
+        else:
+            state = "is not finished"
         raise StoreError(
             f"{folder} {state}: it has no {MANIFEST}; run the recipe that makes it "
             f"(`teachercache run`) and try again"

@@ -174,7 +174,10 @@ def _vocabulary(folder: Path) -> Any:
     if not files:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
-            raise ConfigError(f"{folder} {what}: give the path of a model folder")
+            raise ConfigError(
+                f"{folder} {what}: give the path of a model folder, or with 'revision' in a "
+                f"recipe's models a name of the hub"
+            )
         raise ConfigError(
             f"{folder} has no tokenizer: no {TOKENIZER_JSON} and none of "
             f"{', '.join(_VOCABULARY_FILES)}; save the model's tokenizer there"

@@ -5,7 +5,7 @@ Task files are small (CrossFit's hold tens of rows) and many, so they are read w
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,24 @@ def json_object(line: bytes) -> dict[str, Any]:
     return body
 
 
+def read_by(columns: Iterable[str], wanted: str) -> str:
+    """Return which stage reads records with such columns, where text was looked for in them."""
+    there = set(columns)
+    if wanted != "text":
+        return ""
+    if {"chosen", "rejected"} <= there:
+        return "; preference pairs are read by stage preference_pairs"
+    chats = ({"messages"}, {"conversations"}, {"instruction", "output"}, {"prompt", "completion"})
+    return "; chats are read by stage conversations" if any(c <= there for c in chats) else ""
+
+
 def field_of(record: dict[str, Any], name: str, expected: str) -> Any:
     """Return a field; raises MalformedRecord where it is missing or null."""
     if name not in record:
         columns = ", ".join(map(repr, record))[:_COLUMNS_SHOWN] or "none"
-        raise MalformedRecord("missing_column", f"no column '{name}'; it has {columns}")
+        raise MalformedRecord(
+            "missing_column", f"no column '{name}'; it has {columns}{read_by(record, name)}"
+        )
     if record[name] is None:
         raise MalformedRecord("missing_text", f"'{name}' is null, expected {expected}")
     return record[name]

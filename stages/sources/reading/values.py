@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from schemas.errors import ConfigError, first_line
 from schemas.storage.file_locks import NO_LOCKS
-from stages.sources.reading.lines import field_of, json_object
+from stages.sources.reading.lines import field_of, json_object, read_by
 from stages.sources.reading.rejects import MalformedRecord
 from stages.sources.reading.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
 
@@ -224,7 +224,7 @@ def _require_text(schema: pa.Schema, column: str, where: str) -> None:
     if column not in schema.names:
         columns = ", ".join(map(repr, schema.names)) or "none"
         raise ConfigError(
-            f"{where}: no column '{column}'; it has {columns}: "
+            f"{where}: no column '{column}'; it has {columns}{read_by(schema.names, column)}: "
             f"set `source.column` to the one that holds the text"
         )
     dtype = schema.field(column).type

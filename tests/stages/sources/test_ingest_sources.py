@@ -213,6 +213,10 @@ def test_ids_beyond_the_models_vocabulary_are_rejected(tmp_path: Path) -> None:
             {"source": {"kind": "jsonl", "paths": ["{folder}/b.jsonl"]}},
             r"b.jsonl:1: no column 'text'; it has 'body', 'n' \(so are all 2 records read\)$",
         ),
+        (
+            {"source": {"kind": "jsonl", "paths": ["{folder}/chats.jsonl"]}},
+            r"no column 'text'; it has 'messages'; chats are read by stage conversations",
+        ),
         ({"min_chars": 50}, r"no train row is left of 1 documents \(rejected: too_short 1\)"),
         ({"source": {"kind": "jsonl", "paths": ["/nowhere/*.jsonl"]}}, "no file matches"),
     ],
@@ -221,6 +225,7 @@ def test_what_cannot_be_made_is_refused_in_one_line(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "b.jsonl").write_text('{"body": "a", "n": 1}\n{"body": "b", "n": 2}\n')
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
     changes = json.loads(json.dumps(changes).replace("{folder}", str(tmp_path)))
     with pytest.raises(ConfigError, match=message) as caught:
         stage(tmp_path, **changes).prepare(tmp_path / "work")
