@@ -22,7 +22,10 @@ IMPORT_SITES = {
     "torch": ("stages/", "pipeline/executors/local/training.py"),
     "transformers": ("stages/",),
     "tokenizers": (OPENS_TOKENIZERS,),
-    "datasets": ("stages/sources/", "stages/teacher/", "pipeline/exports/"),
+    "datasets": (
+        *("stages/sources/", "stages/teacher/", "pipeline/exports/"),
+        "stages/student/hf_trainer.py",
+    ),
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
     "trl": ("stages/teacher/trl_trainer.py",),
