@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         StoreError,
         TeacherCacheError,
     )
-    from schemas.scored_spans import span_targets
 else:
     from teachercache.own import schemas as _schemas
     from teachercache.own.schemas import *  # noqa: F403
@@ -27,7 +26,6 @@ else:
         StoreError,
         TeacherCacheError,
     )
-    from teachercache.own.schemas.scored_spans import span_targets
 
 __all__ = [
     "ConfigError",
@@ -35,6 +33,5 @@ __all__ = [
     "SchemaMismatch",
     "StoreError",
     "TeacherCacheError",
-    "span_targets",
 ]
 __all__ += _schemas.__all__
