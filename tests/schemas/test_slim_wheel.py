@@ -63,15 +63,17 @@ def test_it_holds_the_folder_under_another_name(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(built(tmp_path)).namelist())
     packed = {name for name in names if ".dist-info" not in name}
     modules = {path.relative_to(SLIM).as_posix() for path in SLIM.rglob("*.py")}
-    assert packed == {f"teachercache_schemas/{name}" for name in {*modules, "LICENSE"}}
+    assert packed == {f"teachercache_schemas/{name}" for name in modules}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_it_has_the_version_of_the_other_and_two_dependencies() -> None:
+def test_it_has_version_and_licence_of_the_other_and_two_dependencies() -> None:
     slim, whole = (
         tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         for folder in (SLIM, REPOSITORY)
     )
     assert slim["version"] == whole["version"]
+    assert (SLIM / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
     assert slim["requires-python"] == whole["requires-python"]
     assert slim["dependencies"] == ["numpy>=2.0", "pyarrow>=20"]
     assert set(slim["dependencies"]) < set(whole["dependencies"])
