@@ -7,11 +7,8 @@ python examples/hello.py MODEL DOCUMENTS SIGNALS OUTPUT
 import sys
 from pathlib import Path
 
-from schemas import open_dataset, unpack_threshold
-from stages.student.init.work import init_student
-from stages.student.objectives.kd import KdConfig
-from stages.student.train.stage import TrainConfig
-from stages.student.train.work import train
+from teachercache import open_dataset, unpack_threshold
+from teachercache.student import KdConfig, TrainConfig, init_student, train
 
 if len(sys.argv) != 5:
     sys.exit(

@@ -3,6 +3,7 @@
 from .dataset import CachedDataset, open_dataset
 from .distribution import unpack_threshold, unpack_top_k
 from .sample_id import sample_id_of
+from .scored_spans import scored_targets, span_targets
 from .storage.manifest import Manifest, read_manifest
 from .storage.records import ShardRecord
 from .tables.advantages import (
@@ -51,6 +52,8 @@ __all__ = [
     "open_dataset",
     "read_manifest",
     "sample_id_of",
+    "scored_targets",
+    "span_targets",
     "split_candidates",
     "split_subsets",
     "subset_input_ids",

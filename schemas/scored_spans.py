@@ -8,10 +8,13 @@ context. A signal's entries are those of all spans end to end.
 Dimensions: S = spans, P = scored positions.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .errors import ConfigError, StoreError
 
 SCORED: str = "scored_S2"
 
@@ -30,3 +33,29 @@ def span_problem(spans_S2: npt.NDArray[Any], num_tokens: int) -> str:
     if len(spans) and in_order and marks[0] >= 1 and marks[-1] <= num_tokens:
         return ""
     return f"scored spans {spans.tolist()} do not lie in order within tokens 1 to {num_tokens - 1}"
+
+
+def scored_targets(row: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Return the indices [P] in ``input_ids_T`` of the tokens that are predicted and scored.
+
+    Those of the row's spans, or else all from the first one that a signal is about. Raises
+    StoreError where the row's signal is about others.
+    """
+    num_tokens = len(row["input_ids_T"])
+    start = int(row.get("first_target", 1))
+    scored = row.get("next_token_logprobs_P")
+    if SCORED in row:
+        targets_P = span_targets(row[SCORED])
+        if not len(targets_P):
+            raise ConfigError(
+                f"sample {row['sample_id']} has no scored token, it is a prompt (turns: none): "
+                f"train on conversations with answers"
+            )
+        if scored is not None and (len(scored), start) != (len(targets_P), int(targets_P[0])):
+            raise StoreError(
+                f"sample {row['sample_id']}: signals for {len(scored)} tokens from {start} on, the "
+                f"row's spans have {len(targets_P)} from {int(targets_P[0])} on: run `teachercache "
+                f"verify` on the data"
+            )
+        return targets_P
+    return np.arange(start, num_tokens if scored is None else start + len(scored))

@@ -19,10 +19,13 @@ IMPORT_SITES = {
     "vllm": ("stages/models/engines/vllm_engine.py",),
     "ray": ("pipeline/executors/ray_cluster/",),
     "airflow": ("airflow_dags/",),
-    "torch": ("stages/", "pipeline/executors/local/training.py"),
+    "torch": ("stages/", "pipeline/executors/local/training.py", "schemas/torch_rows.py"),
     "transformers": ("stages/",),
     "tokenizers": (OPENS_TOKENIZERS,),
-    "datasets": ("stages/sources/", "stages/teacher/", "pipeline/exports/"),
+    "datasets": (
+        *("stages/sources/", "stages/teacher/", "pipeline/exports/"),
+        "stages/student/hf_trainer.py",
+    ),
     "polars": ("stages/sources/",),
     "accelerate": ("stages/student/",),
     "trl": ("stages/teacher/trl_trainer.py",),
@@ -107,10 +110,12 @@ def _direct(node: ast.stmt) -> Iterator[tuple[str, int]]:
 def test_schemas_is_a_leaf_with_relative_imports() -> None:
     """So that it can be shipped alone under another name; an object store alone needs fsspec."""
     allowed = {"numpy", "pyarrow", *sys.stdlib_module_names}
+    sites = {"schemas/storage/object_path.py": {"fsspec"}, "schemas/torch_rows.py": {"torch"}}
     for name, tree in sources():
+        assert "torch_rows" not in {module for module, _ in imported(tree)}, name
         if name.startswith("schemas/"):
             foreign = {module for module, level in imported(tree) if level == 0} - allowed
-            expected = {"fsspec"} if name == "schemas/storage/object_path.py" else set()
+            expected = sites.get(name, set())
             assert foreign == expected, f"{name} imports {foreign}"
             assert "fsspec" not in {module for node in tree.body for module, _ in _direct(node)}
 

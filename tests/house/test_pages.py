@@ -9,7 +9,9 @@ import pytest
 from tests.house.tree import REPOSITORY
 
 PAGES = sorted(
-    {*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("findings/*.md")}
+    path
+    for pattern in ("*.md", "docs/**/*.md", "findings/*.md", "schemas/*.md")
+    for path in REPOSITORY.glob(pattern)
 )
 
 

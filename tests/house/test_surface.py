@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 import schemas
+import teachercache
 from pipeline.cli import app
 from tests.house.tree import PACKAGES, REPOSITORY
 
@@ -43,6 +44,8 @@ PUBLIC = [
     "open_dataset",
     "read_manifest",
     "sample_id_of",
+    "scored_targets",
+    "span_targets",
     "split_candidates",
     "split_subsets",
     "subset_input_ids",
@@ -79,6 +82,13 @@ def test_public_names_of_schemas() -> None:
     assert all(hasattr(schemas, name) for name in PUBLIC)
 
 
+def test_public_names_of_teachercache() -> None:
+    """What the docs show: all of ``schemas`` and its errors."""
+    errors = ["ConfigError", "IdentityMismatch", "SchemaMismatch", "StoreError"]
+    assert teachercache.__all__ == [*errors, "TeacherCacheError", *PUBLIC]
+    assert all(hasattr(teachercache, name) for name in teachercache.__all__)
+
+
 def test_commands_and_options() -> None:
     """People's scheduled jobs call these: a removed one breaks them at night."""
     root = typer.main.get_command(app)
@@ -96,7 +106,7 @@ def _leaves(command: object, path: str) -> Iterator[tuple[str, set[str]]]:
             yield from _leaves(child, f"{path} {name}")
 
 
-def test_the_wheel_holds_the_three_packages_and_the_command(tmp_path: Path) -> None:
+def test_the_wheel_holds_our_packages_and_the_command(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     done = subprocess.run(
         [*build, "--no-index", "--wheel-dir", str(tmp_path), str(REPOSITORY)], capture_output=True
@@ -106,7 +116,10 @@ def test_the_wheel_holds_the_three_packages_and_the_command(tmp_path: Path) -> N
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "teachercache = pipeline.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    command = "teachercache = teachercache.__main__:main"
+    assert command in zipfile.ZipFile(wheel).read(entry).decode()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert all(name.endswith(".py") for name in names if ".dist-info" not in name)
 
 
 def test_a_trainer_only_install_names_no_vllm() -> None:

@@ -79,13 +79,14 @@ def test_no_folder_of_the_product_is_crowded_and_no_file_long() -> None:
 
 
 def test_a_package_says_one_line_and_holds_nothing_else() -> None:
-    """But for the lists of tables, objectives and exports, the trainers' door and the command."""
+    """But for the lists of tables, objectives and exports, the doors and the command."""
     lists = (
         "schemas",
         "schemas/tables",
         "stages/student/objectives",
         "pipeline/cli",
         "pipeline/exports",
+        *("teachercache", "teachercache/own"),
     )
     for package in PACKAGES:
         for path in (REPOSITORY / package).rglob("__init__.py"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent.parent
-PACKAGES = ("schemas", "stages", "pipeline")
+PACKAGES = ("schemas", "stages", "pipeline", "teachercache")
 FOLDERS = (*PACKAGES, "airflow_dags", "benchmarks", "examples", "tests")
 
 

@@ -87,6 +87,20 @@ def chunked_loss(
     return LossSums(loss, dict(zip(objective.SUMS, sums_S.unbind(), strict=True)))
 
 
+def logits_loss(logits_NV: Tensor, objective: PositionLoss) -> LossSums:
+    """Sum the objective over logits [N, V] that a model has made itself, as others' trainers do.
+
+    Softmax and loss are float32 (float64 of float64 logits), a chunk at a time; what is held beside
+    the logits is their gradient.
+    """
+    chunk_bytes = CPU_CHUNK_BYTES if logits_NV.device.type == "cpu" else GPU_CHUNK_BYTES
+    with_grad = torch.is_grad_enabled()
+    job = _Job(objective, 1.0, None, logits_NV.dtype, chunk_bytes, with_grad)
+    apply: Any = _LogitsLoss.apply  # untyped in torch
+    loss, sums_S = apply(logits_NV, job)
+    return LossSums(loss, dict(zip(objective.SUMS, sums_S.unbind(), strict=True)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     objective: PositionLoss
@@ -195,3 +209,26 @@ def _reduce_chunks(job: _Job, inputs: _Inputs, grads: _Gradients) -> Tensor:
                 work_CV *= job.scale
             grads.add(rows, work_CV, hidden_CD, weight_VD)
     return sums_S
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """Forward computes the gradient too; backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+        grad_NV = torch.empty_like(logits_NV) if job.with_grad else None
+        sums_S = logits_NV.new_zeros(len(job.objective.SUMS), dtype=job.wide)
+        with torch.autocast(logits_NV.device.type, enabled=False):
+            for rows in job.chunks(*logits_NV.shape):
+                work_CV = torch.log_softmax(logits_NV[rows], dim=-1, dtype=job.wide)
+                sums_S += job.objective.reduce_(work_CV, rows, with_grad=job.with_grad)
+                if grad_NV is not None:
+                    grad_NV[rows] = work_CV
+        ctx.save_for_backward(grad_NV)
+        ctx.mark_non_differentiable(sums_S)
+        return sums_S[0].clone(), sums_S
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NV,) = ctx.saved_tensors
+        return (grad_NV * grad_outputs[0]).to(grad_NV.dtype), None

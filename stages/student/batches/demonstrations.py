@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError
-from schemas.scored_spans import SCORED
+from schemas.scored_spans import SCORED, scored_targets
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from stages.models.encoder_decoder.halves import (
     Frame,
@@ -34,7 +34,7 @@ from stages.models.encoder_decoder.halves import (
     frame_of,
 )
 from stages.models.encoder_decoder.model import padded
-from stages.student.batches.signals import Collator, Row, check_ids, scored_targets
+from stages.student.batches.signals import Collator, Row, check_ids
 from stages.student.distiller.distiller import Distiller
 from stages.student.distiller.reader import window_of
 

@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
 from schemas.distribution import MAX_MASS_ERROR, unpack_threshold, unpack_top_k
-from schemas.errors import ConfigError, StoreError, TeacherCacheError
-from schemas.scored_spans import SCORED, span_targets
+from schemas.errors import StoreError, TeacherCacheError
+from schemas.scored_spans import scored_targets
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
 IGNORED = -100  # transformers counts labels other than this one as tokens of the step
@@ -136,32 +136,6 @@ def check_ids(
                 f"sample {row['sample_id']}: {column} holds id {largest}, the student has "
                 f"{vocab_size} tokens: run `teachercache verify` on the data"
             )
-
-
-def scored_targets(row: Row) -> npt.NDArray[np.int64]:
-    """Return the indices [P] in ``input_ids_T`` of the tokens that are predicted and scored.
-
-    Those of the row's spans, or else all from the first one that a signal is about. Raises
-    StoreError where the row's signal is about others.
-    """
-    num_tokens = len(row["input_ids_T"])
-    start = int(row.get("first_target", 1))
-    scored = row.get("next_token_logprobs_P")
-    if SCORED in row:
-        targets_P = span_targets(row[SCORED])
-        if not len(targets_P):
-            raise ConfigError(
-                f"sample {row['sample_id']} has no scored token, it is a prompt (turns: none): "
-                f"train on conversations with answers"
-            )
-        if scored is not None and (len(scored), start) != (len(targets_P), int(targets_P[0])):
-            raise StoreError(
-                f"sample {row['sample_id']}: signals for {len(scored)} tokens from {start} on, the "
-                f"row's spans have {len(targets_P)} from {int(targets_P[0])} on: run `teachercache "
-                f"verify` on the data"
-            )
-        return targets_P
-    return np.arange(start, num_tokens if scored is None else start + len(scored))
 
 
 def joined(rows: Sequence[Row], name: str, dtype: npt.DTypeLike) -> Array:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
+from schemas.scored_spans import scored_targets
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.batches.signals import IGNORED, encoding_of, scored_targets
+from stages.student.batches.signals import IGNORED, encoding_of
 from stages.student.batches.training_data import teacher_head_of
 
 Array = npt.NDArray[Any]

@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from schemas.errors import ConfigError, StoreError
-from schemas.scored_spans import span_targets
+from schemas.scored_spans import scored_targets, span_targets
 from schemas.tables.demonstrations import Demonstrated
 from stages.stage import Rejected
-from stages.student.batches.signals import Collator, scored_targets
+from stages.student.batches.signals import Collator
 from tests.fixtures.cached_data import VOCAB_SIZE, save_model
 from tests.fixtures.demonstration_data import context_of, cut, kept, shard_of
 from tests.fixtures.tiny_teacher import ENCODINGS, stage_of, weights_of
