@@ -123,8 +123,8 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
         raise ConfigError(
             f"'{name}' is not a training step; there are: {', '.join(names) or 'none'}"
         )
-    students = {model.base for model in chosen.models.values()}
-    makers = [step for step in plan if step.place in students]
+    used = {place for model in chosen.models.values() for place in (model.base, model.adapter)}
+    makers = [step for step in plan if step.place in used]
     for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
         if not is_done(source):
             raise StoreError(

@@ -14,10 +14,12 @@ def run_training(
 ) -> None:
     """Train in this process, in several of this machine, or on the workers of a Ray cluster."""
     student = step.models[stage.student]
+    goes_on = stage.adapts is not None  # planning has seen that an adapter is of the same kind
     reader = None if stage.reader is None else step.models[stage.reader]
     job = TrainingJob(
         config=stage,
-        student=_place(student),
+        student=student.base if goes_on else _place(student),
+        adapter=student.adapter if goes_on else None,
         data=tuple(source.place for source in step.inputs[: len(stage.data)]),
         lm_data=tuple(source.place for source in step.inputs[len(stage.data) :]),
         reader=None if reader is None else _place(reader),

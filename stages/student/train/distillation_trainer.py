@@ -39,6 +39,7 @@ from stages.models.encoder_decoder.halves import frame_of
 from stages.student.batches.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn, counts_of
 from stages.student.batches.training_data import TrainingData, advantage_heads_of, teacher_head_of
 from stages.student.evaluate.positions import DTYPES
+from stages.student.lora import load_lora
 from stages.student.losses.step import UNITS, Step
 from stages.student.train.loss_log import EventReporter, RunningSums
 from stages.student.train.stage import TrainConfig
@@ -187,6 +188,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             write_text(folder / WHOLE, "")
             if self._on_checkpoint is not None:
                 self._on_checkpoint(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint, of an adapted student its adapter."""
+        if self._config.lora is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_lora(self.model, Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's parts over all processes since the last log.
