@@ -27,12 +27,13 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
 from stages.stage import FolderStage, SourceStage, TableStage
+from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage
 
 
 def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
     """Bring every step to completion, in order."""
-    _refuse_undivided_steps(plan, execution)
+    _refuse_untrainable_steps(plan, execution)
     for step in plan:
         progress = progress_of(step)
         reporter.step_started(step, progress)
@@ -134,12 +135,14 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
     return [*makers, chosen]
 
 
-def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
+def _refuse_untrainable_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
     """Find out before a teacher has worked for it that a student cannot be trained so."""
     for step in plan:
         if isinstance(step.stage, TrainStage) and not is_done(step):
             try:
                 step.stage.share(execution.training_processes)
+                if execution.executor == "local":  # else the cluster's workers know
+                    require_packages(step.stage.packages())
             except ConfigError as error:
                 raise ConfigError(f"steps.{step.name}: {error}") from error
 

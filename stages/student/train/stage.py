@@ -5,7 +5,7 @@ Every field of ``TrainConfig`` moves the weights and is hashed; where a run happ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from stages.student.lora import LoraSettings
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.objectives.mend import MendConfig
+from stages.student.packages import Package
 
 
 class TrainConfig(StageConfig):
@@ -25,14 +26,15 @@ class TrainConfig(StageConfig):
     A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows, on one process or
     divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
     preference losses: over the rows), however they fall into batches and processes.
-    ``dtype`` is that of the matrix products; weights and optimizer state are float32.
+    ``dtype`` is that of the matrix products; weights and optimizer state are float32, but for
+    ``adamw_8bit``. ``adafactor`` takes ``lr`` as it stands and keeps sums of rows and columns.
     ``warmup`` is a share of all steps. With ``packing`` the rows of a batch lie end to end, each
     read as if alone, instead of side by side and padded to the longest. With ``lora`` an adapter is
     trained and saved, and the student's own weights are left as they are.
     """
 
     # Settings that came later: runs that leave them as they are keep their names.
-    LATER: ClassVar[tuple[str, ...]] = ("lora",)
+    LATER: ClassVar[tuple[str, ...]] = ("lora", "optimizer")
 
     objective: ObjectiveConfig = KdConfig()
     lr: float = Field(default=3e-4, gt=0.0)
@@ -48,6 +50,7 @@ class TrainConfig(StageConfig):
     gradient_checkpointing: bool = False
     packing: bool = False
     lora: LoraSettings | None = None
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -78,6 +81,13 @@ class TrainConfig(StageConfig):
         """Return what decides the weights, without what came later and is left as it was."""
         left = {name for name in self.LATER if getattr(self, name) == self.default_of(name)}
         return self.model_dump(mode="json", include=set(TrainConfig.model_fields) - left)
+
+    def packages(self) -> Iterator[Package]:
+        """Yield what the settings need beside the trainer's own packages."""
+        if self.lora is not None:
+            yield Package("lora", ("peft",), "teachercache[align]")
+        if self.optimizer == "adamw_8bit":
+            yield Package("optimizer: adamw_8bit", ("bitsandbytes",), "bitsandbytes")
 
     @classmethod
     def default_of(cls, name: str) -> Any:
