@@ -30,7 +30,7 @@ def training_arguments(
     Raises ConfigError when a step's rows cannot be divided over the group, or a package is missing.
     """
     on_gpu = options.device == "auto" and torch.cuda.is_available()
-    require_packages(config.packages())
+    require_packages([*config.packages(), *options.packages()])
     # Unnamed, AdamW is what transformers takes by itself: torch's own, fused.
     optimizer = {} if config.optimizer == "adamw" else {"optim": OPTIMIZERS[config.optimizer]}
     args = RunArguments(

@@ -43,6 +43,7 @@ from stages.student.lora import load_lora
 from stages.student.losses.step import UNITS, Step
 from stages.student.train.loss_log import EventReporter, RunningSums
 from stages.student.train.stage import TrainConfig
+from stages.student.train.trackers import Trackers
 
 OnEvent = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -67,10 +68,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         on_checkpoint: OnCheckpoint | None = None,
         num_token_ids: int | None = None,
         reader: PreTrainedModel | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
-        """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
+        """Set up for one run; events, checkpoints and trackers are the main process's only.
 
-        The second is called with the folder of each checkpoint when it is whole. Ids from
+        ``on_checkpoint`` is called with the folder of each checkpoint when it is whole. Ids from
         ``num_token_ids`` on are no token's (None: not known). With a ``reader`` ``model`` is a
         distiller; the Trainer has no part in the reader.
         """
@@ -84,13 +86,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             packing=config.packing,
             reader_frame=None if reader is None else frame_of(reader.config),
         )
+        told = [*([EventReporter(on_event)] if on_event else ()), *([trackers] if trackers else ())]
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[EventReporter(on_event)] if on_event and args.process_index == 0 else None,
+            callbacks=told if args.process_index == 0 else None,
         )
         self.remove_callback(PrinterCallback)
         self._config = config

@@ -49,6 +49,7 @@ from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
 from stages.student.train.stage import TrainConfig
+from stages.student.train.trackers import Trackers
 
 __all__ = ["DistillationTrainer", "TrainResult", "train"]
 
@@ -190,6 +191,9 @@ class _Run:
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
             scored = replace(scored, reader=reader)
         before = self._measure(model, scored, "before")
+        trackers = None
+        if self.options.report_to:
+            trackers = Trackers(self.options, self.output, before)
         use_cache = getattr(model.config, "use_cache", None)
         trainer = DistillationTrainer(
             model,
@@ -203,6 +207,7 @@ class _Run:
             on_checkpoint=self.on_checkpoint,
             num_token_ids=known_ids,
             reader=reader,
+            trackers=trackers,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
@@ -215,6 +220,8 @@ class _Run:
         if isinstance(self.config.objective, MendConfig):
             summary["cross_model"] = float(self.config.objective.cross_model)
         after = self._measure(model, scored, "after")
+        if trackers is not None and trainer.is_world_process_zero():
+            trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
         history = tuple(dict(entry) for entry in trainer.state.log_history if "loss" in entry)
         if trainer.is_world_process_zero():
