@@ -120,6 +120,15 @@ class Stage(StageConfig, ABC):
         """The module ``work`` beside the one that declares the stage; it loads torch and more."""
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.work")
 
+    @property
+    def adapts(self) -> str | None:
+        """The model that the step's checkpoint is an adapter on; None: it is a whole model."""
+        return None
+
+    def goes_on_from(self, other: "Stage") -> bool:
+        """Whether a step that leaves an adapter may train that of step ``other`` further."""
+        return False
+
     def named(self, settings: Iterable[str]) -> Iterator[tuple[str, str]]:
         """Yield each of some settings with each name that it holds; a dot leads into a part."""
         for setting in settings:
@@ -272,7 +281,7 @@ class TableStage(Stage):
 def _admit(context: StageContext) -> None:
     for model in context.models.values():
         model.admit_code()
-        for folder in filter(None, (model.local_base, model.adapter)):
+        for folder in filter(None, (model.local_base, model.local_adapter)):
             require_whole(folder)
 
 

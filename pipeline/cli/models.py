@@ -217,7 +217,11 @@ def teacher_align(
 
 
 def _model_folder(place: str) -> Path:
-    """Return a model's folder on this machine: of a finished step in an object store, a copy."""
+    """Return a model's folder on this machine: of a finished step in an object store, a copy.
+
+    Of a training step's adapter it is that merged into its base.
+    """
+    from stages.models.checkpoints.adapters import whole_model
     from stages.models.checkpoints.checkpoint import local_copy
 
-    return local_copy(as_folder(place))
+    return whole_model(local_copy(as_folder(place)))

@@ -27,6 +27,7 @@ class TrainingJob:
     fingerprint: str
     lm_data: tuple[Folder, ...] = ()
     reader: Folder | None = None
+    adapter: Folder | None = None
     options: TrainOptions = field(default_factory=TrainOptions)
 
     def carry_out(self, on_event: OnEvent) -> None:
@@ -44,6 +45,7 @@ class TrainingJob:
             data=self.data,
             lm_data=self.lm_data,
             reader=None if self.reader is None else local_copy(self.reader),
+            adapter=None if self.adapter is None else local_copy(self.adapter),
             output=output,
             fingerprint=self.fingerprint,
             options=self.options,

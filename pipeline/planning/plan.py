@@ -21,6 +21,7 @@ from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
 from schemas.storage.files import Folder
+from stages.models.checkpoints.adapters import trained_name
 from stages.models.checkpoints.checkpoint import local_copy
 from stages.models.checkpoints.own_code import check_trust, trust
 from stages.models.checkpoints.tokenizer_identity import (
@@ -42,7 +43,7 @@ class Model:
     engine: Literal["vllm", "transformers"]
     identity: Mapping[str, Any]
     vocabulary: str
-    adapter: Path | None = None
+    adapter: Folder | None = None
     trust_remote_code: bool = False
 
     @property
@@ -54,7 +55,9 @@ class Model:
         """The model as stages see it; its folder has to exist by now."""
         width = hidden_size_of(self.base)
         merged_name = ""
-        if self.adapter is not None:
+        if self.adapter is not None and "step" in self.identity:
+            merged_name = trained_name(self.adapter, self.dtype)
+        elif self.adapter is not None:
             parts = ("config", "weights", "tokenizer", "adapter", "dtype")
             merged_name = fingerprint_of({part: self.identity[part] for part in parts})[:32]
         return ModelSpec(
@@ -151,6 +154,7 @@ def _plan_step(
     )
     models = _models(stage, stage.RUNS, recipe, planned, place)
     _check(stage, inputs, models, place)
+    _refuse_adapter_on_adapter(stage, models, planned, place)
     _refuse_other_vocabulary(models, inputs, place)
     models |= _models(stage, stage.ALSO_RUNS, recipe, planned, place)
     identity["inputs"] = [step.fingerprint for step in inputs]
@@ -188,6 +192,22 @@ def _models(
             model = replace(model, identity={**model.identity, "engine_extra": extra})
         found[ref] = model
     return found
+
+
+def _refuse_adapter_on_adapter(
+    stage: Stage, models: Mapping[str, Model], planned: Mapping[str, PlannedStep], place: str
+) -> None:
+    """Of a model with an adapter, a step may train that very adapter, or all weights."""
+    if stage.adapts is None or (adapter := models[stage.adapts].adapter) is None:
+        return
+    maker = next((step for step in planned.values() if step.place == adapter), None)
+    if maker is None or not stage.goes_on_from(maker.stage):
+        whose = "a folder" if maker is None else f"step '{maker.name}'"
+        raise ConfigError(
+            f"{place}.lora: '{stage.adapts}' has an adapter already, of {whose}: give the same "
+            f"rank, alpha and targets as the step that made it, or leave lora out to train the "
+            f"merged weights"
+        )
 
 
 def _check(
@@ -282,11 +302,15 @@ def _checkpoint_model(ref: ModelRef, planned: Mapping[str, PlannedStep], place: 
     if step is None or not step.makes_model:
         raise ConfigError(f"{place}: '{ref.step}' is not an earlier step that makes a checkpoint")
     identity = {"step": step.fingerprint, "dtype": ref.dtype, "engine": ref.engine}
-    return Model(step.place, ref.dtype, ref.engine, identity, step.vocabulary)
+    base, adapter = step.place, None
+    if step.stage.adapts is not None:
+        base, adapter = step.models[step.stage.adapts].base, step.place
+    return Model(base, ref.dtype, ref.engine, identity, step.vocabulary, adapter)
 
 
 def needs(plan: Sequence[PlannedStep], step: PlannedStep) -> list[PlannedStep]:
     """Return the steps whose tables or checkpoints ``step`` reads."""
     folders = {source.place for source in step.inputs}
     folders |= {model.base for model in step.models.values()}
+    folders |= {model.adapter for model in step.models.values() if model.adapter is not None}
     return [other for other in plan if other.place in folders]

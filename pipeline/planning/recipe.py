@@ -14,6 +14,7 @@ from schemas.storage.files import Folder, as_folder
 from stages.models.spec import EngineOptions
 from stages.registry import Step
 from stages.stage import StageConfig
+from stages.student.options import Tracker
 
 
 class ModelRef(StageConfig):
@@ -78,7 +79,8 @@ class Execution(StageConfig):
     ``address`` is a Ray cluster's (``auto``, ``host:port``, ``ray://host:port``); without one,
     executor ``ray`` starts a Ray of its own. A shard may cost ``max_attempts`` workers before its
     rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one. A
-    scheduler gives each of its tasks ``group_size`` shards.
+    scheduler gives each of its tasks ``group_size`` shards. ``report_to`` are trackers that follow
+    every training step.
     """
 
     root: Root = Field(default=Path("cache"), validate_default=True)
@@ -86,6 +88,7 @@ class Execution(StageConfig):
     address: str | None = None
     workers: int = Field(default=1, ge=1)
     training_processes: int = Field(default=1, ge=1)
+    report_to: tuple[Tracker, ...] = ()
     group_size: int = Field(default=16, ge=1)
     max_attempts: int = Field(default=3, ge=1)
     shard_timeout_s: float | None = Field(default=None, gt=0.0)

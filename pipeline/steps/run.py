@@ -4,6 +4,7 @@ One run at a time may write a step, or several that each write other shards of i
 that die with the process, and whoever comes too late is refused in one line.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 
@@ -27,12 +28,14 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
 from stages.stage import FolderStage, SourceStage, TableStage
+from stages.student.options import TENSORBOARD_FOLDER, TrainOptions
+from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage
 
 
 def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
     """Bring every step to completion, in order."""
-    _refuse_undivided_steps(plan, execution)
+    _refuse_untrainable_steps(plan, execution)
     for step in plan:
         progress = progress_of(step)
         reporter.step_started(step, progress)
@@ -123,8 +126,8 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
         raise ConfigError(
             f"'{name}' is not a training step; there are: {', '.join(names) or 'none'}"
         )
-    students = {model.base for model in chosen.models.values()}
-    makers = [step for step in plan if step.place in students]
+    used = {place for model in chosen.models.values() for place in (model.base, model.adapter)}
+    makers = [step for step in plan if step.place in used]
     for source in (*chosen.inputs, *(m for m in makers if isinstance(m.stage, TrainStage))):
         if not is_done(source):
             raise StoreError(
@@ -134,14 +137,28 @@ def training_step(plan: Sequence[PlannedStep], name: str) -> list[PlannedStep]:
     return [*makers, chosen]
 
 
-def _refuse_undivided_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
+def _refuse_untrainable_steps(plan: Sequence[PlannedStep], execution: Execution) -> None:
     """Find out before a teacher has worked for it that a student cannot be trained so."""
     for step in plan:
         if isinstance(step.stage, TrainStage) and not is_done(step):
             try:
                 step.stage.share(execution.training_processes)
+                _refuse_trackers_without_place(step, execution)
+                if execution.executor == "local":  # else the cluster's workers know
+                    trackers = TrainOptions(report_to=execution.report_to).packages()
+                    require_packages([*step.stage.packages(), *trackers])
             except ConfigError as error:
                 raise ConfigError(f"steps.{step.name}: {error}") from error
+
+
+def _refuse_trackers_without_place(step: PlannedStep, execution: Execution) -> None:
+    if "tensorboard" not in execution.report_to or os.environ.get(TENSORBOARD_FOLDER):
+        return
+    if isinstance(step.place, ObjectPath):
+        raise ConfigError(
+            f"report_to: tensorboard writes into a step's folder, and {step.place} is in a store: "
+            f"set {TENSORBOARD_FOLDER} to a folder of this machine"
+        )
 
 
 def _refuse_full_disk(step: PlannedStep) -> None:

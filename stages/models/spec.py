@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import merged_folder
-from stages.models.checkpoints.checkpoint import local_copy
+from stages.models.checkpoints.checkpoint import local_copy, require_whole
 from stages.models.checkpoints.own_code import trust
 
 HeadCheck = Literal["transformers", "engine", "off"]
@@ -147,15 +147,15 @@ class EngineOptions(BaseModel):
 class ModelSpec:
     """A model as a stage sees it: where it lies, a dtype and an engine.
 
-    ``adapter`` is a PEFT adapter on ``base``, ``merged_name`` a hash of what both hold and of
-    the dtype. ``trust_remote_code`` lets the Python files of ``base`` run.
+    ``adapter`` is a PEFT adapter on ``base``, a folder or what a step left, ``merged_name`` a hash
+    of what both hold and of the dtype. ``trust_remote_code`` lets the Python files of ``base`` run.
     """
 
     base: Folder
     dtype: str
     engine: Literal["vllm", "transformers"]
     hidden_size: int
-    adapter: Path | None = None
+    adapter: Folder | None = None
     merged_name: str = ""
     trust_remote_code: bool = False
 
@@ -170,9 +170,16 @@ class ModelSpec:
 
         An adapter is merged into its base, a model in an object store is fetched.
         """
-        if self.adapter is None:
+        adapter = self.local_adapter
+        if adapter is None:
             return self.local_base
-        return merged_folder(self.local_base, self.adapter, dtype=self.dtype, name=self.merged_name)
+        require_whole(adapter)
+        return merged_folder(self.local_base, adapter, dtype=self.dtype, name=self.merged_name)
+
+    @property
+    def local_adapter(self) -> Path | None:
+        """``adapter`` on this machine."""
+        return None if self.adapter is None else local_copy(self.adapter)
 
     @property
     def local_base(self) -> Path:

@@ -1,7 +1,13 @@
 """Where a student is trained or measured: never hashed, it changes no more than the last bits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from stages.student.packages import Package
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"  # the variable that transformers reads, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,7 +15,8 @@ class TrainOptions:
     """Where a run happens; never hashed. ``num_workers`` decode rows, 0 decodes in the trainer.
 
     ``micro_batch_tokens`` bounds a forward over subsets and candidates, whose number is not that of
-    the rows; activations of one such forward are held at a time.
+    the rows; activations of one such forward are held at a time. ``report_to`` are trackers that
+    are told what is logged, of a run called ``run_name``.
     """
 
     device: Literal["auto", "cpu"] = "auto"
@@ -19,3 +26,11 @@ class TrainOptions:
     checkpoint_every: int = 200
     micro_batch_tokens: int = 8192
     verify: bool = True
+    report_to: tuple[Tracker, ...] = ()
+    run_name: str = ""
+
+    def packages(self) -> Iterator[Package]:
+        """Yield what the trackers need."""
+        for name in self.report_to:
+            modules = ("tensorboardX", "tensorboard") if name == "tensorboard" else (name,)
+            yield Package(f"report_to: {name}", modules, modules[0])

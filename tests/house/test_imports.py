@@ -31,7 +31,7 @@ IMPORT_SITES = {
     "trl": ("stages/teacher/trl_trainer.py",),
     "peft": (
         *("stages/teacher/trl_trainer.py", "stages/models/checkpoints/adapters.py"),
-        "stages/student/distiller/lora.py",
+        "stages/student/lora.py",
     ),
     "fsspec": ("schemas/storage/object_path.py",),
     "s3fs": (),

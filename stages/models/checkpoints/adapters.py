@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError, first_line
+from schemas.storage.files import Folder
 from schemas.storage.shard_cache import user_cache
-from stages.models.checkpoints.checkpoint import equal_modes
+from stages.models.checkpoints.checkpoint import (
+    CHECKPOINT,
+    equal_modes,
+    read_record,
+    require_whole,
+    run_fingerprint,
+    weight_checksums,
+)
 from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer
 
@@ -97,6 +105,32 @@ def merged_folder(base: Path, adapter: Path, *, dtype: str, name: str) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def trained_name(adapter: Folder, dtype: str) -> str:
+    """Return the name of what a training step's adapter is merged into, by what both hold."""
+    record = read_record(adapter)
+    files = {name: record.files[name] for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0])}
+    return run_fingerprint({"base": record.identity["student"], **files, "dtype": dtype})[:32]
+
+
+def whole_model(folder: Path) -> Path:
+    """Return ``folder``, or where it is a training step's adapter, that merged into its base.
+
+    Raises ConfigError where the base is no longer what the adapter was trained on.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / CHECKPOINT).is_file():
+        return folder
+    require_whole(folder)
+    named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = Path(named["base_model_name_or_path"] or "")
+    if not base.is_dir() or weight_checksums(base) != read_record(folder).identity["student"]:
+        raise ConfigError(
+            f"{folder} is an adapter on {base}, which is not there or holds other weights by now: "
+            f"use it as a step of its recipe, or put the model there again"
+        )
+    name = trained_name(folder, "float32")
+    return merged_folder(base, folder, dtype="float32", name=name)
 
 
 def _merge(base: Path, adapter: Path, output: Path, dtype: str) -> None:

@@ -49,13 +49,15 @@ def run_fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def equal_modes(folder: Path) -> None:
-    """Let whoever may read a model's ``config.json`` read all of its files, its weights too.
+    """Let whoever may read a model's configuration read all of its files, its weights too.
 
     safetensors writes for its owner alone.
     """
+    configs = (folder / "config.json", folder / "adapter_config.json")
+    config = next(path for path in configs if path.is_file())
     for path in folder.rglob("*"):
         if path.is_file():
-            shutil.copymode(folder / "config.json", path)
+            shutil.copymode(config, path)
 
 
 def write_checkpoint(folder: Path, record: CheckpointRecord) -> None:

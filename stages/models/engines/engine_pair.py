@@ -67,7 +67,7 @@ def is_one_engine(models: ModelPair) -> bool:
     """Whether one of the two is the other with an adapter that vLLM can serve beside it."""
     first, second = models
     same = (first.base, first.dtype, first.engine) == (second.base, second.dtype, "vllm")
-    adapters = [model.adapter for model in models if model.adapter is not None]
+    adapters = [found for model in models if (found := model.local_adapter) is not None]
     return same and len(adapters) == 1 and served_rank(adapters[0]) is not None
 
 
@@ -83,7 +83,7 @@ class OneEngine:
     def opened(cls, models: ModelPair, options: EngineOptions) -> Iterator["OneEngine"]:
         """Open the base with the adapter beside it."""
         first, second = models
-        adapter = first.adapter or second.adapter
+        adapter = first.local_adapter or second.local_adapter
         assert adapter is not None, "is_one_engine said so"
         opened = open_adapted_engine(first.local_base, adapter, dtype=first.dtype, options=options)
         with opened as engine:
@@ -197,7 +197,8 @@ class OneAfterTheOther:
 
 def head_of(model: ModelSpec, *, device: torch.device | str) -> LanguageHead:
     """Load a model's head without the model; an adapter that vLLM serves leaves it alone."""
-    keeps_head = model.adapter is not None and served_rank(model.adapter) is not None
+    adapter = model.local_adapter
+    keeps_head = adapter is not None and served_rank(adapter) is not None
     folder = model.local_base if keeps_head else model.path
     return LanguageHead.from_model_folder(folder, device=device, dtype=DTYPES[model.dtype])
 

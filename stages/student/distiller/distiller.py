@@ -36,7 +36,7 @@ from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.checkpoints.own_code import built_from, open_pretrained
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.models.encoder_decoder.model import mask_of
-from stages.student.distiller.lora import add_lora, train_lora_alone
+from stages.student.lora import add_lora, train_lora_alone
 
 MODEL_TYPE = "demonstration_distiller"
 FIRST_PLAIN_ID = 100  # the published code draws prompt embeddings from the rows after these

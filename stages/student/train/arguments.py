@@ -8,7 +8,10 @@ from transformers import (
 )
 
 from stages.student.options import TrainOptions
+from stages.student.packages import require_packages
 from stages.student.train.stage import TrainConfig
+
+OPTIMIZERS = {"adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers has them
 
 
 class RunArguments(TrainingArguments):  # type: ignore[misc]  # transformers is untyped
@@ -24,10 +27,14 @@ def training_arguments(
 ) -> TrainingArguments:
     """Translate a run for the Trainer; starts the process group when a launcher asked for one.
 
-    Raises ConfigError when a step's rows cannot be divided over the group.
+    Raises ConfigError when a step's rows cannot be divided over the group, or a package is missing.
     """
     on_gpu = options.device == "auto" and torch.cuda.is_available()
+    require_packages([*config.packages(), *options.packages()])
+    # Unnamed, AdamW is what transformers takes by itself: torch's own, fused.
+    optimizer = {} if config.optimizer == "adamw" else {"optim": OPTIMIZERS[config.optimizer]}
     args = RunArguments(
+        **optimizer,
         output_dir=str(folder),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.epochs or 1.0,

@@ -39,9 +39,11 @@ from stages.models.encoder_decoder.halves import frame_of
 from stages.student.batches.step_rows import STAND_IN, StepLoader, StepRows, WithStandIn, counts_of
 from stages.student.batches.training_data import TrainingData, advantage_heads_of, teacher_head_of
 from stages.student.evaluate.positions import DTYPES
+from stages.student.lora import load_lora
 from stages.student.losses.step import UNITS, Step
 from stages.student.train.loss_log import EventReporter, RunningSums
 from stages.student.train.stage import TrainConfig
+from stages.student.train.trackers import Trackers
 
 OnEvent = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -66,10 +68,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         on_checkpoint: OnCheckpoint | None = None,
         num_token_ids: int | None = None,
         reader: PreTrainedModel | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
-        """Set up for one run; ``on_event`` and ``on_checkpoint`` are the main process's only.
+        """Set up for one run; events, checkpoints and trackers are the main process's only.
 
-        The second is called with the folder of each checkpoint when it is whole. Ids from
+        ``on_checkpoint`` is called with the folder of each checkpoint when it is whole. Ids from
         ``num_token_ids`` on are no token's (None: not known). With a ``reader`` ``model`` is a
         distiller; the Trainer has no part in the reader.
         """
@@ -83,13 +86,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             packing=config.packing,
             reader_frame=None if reader is None else frame_of(reader.config),
         )
+        told = [*([EventReporter(on_event)] if on_event else ()), *([trackers] if trackers else ())]
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[EventReporter(on_event)] if on_event and args.process_index == 0 else None,
+            callbacks=told if args.process_index == 0 else None,
         )
         self.remove_callback(PrinterCallback)
         self._config = config
@@ -187,6 +191,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             write_text(folder / WHOLE, "")
             if self._on_checkpoint is not None:
                 self._on_checkpoint(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint, of an adapted student its adapter."""
+        if self._config.lora is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_lora(self.model, Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's parts over all processes since the last log.

@@ -5,7 +5,7 @@ Every field of ``TrainConfig`` moves the weights and is hashed; where a run happ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,9 +13,11 @@ from pydantic import Field, model_validator
 from schemas.errors import ConfigError
 from stages.models.encoder_decoder.kind import kinds_problem
 from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
+from stages.student.lora import LoraSettings
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.objectives.mend import MendConfig
+from stages.student.packages import Package
 
 
 class TrainConfig(StageConfig):
@@ -24,10 +26,15 @@ class TrainConfig(StageConfig):
     A step takes ``per_device_batch_size * gradient_accumulation_steps`` rows, on one process or
     divided over several (``share``), and its loss is the mean over their scored tokens (ICL and
     preference losses: over the rows), however they fall into batches and processes.
-    ``dtype`` is that of the matrix products; weights and optimizer state are float32.
+    ``dtype`` is that of the matrix products; weights and optimizer state are float32, but for
+    ``adamw_8bit``. ``adafactor`` takes ``lr`` as it stands and keeps sums of rows and columns.
     ``warmup`` is a share of all steps. With ``packing`` the rows of a batch lie end to end, each
-    read as if alone, instead of side by side and padded to the longest.
+    read as if alone, instead of side by side and padded to the longest. With ``lora`` an adapter is
+    trained and saved, and the student's own weights are left as they are.
     """
+
+    # Settings that came later: runs that leave them as they are keep their names.
+    LATER: ClassVar[tuple[str, ...]] = ("lora", "optimizer")
 
     objective: ObjectiveConfig = KdConfig()
     lr: float = Field(default=3e-4, gt=0.0)
@@ -42,6 +49,8 @@ class TrainConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     packing: bool = False
+    lora: LoraSettings | None = None
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -58,6 +67,32 @@ class TrainConfig(StageConfig):
                 f"packing to false"
             )
         return self
+
+    @model_validator(mode="after")
+    def _lora_on_a_student(self) -> "TrainConfig":
+        if self.lora is not None and self.objective.USES_READER:
+            raise ValueError(
+                f"lora: objective '{self.objective.loss}' trains a distiller, whose adapter is "
+                f"lora_rank of its distiller_init: set that, and leave lora out"
+            )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the weights, without what came later and is left as it was."""
+        left = {name for name in self.LATER if getattr(self, name) == self.default_of(name)}
+        return self.model_dump(mode="json", include=set(TrainConfig.model_fields) - left)
+
+    def packages(self) -> Iterator[Package]:
+        """Yield what the settings need beside the trainer's own packages."""
+        if self.lora is not None:
+            yield Package("lora", ("peft",), "teachercache[align]")
+        if self.optimizer == "adamw_8bit":
+            yield Package("optimizer: adamw_8bit", ("bitsandbytes",), "bitsandbytes")
+
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """Return a setting's default."""
+        return cls.model_fields[name].default
 
     @property
     def rows_per_step(self) -> int:
@@ -124,6 +159,17 @@ class TrainStage(TrainConfig, Stage):
             )
         return self
 
+    @property
+    def adapts(self) -> str | None:
+        """The student, where the step leaves an adapter on it."""
+        return self.student if self.lora is not None else None
+
+    def goes_on_from(self, other: Stage) -> bool:
+        """Whether the adapter of step ``other`` may be trained further by this one."""
+        if not isinstance(other, TrainStage) or other.lora is None or self.lora is None:
+            return False
+        return self.lora.goes_on_from(other.lora)
+
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse tables that are not what the objective reads, or a reader that is not the teacher.
 
@@ -155,8 +201,9 @@ class TrainStage(TrainConfig, Stage):
         A run of one step warms up no more; those that did trained nothing.
         """
         hashed = super().hashed()
-        if not self.packing:
-            del hashed["config"]["packing"]  # runs that came before it keep their names
+        for name in ("packing", *self.LATER):
+            if getattr(self, name) == self.default_of(name):
+                del hashed["config"][name]
         text = {"lm_inputs": len(self.lm_data)} if self.lm_data else {}
         warms_up_no_more = self.max_steps == 1 and self.warmup > 0
         return hashed | text | ({"warmup_steps": 0} if warms_up_no_more else {})

@@ -42,12 +42,14 @@ from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.distiller import load_distiller
 from stages.student.distiller.reader import check_reader, load_reader
 from stages.student.evaluate.positions import DTYPES, HeldOut, measure_student
+from stages.student.lora import adapt_student
 from stages.student.objectives.mend import MendConfig
 from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
 from stages.student.train.stage import TrainConfig
+from stages.student.train.trackers import Trackers
 
 __all__ = ["DistillationTrainer", "TrainResult", "train"]
 
@@ -72,6 +74,7 @@ def train(
     data: Sequence[Folder],
     lm_data: Sequence[Folder] = (),
     reader: Path | None = None,
+    adapter: Path | None = None,
     output: Path,
     fingerprint: str = "",
     resume: bool = True,
@@ -84,7 +87,8 @@ def train(
 
     ``on_checkpoint`` is called, in the main process, with each checkpoint that can be gone on from.
     ``lm_data`` are tables of running text, for the LM part of ``icl_distillation`` alone. With an
-    objective that uses a ``reader``, ``student`` is a distiller's folder.
+    objective that uses a ``reader``, ``student`` is a distiller's folder. With ``config.lora`` the
+    output is an adapter on ``student``, begun from an earlier one where ``adapter`` names it.
     ``fingerprint`` names the run; without one it is the hash of config, data and student. A folder
     that already holds this run is returned as it is. Raises ConfigError for a folder that holds
     another, IdentityMismatch for a student of another tokenizer or too small a vocabulary, and
@@ -100,6 +104,8 @@ def train(
     identity = _identity(config, dataset, lm_dataset, student)
     if reader is not None:
         identity["reader"] = weight_checksums(reader)
+    if adapter is not None:
+        identity["adapter"] = weight_checksums(adapter)
     fingerprint = fingerprint or run_fingerprint(identity)
     run = _Run(config, options, output, fingerprint, identity, on_event, on_checkpoint)
     claim_folder(output, fingerprint, resume=resume)
@@ -107,7 +113,8 @@ def train(
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
-    return run.carry_out(student, reader, dataset, lm_dataset, held_out, resume=resume)
+    folders = _Folders(student, reader, adapter)
+    return run.carry_out(folders, dataset, lm_dataset, held_out, resume=resume)
 
 
 def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -129,13 +136,22 @@ def _identity(
 ) -> dict[str, Any]:
     """What makes a run's weights what they are; step names and places do not."""
     identity = {
-        "config": config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
+        "config": config.settings(),
         "data": [manifest.dataset_id for manifest in dataset.manifests],
         "student": weight_checksums(student),
     }
     if lm_dataset is not None:
         identity["lm_data"] = [manifest.dataset_id for manifest in lm_dataset.manifests]
     return identity
+
+
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """What a run begins with: a student or distiller, a frozen reader, an adapter to go on from."""
+
+    student: Path
+    reader: Path | None
+    adapter: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +172,7 @@ class _Run:
 
     def carry_out(
         self,
-        student: Path,
-        reader_folder: Path | None,
+        folders: _Folders,
         dataset: CachedDataset,
         lm_dataset: CachedDataset | None,
         held_out: CachedDataset | None,
@@ -167,8 +182,8 @@ class _Run:
         """Measure, train, measure again, save."""
         args = training_arguments(self.config, self.options, self.checkpoints)
         read = [dataset] if lm_dataset is None else [dataset, lm_dataset]
-        model, reader = self._load(student, reader_folder, read, args.device)
-        known_ids = num_token_ids(student)
+        model, reader = self._load(folders, read, args.device)
+        known_ids = num_token_ids(folders.student)
         teacher_head = teacher_head_of(dataset, args.device, known_ids)
         scored = None
         if held_out is not None:
@@ -176,6 +191,9 @@ class _Run:
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
             scored = replace(scored, reader=reader)
         before = self._measure(model, scored, "before")
+        trackers = None
+        if self.options.report_to:
+            trackers = Trackers(self.options, self.output, before)
         use_cache = getattr(model.config, "use_cache", None)
         trainer = DistillationTrainer(
             model,
@@ -189,6 +207,7 @@ class _Run:
             on_checkpoint=self.on_checkpoint,
             num_token_ids=known_ids,
             reader=reader,
+            trackers=trackers,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
@@ -201,27 +220,32 @@ class _Run:
         if isinstance(self.config.objective, MendConfig):
             summary["cross_model"] = float(self.config.objective.cross_model)
         after = self._measure(model, scored, "after")
+        if trackers is not None and trainer.is_world_process_zero():
+            trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
         history = tuple(dict(entry) for entry in trainer.state.log_history if "loss" in entry)
         if trainer.is_world_process_zero():
-            self._save(model, student, metrics, history)
+            self._save(model, folders.student, metrics, history)
         trainer.accelerator.wait_for_everyone()
         return TrainResult(self.output, self.fingerprint, metrics, history)
 
     def _load(
         self,
-        student: Path,
-        reader: Path | None,
+        folders: _Folders,
         read: Sequence[CachedDataset],
         device: torch.device,
     ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """Return what is trained on ``read``, and the frozen reader if the objective uses one."""
+        student, reader = folders.student, folders.reader
         if reader is None:
             model = load_student(student, device=device)
             if self.config.packing:
                 require_packs(model, f"student {student}")
             for dataset in read:
                 check_student(student, dataset, student_vocab_size(model))
+            if (lora := self.config.lora) is not None:
+                seed, name = self.config.seed, f"student {student}"
+                adapt_student(model, lora, seed=seed, begin=folders.adapter, name=name)
             return model, None
         (dataset,) = read
         distiller = load_distiller(student, device=device)

@@ -32,7 +32,7 @@ def carry_out(job):
     batch, accumulate, steps = job["numbers"]
     config = TrainConfig(max_steps=steps, lr=3e-3,
                          per_device_batch_size=batch, gradient_accumulation_steps=accumulate,
-                         objective=job["objective"])
+                         objective=job["objective"], lora=job.get("lora"))
     output, seen = Path(job["output"]), []
     options = TrainOptions(num_workers=0, log_every=1, micro_batch_tokens=60)
     train(config, student=Path(job["student"]), data=[Path(name) for name in job["data"]],
@@ -49,6 +49,7 @@ Case = tuple[dict[str, Any], int, tuple[int, int, int]]
 CASES: dict[str, Case] = {
     "kd": ({"loss": "kd", "weight": 0.5}, 2, (4, 1, 4)),
     "kd-last": ({"loss": "kd", "weight": 0.5}, 2, (4, 2, 3)),  # its third step has 2 of 8 rows
+    "kd-adapter": ({"loss": "kd", "weight": 0.5}, 2, (4, 2, 3)),
     "bialign": ({"loss": "bialign"}, 2, (3, 2, 3)),
     # The sixth step has 1 row: two processes have none.
     "bialign-none": ({"loss": "bialign"}, 3, (3, 1, 7)),
@@ -142,6 +143,8 @@ def runs(
                     job = mend_job_of(demonstrations, objective, 2 if name == "mend-lora" else 0)
                 else:
                     job = job_of(data, objective)
+                if name == "kd-adapter":
+                    job["lora"] = {"rank": 4}
                 jobs.append({**job, "output": str(output / name), "numbers": numbers})
         start(jobs, output / "script.py", processes)
         return output
@@ -190,7 +193,7 @@ def assert_one_run(alone: Path, together: Path) -> None:
         assert several["metrics"]["train"][name] == one["metrics"]["train"][name]
     for split in ("before", "after"):
         assert several["metrics"][split] == pytest.approx(one["metrics"][split], rel=1e-4)
-    weights = [load_file(path / "model.safetensors") for path in (alone, together)]
+    weights = [load_file(next(path.glob("*.safetensors"))) for path in (alone, together)]
     for name, tensor in weights[0].items():
         assert float((tensor - weights[1][name]).abs().max()) < 3e-5, name
     seen = sorted(path.name for path in together.glob("seen-*"))
