@@ -1,4 +1,4 @@
-"""A model hub on loopback: the part of the protocol that huggingface_hub reads models by."""
+"""A hub on loopback: the part of the protocol that huggingface_hub reads repositories by."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -17,7 +18,10 @@ TOKEN = "hf_loopbacktokenthatnobodymaywritedown"
 
 @dataclass
 class Hub:
-    """Repositories by name: revisions of files, and branches; what was asked, and of whom."""
+    """Repositories by name: revisions of files, and branches; what was asked, and of whom.
+
+    The name of a data set begins with ``datasets/``.
+    """
 
     url: str = ""
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -28,7 +32,11 @@ class Hub:
 
     def push(self, name: str, folder: Path, *, branch: str = "main") -> str:
         """Make a commit of a folder's files, the tip of a branch from now on; return it."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         digest = hashlib.sha1(usedforsecurity=False)
         for file, body in files.items():
             digest.update(file.encode() + body)
@@ -58,16 +66,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer(with_body=False)
 
         def _answer(self, *, with_body: bool) -> None:
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             hub.asked.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
-            is_api = parts[:2] == ["api", "models"]
+            is_api = parts[0] == "api"
             if is_api:
-                parts = parts[2:]
-            if len(parts) < 4:  # what it asks beside models
+                parts = parts[2:] if parts[1] == "models" else parts[1:]
+            owner = "/".join(parts[:2] if parts[0] == "datasets" else parts[:1])
+            parts = parts[len(owner.split("/")) :]
+            if len(parts) < 3:  # what it asks beside repositories
                 self._send(404, b"", {})
                 return
-            name, kind, revision = "/".join(parts[:2]), parts[2], parts[3]
+            name, kind, revision = f"{owner}/{parts[0]}", parts[1], parts[2]
             if name not in hub.commits or (
                 name in hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"
             ):
@@ -81,9 +91,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if is_api:
                 self._send(200, json.dumps(self._about(kind, name, commit, files)).encode(), {})
                 return
-            body = files[parts[4]]
+            file = "/".join(parts[3:])
+            body = files[file]
             headers = {"X-Repo-Commit": commit, "ETag": f'"{_oid(body)}"'}
-            if parts[4] in hub.broken and with_body:
+            if file in hub.broken and with_body:
                 self._send(200, body[: len(body) // 2], headers, length=len(body))
                 self.close_connection = True
                 return
@@ -92,7 +103,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _about(self, kind: str, name: str, commit: str, files: dict[str, bytes]) -> Any:
             if kind == "revision":
                 siblings = [{"rfilename": file} for file in files]
-                return {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+                about = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
+                return about if name.startswith("datasets/") else about | {"modelId": name}
             assert kind == "tree", kind
             return [
                 {"type": "file", "path": file, "size": len(body), "oid": _oid(body)}
