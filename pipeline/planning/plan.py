@@ -17,6 +17,7 @@ from pipeline.planning.fingerprint import (
     model_identity,
     vocab_size_of,
 )
+from pipeline.planning.hub_data import with_commits
 from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
 from schemas.errors import ConfigError, IdentityMismatch
@@ -109,9 +110,9 @@ class PlannedStep:
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
     """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference.
 
-    A model of the hub is fetched, as its content is its identity.
+    A model of the hub is fetched, as its content is its identity; of its data sets the commit is.
     """
-    recipe = with_local_folders(recipe)
+    recipe = with_commits(with_local_folders(recipe))
     _admit_code(recipe)
     planned: dict[str, PlannedStep] = {}
     for name, stage in recipe.steps.items():

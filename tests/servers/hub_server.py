@@ -19,7 +19,10 @@ TOKEN = "hf_loopbacktokenthatnobodymaywritedown"
 
 @dataclass
 class Hub:
-    """Repositories by name: revisions of files, and branches; what was asked, and of whom."""
+    """Repositories by name: revisions of files, and branches; what was asked, and of whom.
+
+    The name of a data set begins with ``datasets/``.
+    """
 
     url: str = ""
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -33,7 +36,11 @@ class Hub:
 
     def push(self, name: str, folder: Path, *, branch: str = "main") -> str:
         """Make a commit of a folder's files, the tip of a branch from now on; return it."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         return self.commit(name, files, branch)
 
     def commit(self, name: str, files: dict[str, bytes], branch: str) -> str:
@@ -67,16 +74,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer(with_body=False)
 
         def _answer(self, *, with_body: bool) -> None:
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             hub.asked.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
             is_api = parts[0] == "api"
-            parts = parts[1:] if is_api else parts
-            parts = parts[1:] if parts[0] in ("models", "datasets") else parts
-            if parts[0] == "whoami-v2" or len(parts) < 2:  # what it asks beside repositories
+            if is_api:
+                parts = parts[2:] if parts[1] == "models" else parts[1:]
+            owner = "/".join(parts[:2] if parts[0] == "datasets" else parts[:1])
+            parts = parts[len(owner.split("/")) :]
+            if not parts or owner == "whoami-v2":  # what it asks beside repositories
                 self._send(404, b"", {})
                 return
-            name, *rest = "/".join(parts[:2]), *parts[2:4]
+            name, *rest = f"{owner}/{parts[0]}", *parts[1:3]
             kind, revision = rest or ("revision", "main")
             if name not in hub.commits or (
                 name in hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"
@@ -91,7 +100,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if is_api:
                 self._send(200, json.dumps(self._about(kind, name, commit, files)).encode(), {})
                 return
-            file = unquote("/".join(parts[4:]))
+            file = "/".join(parts[3:])
             if file not in files:
                 self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
                 return
@@ -119,7 +128,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif parts[-1] == "batch":
                 self._send(200, json.dumps(self._lfs(json.loads(body))).encode(), {})
             else:
-                name, kind = "/".join(parts[2:4]), parts[4]
+                name, kind = "/".join(parts[1:4]), parts[4]
                 answer = self._modes if kind == "preupload" else self._commit
                 self._send(200, json.dumps(answer(name, body)).encode(), {})
 
@@ -134,15 +143,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._send(200, b"", {})
 
         def _create(self, asked: dict[str, Any]) -> None:
-            name = f"{asked['organization']}/{asked['name']}"
+            name = f"datasets/{asked['organization']}/{asked['name']}"
             if name in hub.commits:
-                self._send(409, json.dumps({"url": f"{hub.url}/datasets/{name}"}).encode(), {})
+                self._send(409, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
                 return
             hub.commits[name] = {_FIRST: {}}
             hub.branches[name] = {"main": _FIRST}
             if asked["visibility"] == "private":
                 hub.private.add(name)
-            self._send(200, json.dumps({"url": f"{hub.url}/datasets/{name}"}).encode(), {})
+            self._send(200, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
 
         def _modes(self, name: str, body: bytes) -> Any:
             _, files = hub.find(name, "main") or ("", {})
@@ -174,13 +183,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if said["key"] == "lfsFile":
                     files[value["path"]] = hub.large[value["oid"]]
             commit = hub.commit(name, files, "main")
-            url = f"{hub.url}/datasets/{name}/commit/{commit}"
+            url = f"{hub.url}/{name}/commit/{commit}"
             return {"commitUrl": url, "commitOid": commit, "success": True}
 
         def _about(self, kind: str, name: str, commit: str, files: dict[str, bytes]) -> Any:
             if kind == "revision":
                 siblings = [{"rfilename": file} for file in files]
-                return {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+                about = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
+                return about if name.startswith("datasets/") else about | {"modelId": name}
             assert kind == "tree", kind
             return [
                 {"type": "file", "path": file, "size": len(body), "oid": _oid(body)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from stages.sources.reading.hub_rows import hub_name, hub_rows
 from stages.sources.reading.lines import json_object
 from stages.sources.reading.rejects import MalformedRecord, Rejects
 from stages.sources.reading.source import HubData, RowFiles
@@ -25,16 +26,8 @@ def read_records(source: RowFiles | HubData, rejects: Rejects) -> Iterator[Recor
     Raises ConfigError for a file that cannot be read.
     """
     if isinstance(source, HubData):
-        source.files()  # refuses a folder of that name
-        where = f"hub data set '{source.name}' at {source.revision[:12]}"
-        with readable(where, "hub"):
-            stream = datasets.load_dataset(
-                source.name,
-                source.config,
-                split=source.split,
-                revision=source.revision,
-                streaming=True,
-            )
+        where = hub_name(source)
+        with readable(where, "hub"), hub_rows(source) as stream:
             yield from _streamed(stream, where, rejects)
         return
     for path in source.files():

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from schemas.errors import ConfigError
 from schemas.storage.files import sha256_of
+from stages.hub import is_commit
 from stages.stage import StageConfig
 
 InputIdentity = dict[str, str | int]
@@ -61,25 +62,24 @@ class TextFiles(StageConfig):
 
 
 class HubData(StageConfig):
-    """A data set of the hub, streamed; the commit is its identity, as a branch name moves."""
+    """A split of a data set of the hub.
+
+    Its identity is the commit: a plan has it in the place of a branch or a tag, which move.
+    """
 
     kind: Literal["hub"]
     name: str
-    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    revision: Annotated[str, Field(min_length=1)]
     split: str
     config: str | None = None
 
     def files(self) -> tuple[Path, ...]:
-        """Return no files; raises ConfigError where a local folder would be read instead."""
-        if Path(self.name).exists():
-            raise ConfigError(
-                f"hub data set '{self.name}' is also a local path, which would be read instead; "
-                f"run from another folder, or use kind jsonl, parquet or arrow with its files"
-            )
+        """Return no files: none is named."""
         return ()
 
     def identity(self) -> list[InputIdentity]:
         """Return the data set's name, configuration, split and commit."""
+        assert is_commit(self.revision), "plans put commits in the place of branches"
         return [
             {"name": f"{self.name}/{self.config or ''}/{self.split}", "revision": self.revision}
         ]

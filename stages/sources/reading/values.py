@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from schemas.errors import ConfigError, first_line
 from schemas.storage.file_locks import NO_LOCKS
+from stages.sources.reading.hub_rows import hub_name, hub_rows
 from stages.sources.reading.lines import field_of, json_object, read_by
 from stages.sources.reading.rejects import MalformedRecord
 from stages.sources.reading.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
@@ -68,7 +69,8 @@ def read_rows(source: Source, *, file: int = 0, row: int = 0) -> Iterator[RawRow
     Raises ConfigError for an unreadable file, or a column that a file of columns does not have.
     """
     if isinstance(source, HubRows):
-        yield from _numbered(_hub_values(source), 0, row, _hub_name(source))
+        where = hub_name(source)
+        yield from _numbered(_hub_values(source, where), 0, row, where)
         return
     for index, path in enumerate(source.files()):
         if index >= file:
@@ -184,20 +186,8 @@ def _columnar_values(kind: str, path: Path, column: str) -> Iterator[list[object
     yield from _column_bytes(load(pushed_down), column)
 
 
-def _hub_name(source: HubRows) -> str:
-    return f"hub data set '{source.name}' at {source.revision[:12]}"
-
-
-def _hub_values(source: HubRows) -> Iterator[list[object]]:
-    where = _hub_name(source)
-    with readable(where, "hub"):
-        stream = datasets.load_dataset(
-            source.name,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
+def _hub_values(source: HubRows, where: str) -> Iterator[list[object]]:
+    with readable(where, "hub"), hub_rows(source) as stream:
         _require_text(_schema(stream), source.column, where)
         yield from _column_bytes(stream, source.column)
 

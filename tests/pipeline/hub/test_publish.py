@@ -73,7 +73,7 @@ def test_tables_come_back_by_name_as_they_were(
 def test_nothing_of_this_machine_goes_up(hub: Hub, tables: list[Path], tmp_path: Path) -> None:
     (tables[0] / "source.rejects.jsonl").write_text(json.dumps({"place": str(tmp_path)}) + "\n")
     published(tables)
-    _, files = hub.find(NAME, "main") or ("", {})
+    _, files = hub.find(f"datasets/{NAME}", "main") or ("", {})
     written = b"".join(files.values())
     assert str(tmp_path).encode() not in written and TOKEN.encode() not in written
     assert not [file for file in files if "rejects" in file or file.endswith("00.json")]
@@ -81,7 +81,7 @@ def test_nothing_of_this_machine_goes_up(hub: Hub, tables: list[Path], tmp_path:
 
 def test_the_card_says_what_the_tables_are(hub: Hub, tables: list[Path]) -> None:
     published(tables)
-    _, files = hub.find(NAME, "main") or ("", {})
+    _, files = hub.find(f"datasets/{NAME}", "main") or ("", {})
     _, front, text = files["README.md"].decode().split("---\n", 2)
     head = yaml.safe_load(front)
     assert head["license"] == "cc-by-4.0"
@@ -117,7 +117,7 @@ def test_again_is_no_commit_and_another_table_joins_the_card(hub: Hub, tables: l
     first = published(tables[:1])
     assert published(tables[:1]) == first
     assert published(tables[1:], licence=None, teacher=None) != first
-    _, files = hub.find(NAME, "main") or ("", {})
+    _, files = hub.find(f"datasets/{NAME}", "main") or ("", {})
     card = files["README.md"].decode()
     assert "license: cc-by-4.0\nteacher: someone/tiny-teacher\n" in card
     assert all(f"`{place.parent.name}/{place.name}`" in card for place in tables)
@@ -126,7 +126,7 @@ def test_again_is_no_commit_and_another_table_joins_the_card(hub: Hub, tables: l
 def test_an_upload_that_broke_goes_on_and_commits_once(hub: Hub, tables: list[Path]) -> None:
     hub.breaks_after = 2
     sent = {published(tables)}  # huggingface_hub tries the broken one again
-    assert len(hub.commits[NAME]) == 2  # of nothing, and of all
+    assert len(hub.commits[f"datasets/{NAME}"]) == 2  # of nothing, and of all
     puts = [line for line in hub.asked if line.startswith("PUT")]
     assert len(puts) == len(hub.large) + 1
     hub.asked.clear()
@@ -165,7 +165,7 @@ def test_what_cannot_be_fetched_is_one_line(hub: Hub, tables: list[Path], tmp_pa
         fetch("someone/else", tmp_path / "data", revision=None)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    hub.push("someone/model", tmp_path / "model")
+    hub.push("datasets/someone/model", tmp_path / "model")
     with pytest.raises(ConfigError, match="has no table of teachercache"):
         fetch("someone/model", tmp_path / "data", revision=None)
     with pytest.raises(ConfigError, match="is there already"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.planning.hub_models import REVISIONS
+from pipeline.planning.hub_revisions import REVISIONS
 from schemas.errors import ConfigError
 from tests.conftest import PARAGRAPHS, save_tiny_model
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache

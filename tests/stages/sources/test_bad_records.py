@@ -25,6 +25,7 @@ from stages.sources.reading.source import Source
 from stages.sources.reading.values import read_rows
 from stages.sources.tasks.readers import read_tasks
 from stages.sources.tasks.sources import TaskSource
+from tests.servers.hub_server import hub_server, use_hub
 
 Record = dict[str, Any]
 OPENERS: dict[str, Callable[[bytes], bytes]] = {
@@ -301,19 +302,26 @@ def columnar(folder: Path, kind: str, table: pa.Table) -> Record:
     path = folder / f"records.{kind}"
     if kind == "parquet":
         pq.write_table(table, path)
-    elif kind == "arrow":
+    else:
         with pa.ipc.new_file(path, table.schema) as out:
             out.write_table(table)
-    else:
-        pq.write_table(table, folder / "train.parquet")
-        return {"kind": "hub", "name": str(folder), "revision": "0" * 40, "split": "train"}
     return {"kind": kind, "paths": [str(path)]}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "hub"])
-def test_columns_with_holes(kind: str, tmp_path: Path) -> None:
+def test_columns_with_holes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rejects = Rejects()
-    found = columnar(tmp_path, kind, pa.table({"n": [1, 2, 3, 4, 5], "text": STRINGS}))
+    table = pa.table({"n": [1, 2, 3, 4, 5], "text": STRINGS})
+    if kind == "hub":
+        pq.write_table(table, tmp_path / "train.parquet")
+        with hub_server() as hub:
+            commit = hub.push("datasets/a/b", tmp_path)
+            use_hub(monkeypatch, hub.url, tmp_path / "hub")
+            found: Record = {"kind": "hub", "name": "a/b", "revision": commit, "split": "train"}
+            assert read_documents(Rejects(), **found) == 3
+        use_hub(monkeypatch, "", tmp_path / "hub", offline=True)
+    else:
+        found = columnar(tmp_path, kind, table)
     assert read_documents(rejects, **found) == 3
     assert rejects.counts == {"missing_text": 1, "empty_text": 1}
     assert rejects.listed[0]["place"].endswith(":2")

@@ -127,14 +127,6 @@ def test_names_with_brackets_are_names_and_not_patterns(tmp_path: Path) -> None:
     assert values_of(source(kind="jsonl", paths=[pattern])) == ["found"]
 
 
-def test_local_folder_stands_in_for_a_hub_data_set(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "train.parquet")
-    hub = source(kind="hub", name=str(tmp_path), revision="0" * 40, split="train", column="body")
-    assert values_of(hub) == TEXTS
-    with pytest.raises(ConfigError, match="also a local path"):
-        hub.files()
-
-
 def test_identity_is_content_not_place(sources: dict[str, Source], tmp_path: Path) -> None:
     elsewhere = write_all(tmp_path)
     assert elsewhere["a"].identity() == sources["a"].identity()
@@ -143,9 +135,9 @@ def test_identity_is_content_not_place(sources: dict[str, Source], tmp_path: Pat
     assert elsewhere["a"].identity() != sources["a"].identity()
 
 
-def test_hub_data_set_needs_a_commit_and_unknown_settings_are_refused() -> None:
-    with pytest.raises(ValidationError, match="pattern"):
-        source(kind="hub", name="a/b", revision="main", split="train")
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="revision"):
+        source(kind="hub", name="a/b", split="train")
     with pytest.raises(ValidationError, match="Extra inputs"):
         source(kind="jsonl", paths=["a"], colum="text")
 
