@@ -8,8 +8,7 @@ Positions: a row of T tokens has T - 1 scored positions; the hidden state at ind
 token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
 spans (``schemas.scored_spans``), their tokens alone are scored, and what follows the last is not
 read. An encoder-decoder reads such a row in two halves (``stages.models.encoder_decoder.halves``).
-Of a preference pair only the responses are scored, each after the prompt, which the engine is
-asked to run once.
+Of a preference pair only the responses are scored, each after the prompt, which is run once.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
 """
