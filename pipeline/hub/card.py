@@ -28,7 +28,7 @@ What a teacher model says of texts, written once for the training of students by
 joined by `sample_id`:
 
 ```python
-from schemas import open_dataset
+from teachercache import open_dataset
 
 tables = [
 {places}]
