@@ -57,6 +57,7 @@ COMMANDS = {
     "status": {"--set", "--json"},
     "verify": set(),
     "export": {"--data", "--to", "--split", "--k"},
+    "import": {"--from", "--tokenizer", "--teacher", "--heldout-fraction"},
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {
