@@ -22,7 +22,7 @@ from pipeline.imports.peer_row import PeerRow
 from pipeline.imports.tables import Place, TablePair
 from pipeline.planning.fingerprint import remembered_sha256, vocab_size_of
 from pipeline.state.step_lock import step_lock
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, StoreError, first_line
 from schemas.sample_id import sample_id_of
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
@@ -186,15 +186,21 @@ class _Import:
         return Imported(self.inputs.folder, self.signals.folder, inputs, signals, share)
 
     def carry_out(self) -> Imported:
-        """Write both tables."""
-        for place in (self.inputs, self.signals):
-            place.clear()
-        pair = self._written()
-        if pair is None:
-            raise ConfigError(f"{self.folder}: no row could be imported: {self._why()}")
-        rejects = dict(sorted(self.rejects.counts.items()))
-        notes = {"read_from": str(self.folder.absolute())}
-        pair.finish(self.tokenizer, rejects, self.rejects.listed, notes)
+        """Write both tables; raises StoreError where the disk refuses."""
+        try:
+            for place in (self.inputs, self.signals):
+                place.clear()
+            pair = self._written()
+            if pair is None:
+                raise ConfigError(f"{self.folder}: no row could be imported: {self._why()}")
+            rejects = dict(sorted(self.rejects.counts.items()))
+            notes = {"read_from": str(self.folder.absolute())}
+            pair.finish(self.tokenizer, rejects, self.rejects.listed, notes)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {self.inputs.root}: {error.strerror or first_line(error)}; run the "
+                f"import again, what is unfinished is made anew"
+            ) from error
         made = self.finished()
         assert made is not None
         return made

@@ -5,7 +5,6 @@ then they have working names, and the manifests are written last.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from typing import Any
 
 from pipeline.executors.shard_task import installed_versions
 from pipeline.planning.fingerprint import ADDRESS_DIGITS, fingerprint_of
+from pipeline.state.step_lock import remove_torn_files
 from schemas.storage.files import write_text
-from schemas.storage.manifest import Manifest, write_manifest
+from schemas.storage.manifest import MANIFEST, Manifest, write_manifest
 from schemas.storage.records import ShardRecord, shard_name, write_record
 from schemas.storage.schema_file import write_schema_file
 from schemas.storage.shards import ShardFile, write_shard
@@ -28,6 +28,7 @@ from stages.models.checkpoints.tokenizer_identity import (
 )
 
 SOURCE_REJECTS = "source.rejects.jsonl"  # as the sources of a recipe have it
+_WORKING = "import-"  # what a shard is called until their number is known
 ROWS_PER_SHARD = 512
 ENTRIES_PER_SHARD = 16 << 20  # about 100 MB of ids and log-probs
 
@@ -51,11 +52,15 @@ class Place:
         return self.root / self.table / self.fingerprint[:ADDRESS_DIGITS]
 
     def clear(self) -> None:
-        """Remove what an interrupted import left."""
-        for left in self.folder.iterdir() if self.folder.is_dir() else ():
-            if not left.name.startswith("."):  # the lock, which is held
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Remove what an interrupted import left; of a finished table nothing that is its own.
+
+        Inputs may be finished, by an import that was told of another teacher: they are written
+        again, each file in one step and with the bytes that it has.
+        """
+        remove_torn_files(self.folder)
+        is_finished = (self.folder / MANIFEST).is_file()
+        for left in self.folder.glob(f"{_WORKING}*" if is_finished else "[!.]*"):  # the lock stays
+            left.unlink()
 
 
 @dataclass(slots=True)
@@ -106,7 +111,7 @@ class TablePair:
         for place, bound, rows in zip(
             (self.inputs, self.signals), self.bounds, columns, strict=True
         ):
-            file = place.folder / f"{split}-{number:06d}.arrow"
+            file = place.folder / f"{_WORKING}{split}-{number:06d}.arrow"
             tokens = sum(row.num_tokens for row in rows)
             positions = sum(row.num_positions for row in rows)
             made.append(_Part(file, write_shard(file, bound, rows), tokens, positions))

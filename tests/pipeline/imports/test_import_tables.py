@@ -378,6 +378,25 @@ def test_an_import_that_was_cut_off_is_made_anew_and_a_whole_one_is_found(
     assert any("was there already" in line for line in found.lines())
 
 
+def test_inputs_that_are_finished_stay_so_while_another_teacher_is_imported(
+    data: CachedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are of no teacher: one table of inputs, a table of signals for what each was called."""
+    write_parquet(tmp_path / "peer" / "data_0.parquet", capture(data))
+    one = imported(data, tmp_path / "peer", tmp_path / "root", "distillkit", teacher="one")
+    before = {file.name: file.read_bytes() for file in one.inputs.glob("*.arrow")}
+    with monkeypatch.context() as broken:
+        broken.setattr(writing, "write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            imported(data, tmp_path / "peer", tmp_path / "root", "distillkit", teacher="two")
+    assert_verified(one)
+    two = imported(data, tmp_path / "peer", tmp_path / "root", "distillkit", teacher="two")
+    assert two.inputs == one.inputs and two.signals != one.signals
+    assert_verified(one)
+    assert_verified(two)
+    assert {file.name: file.read_bytes() for file in one.inputs.glob("*.arrow")} == before
+
+
 def test_the_command_says_what_was_made_and_what_is_not_known(
     data: CachedData, tmp_path: Path
 ) -> None:
