@@ -7,6 +7,7 @@ KINDS = {
     "conversations": "source",
     "answers": "table",
     "preference_pairs": "source",
+    "finished_table": "source",
     "teacher_logits": "table",
     "subset_preferences": "table",
     "candidate_scores": "table",

@@ -113,6 +113,8 @@ def _outside(columns: Columns, name: str, column: Column, vocab_size: int) -> Co
         for index, value in enumerate(values):
             wide = np.atleast_1d(np.asarray(value)).astype(np.float64)
             bad = ~((wide >= lowest) & (wide <= highest))
+            if column.unknown:
+                bad &= ~np.isnan(wide)
             if bad.any():
                 shown = f"{name} holds {wide[bad][0]:.7g}"
                 return Contradiction(index, f"{shown}, expected {lowest:.7g} to {highest:.7g}")

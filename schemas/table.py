@@ -42,7 +42,8 @@ class Column:
 
     ``low`` and ``high`` bound its values; without them integers may be any and floats any that are
     finite. ``falling`` values do not rise along the last dimension, ``distinct`` ones do not stand
-    twice in it. What is otherwise contradicts the column (``schemas.row_checks``).
+    twice in it; NaN in an ``unknown`` one stands for a value that nobody knows. What is otherwise
+    contradicts the column (``schemas.row_checks``).
     """
 
     dtype: pa.DataType | str
@@ -53,6 +54,7 @@ class Column:
     high: float | str | None = None
     falling: bool = False
     distinct: bool = False
+    unknown: bool = False
 
 
 def token_id_type(vocab_size: int) -> pa.DataType:

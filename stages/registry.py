@@ -19,6 +19,7 @@ from stages.sources.conversations.stage import ConversationsStage
 from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
+from stages.sources.finished_table.stage import FinishedTableStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.stage import Stage
 from stages.student.distiller.stage import DistillerInitStage
@@ -35,6 +36,7 @@ Step = Annotated[
     | ConversationsStage
     | AnswersStage
     | PreferencePairsStage
+    | FinishedTableStage
     | TeacherLogitsStage
     | SubsetPreferencesStage
     | CandidateScoresStage

@@ -154,11 +154,16 @@ def _positions_table(row: Any, look: Look, names: Sequence[str] = ()) -> RichTab
         words = "  ".join(f"{look.decode([token])!r} {weight:.3f}" for token, weight in kept)
         view.add_row(
             Text(f"token {names[j] if names else row.first_target + j}"),
-            f"{float(row.entropies_P[j]):.2f}",
-            f"{float(row.next_token_logprobs_P[j]):.2f}",
+            _known(row.entropies_P[j]),
+            _known(row.next_token_logprobs_P[j]),
             Text(words or "hidden state only (exact encoding)"),
         )
     return view
+
+
+def _known(value: Any) -> str:
+    """Return a number of nats, or that nobody knows it."""
+    return "unknown" if np.isnan(value) else f"{float(value):.2f}"
 
 
 def _entries(row: Any) -> list[list[tuple[int, float]]]:

@@ -1,4 +1,4 @@
-"""Commands about what is cached: verify, inspect, export."""
+"""Commands about what is cached: verify, inspect, export, import."""
 
 from pathlib import Path
 from typing import Annotated
@@ -85,3 +85,31 @@ def export(
     if num_missing:
         console.print(f"left out, without a signal: {num_missing:,} rows", highlight=False)
     console.print(f"lost: {written.lost}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command(name="import")
+def import_(
+    folder: Annotated[str, typer.Argument(help="The peer's rows: Parquet, or a saved data set.")],
+    root: Annotated[str, typer.Argument(help="Where tables lie, such as a recipe's root.")],
+    peer: Annotated[str, typer.Option("--from", help="axolotl or distillkit.")],
+    tokenizer: Annotated[str, typer.Option(help="The model folder whose token ids these are.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="What the teacher was, in words; unknown without.")
+    ] = None,
+    heldout_fraction: Annotated[
+        float, typer.Option(help="Of rows that are of no split: how many are held out.")
+    ] = 0.1,
+) -> None:
+    """Read what another program captured of a teacher into an inputs table and teacher_logits."""
+    from pipeline.imports.import_tables import import_tables
+
+    made = import_tables(
+        as_folder(folder),
+        as_folder(root),
+        peer=peer,
+        tokenizer=as_folder(tokenizer),
+        teacher=teacher,
+        heldout_fraction=heldout_fraction,
+    )
+    for line in made.lines():
+        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -38,6 +38,11 @@ def lost_of(rows: Mapping[str, TopKRows]) -> str:
     means = [each.mean_rest for each in rows.values()]
     mean = np.average(means, weights=positions) if any(positions) else 0.0
     k = max(each.k for each in rows.values())
+    if any(each.is_renormalised for each in rows.values()):
+        return (
+            "the mass outside the kept tokens, which was dropped before these rows were imported: "
+            "log-probs are not the teacher's own, they sum to one over what was kept"
+        )
     return (
         f"which tokens share the mass outside the top {k}, {mean:.2%} of a distribution on average"
     )

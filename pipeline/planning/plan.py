@@ -20,7 +20,7 @@ from pipeline.planning.fingerprint import (
 from pipeline.planning.hub_data import with_commits
 from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
-from schemas.errors import ConfigError, IdentityMismatch
+from schemas.errors import ConfigError, IdentityMismatch, TeacherCacheError
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import trained_name
 from stages.models.checkpoints.checkpoint import local_copy
@@ -32,6 +32,7 @@ from stages.models.checkpoints.tokenizer_identity import (
 from stages.models.encoder_decoder.kind import encoder_decoder_problem
 from stages.models.spec import ModelSpec
 from stages.registry import Step
+from stages.sources.finished_table.stage import FinishedTableStage
 from stages.stage import Kind, SourceStage, Stage, TableRef, TableStage
 
 
@@ -94,7 +95,7 @@ class PlannedStep:
     @property
     def writes_table(self) -> bool:
         """Whether the step writes shards (else a checkpoint)."""
-        return isinstance(self.stage, SourceStage | TableStage)
+        return self.kind in ("source", "table")
 
     @property
     def kind(self) -> Kind:
@@ -141,6 +142,8 @@ def _plan_step(
     name: str, stage: Step, recipe: Recipe, planned: Mapping[str, PlannedStep]
 ) -> PlannedStep:
     place = f"steps.{name}"
+    if isinstance(stage, FinishedTableStage):
+        return _finished_step(name, stage)
     tokenizer = None
     if isinstance(stage, SourceStage):
         tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
@@ -166,6 +169,16 @@ def _plan_step(
         # A stage that runs no model maps rows to rows with the same ids.
         vocabulary = next(iter(models.values())).vocabulary if models else inputs[0].vocabulary
     return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models, vocabulary)
+
+
+def _finished_step(name: str, stage: FinishedTableStage) -> PlannedStep:
+    """Return the step of a table that lies there: it is called what its manifest says."""
+    try:
+        manifest, _ = stage.manifest, stage.table
+    except TeacherCacheError as error:
+        raise ConfigError(f"steps.{name}.folder: {error}") from error
+    found = manifest.identity, manifest.fingerprint
+    return PlannedStep(name, stage, *found, stage.place, vocabulary=manifest.vocabulary)
 
 
 def _models(
@@ -216,8 +229,8 @@ def _check(
 ) -> None:
     tables = []
     for step in inputs:
-        assert isinstance(step.stage, SourceStage | TableStage)
-        made_by = next((model.identity for model in step.models.values()), None)
+        assert isinstance(step.stage, SourceStage | TableStage | FinishedTableStage)
+        made_by = next(iter(step.identity.get("models", ())), None)
         tables.append(TableRef(step.name, step.stage.table, made_by))
     try:
         stage.check(tables, {name: model.identity for name, model in models.items()})

@@ -17,6 +17,7 @@ from pipeline.planning.recipe import ModelRef, Recipe
 from pipeline.reports.cells import human_bytes
 from pipeline.state.finished_files import finished_files
 from pipeline.state.step_state import Progress, progress_of
+from stages.sources.finished_table.stage import FinishedTableStage
 from stages.stage import SourceStage, TableStage
 
 INDENT = 4  # columns that rich draws a level in
@@ -173,7 +174,7 @@ def _size(branch: _Branch) -> str:
 def _making(recipe: Recipe, step: PlannedStep) -> str:
     """Return ``stage -> folder`` and all that a step is made of, by name."""
     said = f"{step.stage.stage} -> {step.place.parent.name}/{step.place.name}"
-    if isinstance(step.stage, SourceStage | TableStage):
+    if isinstance(step.stage, SourceStage | TableStage | FinishedTableStage):
         table = step.stage.table
         said += f" (v{table.version}, {table.variant})" if table.variant else f" (v{table.version})"
     if step.inputs:

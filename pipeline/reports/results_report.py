@@ -195,5 +195,5 @@ def _positions_a_second(folder: Folder, manifest: Manifest) -> float | None:
     for shard, notes in zip(shards, all_notes(folder, [s.name for s in shards]), strict=True):
         if notes is not None:
             num_positions += shard.num_positions
-            seconds += notes["notes"]["seconds"]
+            seconds += notes["notes"].get("seconds", 0.0)  # of an import none is told
     return num_positions / seconds if num_positions and seconds else None

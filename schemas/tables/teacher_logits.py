@@ -11,7 +11,9 @@ chosen and rejected end to end: ``first_target`` is where the chosen response be
 token's context is the prompt and the rejected tokens before it.
 
 ``next_token_logprobs_P`` and ``entropies_P`` describe the full distribution, whatever is kept of
-it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``).
+it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distribution``). Of a
+``top_k`` row that another program captured nobody knows them, and they are NaN: the entropies all,
+log-probs where the next token is not among the K.
 
 Dimensions: P = scored positions, K = kept entries, E = head entries, D = hidden width.
 """
@@ -41,6 +43,28 @@ Entropies = Annotated[
     Array,
     Column(
         pa.float16(), "entropy of the teacher", dims="P", unit="nats", low=0, high=LOG_VOCABULARY
+    ),
+]
+
+NextTokenLogprobsIfKnown = Annotated[
+    Array,
+    Column(
+        *(pa.float16(), "log p(actual next token)"),
+        dims="P",
+        unit="nats",
+        high=MOST_LOGPROB,
+        unknown=True,
+    ),
+]
+EntropiesIfKnown = Annotated[
+    Array,
+    Column(
+        *(pa.float16(), "entropy of the teacher"),
+        dims="P",
+        unit="nats",
+        low=0,
+        high=LOG_VOCABULARY,
+        unknown=True,
     ),
 ]
 
@@ -132,21 +156,28 @@ class TopKLogits(_Scored):
             high=MOST_LOGPROB,
         ),
     ]
-    next_token_logprobs_P: NextTokenLogprobs
-    entropies_P: Entropies
+    next_token_logprobs_P: NextTokenLogprobsIfKnown
+    entropies_P: EntropiesIfKnown
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""
         _check_positions(self, len(self.token_ids_PK), len(self.rest_logprobs_P))
         if self.logprobs_PK.shape != self.token_ids_PK.shape:
             raise ValueError(f"sample {self.sample_id}: log-probs and token ids differ in shape")
+        if not _known_alike(self.next_token_logprobs_P, self.entropies_P):
+            raise ValueError(
+                f"sample {self.sample_id}: next_token_logprobs_P or entropies_P holds nan, which "
+                f"stands for what is not known, beside entropies that are"
+            )
 
     @staticmethod
     def surely_sound(columns: Columns) -> bool:
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
         ids, logprobs = columns["token_ids_PK"], columns["logprobs_PK"]
-        return _positions_agree(columns, "token_ids_PK", "rest_logprobs_P") and all(
-            a.shape == b.shape for a, b in zip(ids, logprobs, strict=True)
+        return (
+            _positions_agree(columns, "token_ids_PK", "rest_logprobs_P")
+            and all(a.shape == b.shape for a, b in zip(ids, logprobs, strict=True))
+            and all(map(_known_alike, columns["next_token_logprobs_P"], columns["entropies_P"]))
         )
 
     @property
@@ -188,6 +219,12 @@ def _check_positions(row: AnyLogits, *lengths: int) -> None:
             f"{sorted(found)} entries, "
             f"first_target {row.first_target}"
         )
+
+
+def _known_alike(next_token_logprobs_P: Array, entropies_P: Array) -> bool:
+    """Whether a row knows all of its entropies, and then all else, or none of them."""
+    is_unknown_P = np.isnan(entropies_P)
+    return bool(is_unknown_P.all() or not (is_unknown_P | np.isnan(next_token_logprobs_P)).any())
 
 
 def _positions_agree(columns: Columns, *names: str) -> bool:

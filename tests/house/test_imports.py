@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.registry import STAGES
+from stages.sources.finished_table.stage import FinishedTableStage
 from stages.student.train.stage import TrainStage
 from tests.house.tree import PACKAGES, REPOSITORY, imported, sources
 
@@ -140,8 +141,9 @@ def test_the_command_line_starts_without_a_heavy_library() -> None:
 
 
 def test_the_work_of_every_stage_does_what_its_kind_calls() -> None:
+    """But for tables that lie there finished: nothing is done for them."""
     called = {"source": ("prepare", "read"), "table": ("open_work",), "report": ("make",)}
-    for stage in STAGES:
+    for stage in (each for each in STAGES if each is not FinishedTableStage):
         folder = Path(*stage.__module__.split(".")[:-1])
         work = ast.parse((REPOSITORY / folder / "work.py").read_text())
         defined = {node.name for node in work.body if isinstance(node, ast.FunctionDef)}

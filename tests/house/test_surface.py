@@ -62,6 +62,7 @@ COMMANDS = {
     "export": {"--data", "--to", "--split", "--k"},
     "publish": {"--private", "--license", "--teacher"},
     "fetch": {"--revision"},
+    "import": {"--from", "--tokenizer", "--teacher", "--heldout-fraction"},
     "inspect": {"--row", "--rows", "--positions", "--top", "--tokenizer", "--signals"},
     "train": {"--step", "--nproc", "--set"},
     "evaluate": {

@@ -109,6 +109,9 @@ class TopKRows:
         if k is not None and k > most:
             raise ConfigError(f"--k is {k}, {folder} {has.format(most)}: ask for at most {most}")
         self.k = k or most
+        # An import of log-probs that were made to sum to one over the kept tokens says so.
+        config = manifest.identity.get("config", {})
+        self.is_renormalised = bool(config.get("renormalised"))
 
     @property
     def mean_rest(self) -> float:

@@ -227,7 +227,8 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
         means["answer_cross_entropy"] = answer_ce / answered
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
-        means["teacher_cross_entropy"] = teacher_ce / tokens
+        if not math.isnan(teacher_ce):  # of distributions that were imported it is not known
+            means["teacher_cross_entropy"] = teacher_ce / tokens
         means["top1_agreement"] = agreed / max(compared, 1.0)
         means["dropped_mass"] = dropped / tokens
     return means

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from schemas.errors import ConfigError
 from stages.student.objectives.objective import Objective, Reads
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class IclDistillationConfig(Objective):
         teacher = teacher_of(lm, step.lm_teacher_head)
         term = step.over_positions(lm, Kd(lm["next_token_ids_N"], teacher, 1.0 - alpha))
         entropy = lm["entropies_N"].sum()
+        if bool(entropy.isnan()):
+            raise ConfigError(
+                "lm_data holds imported distributions, whose entropies nobody knows, and the loss "
+                "'icl_distillation' adds them: capture them with the teacher, or set lm_weight to 0"
+            )
         kl = term.sums["kl"]
         sums = {"hard_lm": term.sums["cross_entropy"], "soft_lm": kl + entropy, "kl_lm": kl}
         return Term(term.total + (1.0 - alpha) * entropy, sums, "tokens", self.lm_weight)

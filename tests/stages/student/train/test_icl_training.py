@@ -1,5 +1,7 @@
 """ICL-D runs: the schedule, learning, accumulation, resume, and what is refused."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +9,19 @@ import numpy as np
 import pytest
 
 from schemas.errors import ConfigError
+from schemas.storage.manifest import read_manifest, write_manifest
+from schemas.storage.shards import read_shard, write_shard
+from schemas.tables.teacher_logits import TOP_K, TopKLogits
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig, TrainStage
 from stages.student.train.work import TrainResult, train
+from tests.fixtures.cached_data import K
 from tests.fixtures.episode_data import EpisodeData, make_episode_data
 
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3, micro_batch_tokens=400)
-CONFIG = TrainConfig(
-    max_steps=6, lr=3e-3, per_device_batch_size=4, objective=IclDistillationConfig()
-)
+WITH_TEXT = IclDistillationConfig()
+CONFIG = TrainConfig(max_steps=6, lr=3e-3, per_device_batch_size=4, objective=WITH_TEXT)
 PLAIN = IclDistillationConfig(lm_weight=0.0)
 TUNING = IclDistillationConfig(lm_weight=0.0, alpha_start=1.0, alpha_end=1.0)
 
@@ -130,6 +135,27 @@ def test_other_texts_are_another_run(data: EpisodeData, tmp_path: Path) -> None:
         run(data, tmp_path / "out", objective, settings={"max_steps": 1}, lm_data=other)
     again = run(data, tmp_path / "out", objective, settings={"max_steps": 1})
     assert again.fingerprint == first.fingerprint
+
+
+def test_text_of_imported_distributions_is_refused(data: EpisodeData, tmp_path: Path) -> None:
+    """Nobody knows their entropies, which the loss adds: it would be no number."""
+
+    def without_entropies(row: TopKLogits) -> TopKLogits:
+        return replace(row, entropies_P=np.full_like(row.entropies_P, np.nan))
+
+    shutil.copytree(data.text.root, tmp_path / "text")
+    folder = tmp_path / "text" / "top_k"
+    manifest = read_manifest(folder)
+    bound = TOP_K.bind(vocab_size=manifest.vocab_size, sizes={"K": K})
+    shards = []
+    for shard in manifest.shards:
+        batches = read_shard(folder / shard.file).to_batches()
+        rows = [without_entropies(row) for batch in batches for row in TOP_K.rows(batch)]
+        written = write_shard(folder / shard.file, bound, rows)
+        shards.append(replace(shard, sha256=written.sha256, num_bytes=written.num_bytes))
+    write_manifest(folder, replace(manifest, shards=tuple(shards)))
+    with pytest.raises(ConfigError, match="whose entropies nobody knows"):
+        run(data, tmp_path / "out", WITH_TEXT, lm_data=[data.text.documents, folder])
 
 
 def test_missing_tables_are_named(data: EpisodeData, tmp_path: Path) -> None:

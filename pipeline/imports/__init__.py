@@ -1,0 +1,1 @@
+"""What other programs captured of a teacher, read as tables of ours, a format a file."""
