@@ -23,6 +23,7 @@ from schemas.errors import ConfigError
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.advantages import AnyAdvantages
 from schemas.tables.candidate_scores import CandidateScores
+from schemas.tables.conversations import Conversation
 from schemas.tables.demonstrations import Demonstrated
 from schemas.tables.documents import Document
 from schemas.tables.episodes import Episode, split_candidates
@@ -107,6 +108,26 @@ def _demonstrated(row: Demonstrated, look: Look) -> list[RenderableType]:
     return [view]
 
 
+def _conversation(row: Conversation, look: Look) -> list[RenderableType]:
+    """One line a part, by turns text that is read and text that is scored."""
+    spans = np.asarray(row.scored_S2).reshape(-1, 2).tolist()
+    title = f"{row.num_tokens} tokens, {row.num_positions} of them scored in {len(spans)} spans"
+    if not spans:
+        title = f"{row.num_tokens} tokens, a prompt: none is scored"
+    if row.source_id:
+        title += f"; answers {row.source_id}"
+    if row.is_cut:
+        title += "; its end was cut"
+    view = RichTable("part", "tokens", "text", title=Text(title))
+    marks = [0, *(mark for span in spans for mark in span), row.num_tokens]
+    for number, (start, end) in enumerate(pairwise(marks)):
+        if start < end:
+            name = f"scored {number // 2}" if number % 2 else "read"
+            text = Text(repr(look.decode(row.input_ids_T[start:end])))
+            view.add_row(name, f"{start}..{end}", text, style="bold" if number % 2 else None)
+    return [view]
+
+
 def _subsets_table(row: SubsetPreferences) -> RichTable:
     view = RichTable("rank", "log Q (nats)", "demonstrations kept")
     subsets = split_subsets(row.subset_demonstrations_S, row.subset_sizes_N)
@@ -132,8 +153,8 @@ def scored_tokens(row: Any, signal: Any, look: Look) -> RichTable:
     ids_T = getattr(row, "input_ids_T", None)
     if ids_T is None:
         raise ConfigError(
-            f"sample {row.sample_id} has no input_ids_T, expected a row of documents, episodes or "
-            f"demonstrations: leave --signals out"
+            f"sample {row.sample_id} has no input_ids_T, expected a row of documents, "
+            f"conversations, episodes or demonstrations: leave --signals out"
         )
     whole = np.array([[signal.first_target, len(ids_T)]])
     targets_P = span_targets(getattr(row, SCORED, whole))
@@ -180,6 +201,7 @@ def _entries(row: Any) -> list[list[tuple[int, float]]]:
 
 VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
     "documents": _text,
+    "conversations": _conversation,
     "episodes": lambda row, look: [_episode_table(row, look.decode)],
     "demonstrations": _demonstrated,
     "subset_preferences": lambda row, look: [_subsets_table(row)],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.dataset import CachedDataset, open_dataset
@@ -174,3 +175,34 @@ def test_the_teachers_own_answers_are_conversations(ran: TinyRecipe) -> None:
         assert len(row["next_token_logprobs_P"]) == end - start
     trained = read_checkpoint(ran.step("seq_kd").folder)
     assert trained is not None and trained.metrics["after"]["tokens"] > 0
+
+
+@pytest.mark.slow
+def test_a_users_scores_choose_the_answers(ran: TinyRecipe, tmp_path: Path) -> None:
+    """As docs/guides/conversations.md does it: a script over the responses, then the step."""
+    said_by = open_dataset([ran.step("said").folder])
+    best = {}
+    with (tmp_path / "scores.jsonl").open("w") as out:
+        for index in range(len(said_by)):
+            row = said_by[index]
+            ends = np.cumsum(row["response_lengths_N"])[:-1]
+            answers = np.split(row["response_ids_A"], ends)
+            for number, ids_A in enumerate(answers):
+                line = {"sample_id": row["sample_id"], "response": number, "score": int(ids_A[0])}
+                out.write(json.dumps(line) + "\n")
+            best[row["sample_id"]] = max(answers, key=lambda ids_A: int(ids_A[0]))
+    body = yaml.safe_load(ran.path.read_text())
+    chosen = body["steps"]["answered"] | {
+        "scores": {"kind": "jsonl", "paths": [str(tmp_path / "scores.jsonl")]},
+        "keep": "best",
+    }
+    body["steps"] = {name: body["steps"][name] for name in ("chats", "said")} | {"best": chosen}
+    recipe = TinyRecipe(tmp_path / "recipe.yaml", ran.root)
+    recipe.path.write_text(yaml.safe_dump(body, sort_keys=False))
+    assert recipe.run().finished == ["best"]
+    found = tables_of(recipe, "best")
+    assert len(found) == len(best)
+    for index in range(len(found)):
+        row = found[index]
+        start = int(row["scored_S2"][0, 0])
+        assert row["input_ids_T"][start] == best[row["source_id"]][0]

@@ -15,7 +15,18 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.responses import RESPONSES
+from stages.sources.reading.source import RowFiles
 from stages.stage import Estimate, StageContext, TableStage
+
+
+class ScoreFiles(RowFiles):
+    """Files of scores, the higher the better: a row a response.
+
+    ``sample_id`` is that of the row of ``responses``, ``response`` its number there, from 0, and
+    ``column`` names the score.
+    """
+
+    column: str = "score"
 
 
 class AnswersStage(TableStage):
@@ -25,8 +36,10 @@ class AnswersStage(TableStage):
     ``max_tokens`` count a response's own, the closing one too. ``min_mean_logprob`` is of its
     tokens by the model that wrote it, in nats. ``matching`` and ``not_matching`` are regular
     expressions that are searched in its text without special tokens; they need ``tokenizer``, a
-    model of the recipe. Of equal responses to a prompt one is kept; ``keep: best`` keeps the one of
-    the best mean log-prob alone. What does not pass is a reject with its reason, of any number.
+    model of the recipe. ``min_score`` is of the user's ``scores``; a response without one does not
+    pass. Of equal responses to a prompt one is kept; ``keep: best`` keeps the one of the best
+    score alone, without ``scores`` of the best mean log-prob. What does not pass is a reject with
+    its reason, of any number.
     """
 
     VERSION: ClassVar[int] = 1
@@ -42,6 +55,8 @@ class AnswersStage(TableStage):
     min_mean_logprob: float | None = Field(default=None, le=0.0)
     matching: str | None = None
     not_matching: str | None = None
+    scores: ScoreFiles | None = None
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
     keep: Literal["all", "best"] = "all"
     max_rejected_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
 
@@ -65,6 +80,25 @@ class AnswersStage(TableStage):
         if self.tokenizer is not None and not of_text:
             raise ValueError("tokenizer: only matching and not_matching read text; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _scores_where_used(self) -> "AnswersStage":
+        if self.scores is None and self.min_score is not None:
+            raise ValueError("min_score is about scores: name their files in 'scores'")
+        if self.scores is not None and self.min_score is None and self.keep != "best":
+            raise ValueError("scores: only min_score and keep: best read them; give one of the two")
+        return self
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content: scores, where there are some, by their files."""
+        body = super().hashed()
+        config = body["config"]
+        if self.scores is None:
+            del config["scores"], config["min_score"]
+        else:
+            settings = self.scores.model_dump(mode="json", exclude={"paths"})
+            config["scores"] = settings | {"files": self.scores.identity()}
+        return body
 
     @property
     def table(self) -> Table[Any]:

@@ -4,7 +4,7 @@ Dimensions: T = tokens of a prompt, A = tokens of a response.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from schemas.tables.conversations import Conversation
 from schemas.tables.episodes import split_candidates
 from schemas.tables.responses import FINISH_REASONS, RESPONSES, Responses
 from stages.models.checkpoints.tokenizer import open_tokenizer
+from stages.sources.answers.scores import Scores, read_scores
 from stages.sources.answers.stage import AnswersStage
 from stages.stage import Rejected, StageContext, Work
 
@@ -29,6 +30,12 @@ class _Answer:
     ids_A: Array
     finish_reason: str
     mean_logprob: float
+    score: float | str  # or why there is none
+
+    @property
+    def rank(self) -> float:
+        """The higher, the better; of an answer that passes."""
+        return self.mean_logprob if isinstance(self.score, str) else self.score
 
 
 @contextmanager
@@ -37,21 +44,25 @@ def open_work(stage: AnswersStage, context: StageContext) -> Iterator[Work]:
     tokenizer: Any = None
     if stage.tokenizer is not None:
         tokenizer = open_tokenizer(context.models[stage.tokenizer].path)
+    scores = {} if stage.scores is None else read_scores(stage.scores)
 
     def work(shard: pa.Table) -> Iterable[list[Conversation | Rejected]]:
         split = split_of(shard)
         for batch in shard.to_batches():
             for row in RESPONSES.rows(batch):
-                yield list(_rows(stage, tokenizer, row, split))
+                yield list(_rows(stage, tokenizer, _answers_of(row, scores), row, split))
 
     yield work
 
 
 def _rows(
-    stage: AnswersStage, tokenizer: Any, row: Responses, split: str
+    stage: AnswersStage,
+    tokenizer: Any,
+    answers: Sequence[_Answer],
+    row: Responses,
+    split: str,
 ) -> Iterator[Conversation | Rejected]:
     """Yield what becomes of each response, in order; of ``keep: best`` the others are rejects."""
-    answers = _answers_of(row)
     reasons = [_reason(stage, tokenizer, answer) for answer in answers]
     for index, answer in enumerate(answers):
         before = zip(answers[:index], reasons, strict=False)
@@ -61,7 +72,7 @@ def _rows(
             reasons[index] = "equal to another response"
     if stage.keep == "best":
         passing = [index for index, reason in enumerate(reasons) if not reason]
-        best = max(passing, key=lambda index: answers[index].mean_logprob, default=None)
+        best = max(passing, key=lambda index: answers[index].rank, default=None)
         for index in passing:
             reasons[index] = "" if index == best else "not the best response"
     for answer, reason in zip(answers, reasons, strict=True):
@@ -71,12 +82,19 @@ def _rows(
             yield _conversation(row, answer, split)
 
 
-def _answers_of(row: Responses) -> list[_Answer]:
+def _answers_of(row: Responses, scores: Scores) -> list[_Answer]:
     ids = split_candidates(row.response_ids_A, row.response_lengths_N)
     logprobs = split_candidates(row.logprobs_A, row.response_lengths_N)
     return [
-        _Answer(ids_A, FINISH_REASONS[int(code)], float(np.mean(logprobs_A, dtype=np.float64)))
-        for ids_A, logprobs_A, code in zip(ids, logprobs, row.finish_reasons_N, strict=True)
+        _Answer(
+            ids_A,
+            FINISH_REASONS[int(code)],
+            float(np.mean(logprobs_A, dtype=np.float64)),
+            scores.get((row.sample_id, number), "no score"),
+        )
+        for number, (ids_A, logprobs_A, code) in enumerate(
+            zip(ids, logprobs, row.finish_reasons_N, strict=True)
+        )
     ]
 
 
@@ -91,6 +109,10 @@ def _reason(stage: AnswersStage, tokenizer: Any, answer: _Answer) -> str:
         return f"more than max_tokens {stage.max_tokens}"
     if stage.min_mean_logprob is not None and answer.mean_logprob < stage.min_mean_logprob:
         return f"mean log-prob below min_mean_logprob {stage.min_mean_logprob}"
+    if stage.scores is not None and isinstance(answer.score, str):
+        return answer.score
+    if stage.min_score is not None and answer.rank < stage.min_score:
+        return f"score below min_score {stage.min_score}"
     if tokenizer is None:
         return ""
     text = tokenizer.decode(answer.ids_A.tolist(), skip_special_tokens=True)

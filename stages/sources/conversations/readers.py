@@ -16,6 +16,7 @@ from stages.sources.dialogues.messages import (
 from stages.sources.reading.lines import field_of, text_of
 from stages.sources.reading.records import read_records
 from stages.sources.reading.rejects import MalformedRecord, Rejects
+from stages.sources.reading.source import RowFiles
 
 _Record = dict[str, Any]
 _Said = tuple[Message, ...]
@@ -40,7 +41,8 @@ def read_conversations(source: ChatFiles | HubChats, rejects: Rejects) -> Iterat
     }
     read = said_of[source.format]
     for place, row in read_records(source, rejects):
-        record = row if source.kind == "jsonl" else without_nulls(row)
+        is_json = isinstance(source, RowFiles) and source.is_json
+        record = row if is_json else without_nulls(row)
         try:
             said = read(source, record)
         except MalformedRecord as error:

@@ -21,6 +21,7 @@ from stages.sources.preference_pairs.stage import HubPairs, PairColumns, PairFil
 from stages.sources.reading.lines import field_of, shown, text_of
 from stages.sources.reading.records import read_records
 from stages.sources.reading.rejects import MalformedRecord, Rejects
+from stages.sources.reading.source import RowFiles
 
 _TRANSCRIPT_SPEAKERS = {"Human": USER, "Assistant": ASSISTANT}
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -32,7 +33,8 @@ def read_pairs(source: PairFiles | HubPairs, rejects: Rejects) -> Iterator[RawPa
     branch_of = {"standard": _standard, "hh_rlhf": _transcript, "sharegpt": _sharegpt}
     read = branch_of[source.format]
     for place, row in read_records(source, rejects):
-        record = row if source.kind == "jsonl" else without_nulls(row)
+        is_json = isinstance(source, RowFiles) and source.is_json
+        record = row if is_json else without_nulls(row)
         try:
             chosen, rejected = (
                 read(source, record, column) for column in (source.chosen, source.rejected)

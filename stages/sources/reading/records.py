@@ -15,9 +15,11 @@ from stages.sources.reading.hub_rows import hub_name, hub_rows
 from stages.sources.reading.lines import json_object
 from stages.sources.reading.rejects import MalformedRecord, Rejects
 from stages.sources.reading.source import HubData, RowFiles
-from stages.sources.reading.values import ROWS_PER_READ, raw_lines, readable
+from stages.sources.reading.values import ROWS_PER_READ, raw_objects, readable
 
-Record = tuple[str, dict[str, Any]]  # its place (``file:line``), and its columns
+Record = tuple[
+    str, dict[str, Any]
+]  # its place (``file:line``; in an array its number), and its columns
 
 
 def read_records(source: RowFiles | HubData, rejects: Rejects) -> Iterator[Record]:
@@ -32,15 +34,15 @@ def read_records(source: RowFiles | HubData, rejects: Rejects) -> Iterator[Recor
         return
     for path in source.files():
         with readable(str(path), source.kind):
-            if source.kind == "jsonl":
-                yield from _json_rows(path, rejects)
+            if source.is_json:
+                yield from _json_rows(source.kind, path, rejects)
             else:
                 yield from _columnar(source.kind, path, rejects)
 
 
-def _json_rows(path: Path, rejects: Rejects) -> Iterator[Record]:
+def _json_rows(kind: str, path: Path, rejects: Rejects) -> Iterator[Record]:
     number = 0
-    for lines in raw_lines(path, "line"):
+    for lines in raw_objects(kind, path):
         for line in lines:
             number += 1
             if not line.strip():

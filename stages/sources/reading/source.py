@@ -1,4 +1,4 @@
-"""Where text comes from: local files (jsonl, parquet, arrow, plain text) or a hub data set."""
+"""Where text comes from: local files (jsonl, json, parquet, arrow, text) or a hub data set."""
 
 import glob
 import os
@@ -25,10 +25,15 @@ COMPRESSIONS = {
 
 
 class RowFiles(StageConfig):
-    """Files of rows; ``jsonl`` may be compressed."""
+    """Files of rows; ``jsonl`` and ``json``, one array of objects, may be compressed."""
 
-    kind: Literal["jsonl", "parquet", "arrow"]
+    kind: Literal["jsonl", "json", "parquet", "arrow"]
     paths: Patterns
+
+    @property
+    def is_json(self) -> bool:
+        """Whether rows are JSON objects, which hold what they name and no null for the rest."""
+        return self.kind in ("jsonl", "json")
 
     def files(self) -> tuple[Path, ...]:
         """Return the files in reading order; raises ConfigError for a pattern without files."""

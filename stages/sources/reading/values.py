@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -31,6 +31,7 @@ import pyarrow as pa
 from schemas.errors import ConfigError, first_line
 from schemas.storage.file_locks import NO_LOCKS
 from stages.sources.reading.hub_rows import hub_name, hub_rows
+from stages.sources.reading.json_array import array_elements
 from stages.sources.reading.lines import field_of, json_object, read_by
 from stages.sources.reading.rejects import MalformedRecord
 from stages.sources.reading.source import COMPRESSIONS, HubRows, Source, TableFiles, TextFiles
@@ -82,8 +83,8 @@ def read_rows(source: Source, *, file: int = 0, row: int = 0) -> Iterator[RawRow
 def _values(source: TableFiles | TextFiles, path: Path) -> Iterator[list[object]]:
     if isinstance(source, TextFiles):
         yield from _text_values(path, source.sample_by)
-    elif source.kind == "jsonl":
-        yield from _jsonl_values(path, source.column)
+    elif source.is_json:
+        yield from _json_values(source.kind, path, source.column)
     else:
         yield from _columnar_values(source.kind, path, source.column)
 
@@ -119,9 +120,30 @@ def _text_values(path: Path, sample_by: str) -> Iterator[list[object]]:
         yield [line if line.strip() else _NO_DOCUMENT for line in lines]
 
 
-def _jsonl_values(path: Path, column: str) -> Iterator[list[object]]:
-    for lines in raw_lines(path, "line"):
+def _json_values(kind: str, path: Path, column: str) -> Iterator[list[object]]:
+    for lines in raw_objects(kind, path):
         yield [_field(line, column) if line.strip() else _NO_DOCUMENT for line in lines]
+
+
+def raw_objects(kind: str, path: Path) -> Iterator[list[bytes]]:
+    """Yield the undecoded objects of a file, of ``jsonl`` its lines, in groups.
+
+    Some are blank. Raises ConfigError for a ``json`` file that is no array.
+    """
+    if kind == "jsonl":
+        yield from raw_lines(path, "line")
+        return
+    _require_honest_name(path)
+    if path.suffix in COMPRESSIONS and path.suffix not in _OPENERS:
+        raise ConfigError(f"{path}: kind json reads {', '.join(_OPENERS)}: compress it as one")
+    with _OPENERS.get(path.suffix, _open)(path) as stream:
+        elements = array_elements(stream, path)
+        while group := list(islice(elements, ROWS_PER_READ)):
+            yield group
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def _field(line: bytes, column: str) -> object:

@@ -1,15 +1,18 @@
 """Responses as conversations: which pass, what a row of one is, and why the others are left out."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from schemas.errors import ConfigError
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import with_split
 from schemas.tables.conversations import Conversation
@@ -122,6 +125,77 @@ def test_text_is_searched_without_special_tokens(tiny_model: Path) -> None:
     assert kept(found) == [ids[0]] and reasons(found) == ["text with a match of not_matching"]
 
 
+def score_file(tmp_path: Path, *records: Any, name: str = "scores.jsonl") -> dict[str, Any]:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"kind": "jsonl", "paths": [str(path)]}
+
+
+def score(response: Any, value: Any, sample_id: str = KEY) -> dict[str, Any]:
+    return {"sample_id": sample_id, "response": response, "score": value}
+
+
+def test_scores_of_a_user_decide(tmp_path: Path) -> None:
+    """The best of those that pass, however likely the model found it; one without a score fails."""
+    row = responses([[5, 6], [7, 3], [8, 9], [4, 4]], means=[-1.0, -2.0, -3.0, -0.1])
+    scores = score_file(tmp_path, score(2, 0.9), score(0, 0.5), score(1, 0.7), score(9, 3.0))
+    found = made(row, scores=scores, keep="best")
+    assert kept(found) == [[8, 9]]
+    assert reasons(found) == ["not the best response", "not the best response", "no score"]
+    found = made(row, scores=scores, min_score=0.6)
+    assert kept(found) == [[7, 3], [8, 9]]
+    assert reasons(found) == ["score below min_score 0.6", "no score"]
+    found = made(row, scores=scores, keep="best", max_tokens=1)
+    assert kept(found) == [] and len(found) == 4
+    path = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"sample_id": [KEY] * 2, "response": [0, 3], "reward": [1, 2]}), path)
+    columns = {"kind": "parquet", "paths": [str(path)], "column": "reward"}
+    assert kept(made(row, scores=columns, keep="best")) == [[4, 4]]
+
+
+def test_a_bad_score_costs_its_response_alone(tmp_path: Path) -> None:
+    row = responses([[5, 6], [7, 3], [8, 9], [4, 4], [2, 2], [3, 3]])
+    scores = score_file(
+        tmp_path,
+        score(0, 1.0),
+        score(1, float("nan")),
+        score(2, None),
+        score(3, "high"),
+        score(4, 1.0),
+        score(4, 2.0),
+        score("5", 1.0),
+        score(0, 1.0),  # once more, and no other
+        {"response": 1, "score": 1.0},
+    )
+    found = made(row, scores=scores, min_score=0.0)
+    assert kept(found) == [[5, 6]]
+    assert reasons(found) == [*["score is no finite number"] * 3, "more than one score", "no score"]
+
+
+def test_scores_under_other_names_are_one_line(tmp_path: Path) -> None:
+    other = score_file(tmp_path, {"sample_id": KEY, "response": 0, "reward": 1.0})
+    with pytest.raises(ConfigError, match="no column 'score'; it has 'sample_id', 'response'"):
+        made(responses([[5, 6]]), scores=other, keep="best")
+
+
+def test_scores_are_hashed_by_content_and_leave_other_recipes_alone(tmp_path: Path) -> None:
+    def config(**settings: Any) -> Any:
+        stage = AnswersStage.model_validate({"stage": "answers", "input": "said"} | settings)
+        return stage.hashed()["config"]
+
+    assert set(config()) == {
+        "finish_reasons", "keep", "matching", "max_tokens", "min_mean_logprob", "min_tokens",
+        "not_matching",
+    }  # fmt: skip
+    first = config(scores=score_file(tmp_path, score(0, 1.0)), keep="best")
+    (tmp_path / "elsewhere").mkdir()
+    moved = score_file(tmp_path / "elsewhere", score(0, 1.0))
+    assert config(scores=moved, keep="best") == first
+    assert config(scores=score_file(tmp_path, score(0, 2.0)), keep="best") != first
+    with pytest.raises(ConfigError, match="no file matches"):
+        config(scores={"kind": "jsonl", "paths": [str(tmp_path / "none")]}, keep="best")
+
+
 def test_wrong_settings_are_refused() -> None:
     wrong: list[dict[str, Any]] = [
         {"matching": "("},
@@ -129,6 +203,9 @@ def test_wrong_settings_are_refused() -> None:
         {"tokenizer": "teacher"},
         {"finish_reasons": []},
         {"min_mean_logprob": 0.5},
+        {"min_score": 0.5},
+        {"scores": {"kind": "jsonl", "paths": ["a"]}},
+        {"scores": {"kind": "jsonl", "paths": ["a"]}, "min_score": float("nan")},
     ]
     for settings in wrong:
         with pytest.raises(ValidationError):

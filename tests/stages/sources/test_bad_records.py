@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from schemas.errors import ConfigError, RejectLimitError
 from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PairSource
 from stages.sources.reading.cleaning import clean
+from stages.sources.reading.json_array import array_elements
 from stages.sources.reading.rejects import HOPELESS, LISTED, MalformedRecord, Rejects
 from stages.sources.reading.source import Source
 from stages.sources.reading.values import read_rows
@@ -288,6 +290,45 @@ def test_long_lists_are_cut_and_hopeless_ones_are_not_read_to_their_end(tmp_path
     with pytest.raises(ConfigError, match=rf"it has 'body' \(so are all {HOPELESS:,} records"):
         read_documents(rejects, **found)
     assert (rejects.num_read, len(rejects.listed)) == (HOPELESS, LISTED)
+
+
+def test_a_bad_element_of_an_array_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    bodies = ['{"text": "a, [b"}', '{"text": 1}', "[3]", '{"text" "c"}', "null", '{"text": "}\\""}']
+    path.write_bytes(("[" + " ,\n".join(bodies)).encode() + b', {"text": "\xff"}]\n')
+    rejects = Rejects()
+    assert read_documents(rejects, kind="json", paths=[str(path)]) == 2
+    assert rejects.counts == {
+        "not_a_string": 1, "not_an_object": 2, "broken_json": 1, "invalid_unicode": 1
+    }  # fmt: skip
+    assert [row["place"] for row in rejects.listed] == [f"{path}:{n}" for n in (2, 3, 4, 5, 7)]
+
+
+@pytest.mark.parametrize("read", [1, 2, 3, 7, 1 << 20])
+def test_an_array_is_cut_wherever_reading_stops(
+    read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quotes, escapes and brackets within texts, nested lists, blanks: as ``json`` itself reads."""
+    monkeypatch.setattr("stages.sources.reading.json_array._READ", read)
+    texts = ['"', "\\", '\\\\"', "],[", "{}", '\\"}]', "\u65e5\u672c", ""]
+    rows = [{"text": text, "more": [[text], {"k": [texts]}]} for text in texts]
+    for indent in (None, 2):
+        body = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
+        found = array_elements(io.BytesIO(b"\xef\xbb\xbf \n" + body + b" \n"), tmp_path)
+        assert [json.loads(element) for element in found] == rows
+
+
+def test_an_open_quote_does_not_take_a_whole_file_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.sources.reading.json_array._READ", 16)
+    monkeypatch.setattr("stages.sources.reading.json_array._LONGEST", 64)
+    stream = io.BytesIO(b'[{"text": "a"}, {"text: "b"}' + b', {"text": "c"}' * 100)
+    elements = array_elements(stream, tmp_path)
+    assert next(elements) == b'{"text": "a"}'
+    with pytest.raises(ConfigError, match="record 2 does not end within"):
+        list(elements)
+    assert stream.tell() < 128
 
 
 STRINGS = pa.array(["a", None, "", "b", "c"])

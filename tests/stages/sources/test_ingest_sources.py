@@ -50,11 +50,13 @@ def write_all(folder: Path) -> dict[str, Source]:
         pq.write_table(table, folder / f"c{number}.parquet", row_group_size=70)
         with pa.ipc.new_file(folder / f"d{number}.arrow", table.schema) as out:
             out.write_table(table, max_chunksize=90)
+        rows = [{"n": 1, "body": text} for text in texts]
+        (folder / f"g{number}.json").write_text(json.dumps(rows, indent=number or None))
         (folder / f"e{number}.txt").write_text("".join(f"{text}\n" for text in texts))
         (folder / f"f{number}.txt").write_text("".join(f"{text}\n\n" for text in texts))
     found = {
         name: source(kind=kind, paths=[str(folder / f"{name}*")], column="body")
-        for name, kind in (("a", "jsonl"), ("b", "jsonl"), ("c", "parquet"), ("d", "arrow"))
+        for name, kind in zip("abcdg", ("jsonl", "jsonl", "parquet", "arrow", "json"), strict=True)
     }
     found["e"] = source(kind="text", paths=[str(folder / "e*")], sample_by="line")
     found["f"] = source(kind="text", paths=[str(folder / "f*")], sample_by="paragraph")
@@ -66,12 +68,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     return write_all(tmp_path_factory.mktemp("sources"))
 
 
-@pytest.mark.parametrize("form", "abcdef")
+@pytest.mark.parametrize("form", "abcdefg")
 def test_every_kind_gives_the_same_documents(form: str, sources: dict[str, Source]) -> None:
     assert [value.strip() for value in values_of(sources[form])] == TEXTS
 
 
-@pytest.mark.parametrize("form", "abcdef")
+@pytest.mark.parametrize("form", "abcdefg")
 def test_reading_goes_on_from_any_position(form: str, sources: dict[str, Source]) -> None:
     everything = values_of(sources[form])
     done: list[Any] = []
@@ -149,6 +151,12 @@ def test_unknown_settings_are_refused() -> None:
         ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz: cannot be read as jsonl"),
         ("a.parquet", b"no parquet", r"a.parquet: cannot be read as parquet"),
         ("a.arrow", b"no arrow", r"a.arrow: cannot be read as arrow"),
+        ("a.json", b'{"text": "a"}', r"begins with '{', expected one JSON array .* kind jsonl"),
+        ("a.json", b"\n", r"a.json: is empty, expected one JSON array of objects"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"', r"a.json: ends inside record 2: the file is"),
+        ("a.json", b'[{"text": "a}, {"text": "b"}]', r"a.json: ends inside record 1: the file is"),
+        ("a.json", b'[{"text": "a"}}, {"text": "b"}]', r"a.json: there is more after the end of"),
+        ("a.json", b"\x1f\x8b\x08\x00", r"a.json is compressed, .* add '.gz'"),
     ],
 )
 def test_unreadable_input_is_one_line(
