@@ -20,6 +20,18 @@ from stages.student.objectives.mend import MendConfig
 from stages.student.packages import Package
 
 
+class EarlyStopping(StageConfig):
+    """Held-out rows are measured ``every`` so many steps: by KL to the teacher where there is one.
+
+    Training stops when ``patience`` measurements in a row were not lower than the lowest by more
+    than ``min_delta``, and the weights of the lowest are kept, however training ended.
+    """
+
+    patience: int = Field(ge=1)
+    every: int = Field(ge=1)
+    min_delta: float = Field(default=0.0, ge=0.0)
+
+
 class TrainConfig(StageConfig):
     """A run over cached data: give ``max_steps`` or ``epochs``, not both.
 
@@ -34,7 +46,7 @@ class TrainConfig(StageConfig):
     """
 
     # Settings that came later: runs that leave them as they are keep their names.
-    LATER: ClassVar[tuple[str, ...]] = ("lora", "optimizer")
+    LATER: ClassVar[tuple[str, ...]] = ("lora", "optimizer", "early_stopping")
 
     objective: ObjectiveConfig = KdConfig()
     lr: float = Field(default=3e-4, gt=0.0)
@@ -51,6 +63,7 @@ class TrainConfig(StageConfig):
     packing: bool = False
     lora: LoraSettings | None = None
     optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    early_stopping: EarlyStopping | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -65,6 +78,16 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"packing: objective '{self.objective.loss}' reads several sequences of a row; set "
                 f"packing to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stopping_in_time(self) -> "TrainConfig":
+        stopping, steps = self.early_stopping, self.max_steps
+        if stopping is not None and steps is not None and stopping.every > steps:
+            raise ValueError(
+                f"early_stopping.every is {stopping.every} and max_steps {steps}: nothing would be "
+                f"measured, lower it"
             )
         return self
 
