@@ -43,6 +43,11 @@ class Course:
         return Course(name, self.step, self.best, self.waited + 1)
 
 
+def is_of_numbers(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry of a Trainer's log is of a step's losses or of held-out rows."""
+    return "loss" in entry or any(name.startswith(MEASURED) for name in entry)
+
+
 def course_of(log: Iterable[Mapping[str, Any]], min_delta: float) -> Course:
     """Return what a Trainer's log says of its measurements."""
     course = Course()

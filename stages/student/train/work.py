@@ -20,7 +20,12 @@ from transformers import PreTrainedModel, TrainerState
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, write_text
-from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
+from stages.models.causal_lm.model import (
+    check_student,
+    choose_attention,
+    load_student,
+    student_vocab_size,
+)
 from stages.models.causal_lm.packed_rows import require_packs
 from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
@@ -48,7 +53,7 @@ from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
-from stages.student.train.early_stopping import MEASURED, EarlyStop, require_heldout
+from stages.student.train.early_stopping import EarlyStop, is_of_numbers, require_heldout
 from stages.student.train.stage import TrainConfig
 from stages.student.train.trackers import Trackers
 
@@ -228,11 +233,7 @@ class _Run:
         if trackers is not None and trainer.is_world_process_zero():
             trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
-        history = tuple(
-            dict(entry)
-            for entry in trainer.state.log_history
-            if "loss" in entry or any(name.startswith(MEASURED) for name in entry)
-        )
+        history = tuple(dict(entry) for entry in trainer.state.log_history if is_of_numbers(entry))
         if trainer.is_world_process_zero():
             self._save(model, folders.student, metrics, history)
         trainer.accelerator.wait_for_everyone()
@@ -250,6 +251,8 @@ class _Run:
             model = load_student(student, device=device)
             if self.config.packing:
                 require_packs(model, f"student {student}")
+            if (chosen := self.config.attn_implementation) != "sdpa":
+                choose_attention(model, chosen, f"student {student}")
             for dataset in read:
                 check_student(student, dataset, student_vocab_size(model))
             if (lora := self.config.lora) is not None:
