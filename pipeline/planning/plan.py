@@ -160,6 +160,7 @@ def _plan_step(
     _check(stage, inputs, models, place)
     _refuse_adapter_on_adapter(stage, models, planned, place)
     _refuse_other_vocabulary(models, inputs, place)
+    _refuse_nothing_held_out(stage, inputs, place)
     models |= _models(stage, stage.ALSO_RUNS, recipe, planned, place)
     identity["inputs"] = [step.fingerprint for step in inputs]
     identity["models"] = [dict(model.identity) for model in models.values()]
@@ -221,6 +222,19 @@ def _refuse_adapter_on_adapter(
             f"{place}.lora: '{stage.adapts}' has an adapter already, of {whose}: give the same "
             f"rank, alpha and targets as the step that made it, or leave lora out to train the "
             f"merged weights"
+        )
+
+
+def _refuse_nothing_held_out(stage: Stage, inputs: Sequence[PlannedStep], place: str) -> None:
+    if getattr(stage, "early_stopping", None) is None:
+        return
+    source = inputs[0]
+    while source.inputs:
+        source = source.inputs[0]
+    if getattr(source.stage, "heldout_fraction", None) == 0:
+        raise ConfigError(
+            f"{place}.early_stopping: it measures held-out rows, and step '{source.name}' holds "
+            f"none out: set heldout_fraction there above 0, or leave early_stopping out"
         )
 
 

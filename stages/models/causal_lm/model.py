@@ -49,6 +49,17 @@ def load_student(folder: Path, *, device: torch.device, role: str = "student") -
     return model
 
 
+def choose_attention(model: PreTrainedModel, implementation: str, name: str) -> None:
+    """Have a loaded model's attention computed so; raises ConfigError where it cannot be."""
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"attn_implementation: {name} ({type(model).__name__}) takes no {implementation}: "
+            f"{first_line(error)}"
+        ) from error
+
+
 def check_student(folder: Path, dataset: CachedDataset, vocab_size: int) -> None:
     """Raise IdentityMismatch unless the data's token ids are this student's.
 

@@ -7,6 +7,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from schemas.errors import ConfigError
 from stages.student.options import TrainOptions
 from stages.student.packages import require_packages
 from stages.student.train.stage import TrainConfig
@@ -31,6 +32,11 @@ def training_arguments(
     """
     on_gpu = options.device == "auto" and torch.cuda.is_available()
     require_packages([*config.packages(), *options.packages()])
+    if config.attn_implementation not in ("sdpa", "eager") and not on_gpu:
+        raise ConfigError(
+            f"attn_implementation: {config.attn_implementation} trains on a GPU alone, and there "
+            f"is none here: leave it out, or choose sdpa or eager"
+        )
     # Unnamed, AdamW is what transformers takes by itself: torch's own, fused.
     optimizer = {} if config.optimizer == "adamw" else {"optim": OPTIMIZERS[config.optimizer]}
     args = RunArguments(

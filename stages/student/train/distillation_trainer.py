@@ -41,6 +41,7 @@ from stages.student.batches.training_data import TrainingData, advantage_heads_o
 from stages.student.evaluate.positions import DTYPES
 from stages.student.lora import load_lora
 from stages.student.losses.step import UNITS, Step
+from stages.student.train.early_stopping import EarlyStop
 from stages.student.train.loss_log import EventReporter, RunningSums
 from stages.student.train.stage import TrainConfig
 from stages.student.train.trackers import Trackers
@@ -69,6 +70,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         num_token_ids: int | None = None,
         reader: PreTrainedModel | None = None,
         trackers: Trackers | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         """Set up for one run; events, checkpoints and trackers are the main process's only.
 
@@ -86,14 +88,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             packing=config.packing,
             reader_frame=None if reader is None else frame_of(reader.config),
         )
-        told = [*([EventReporter(on_event)] if on_event else ()), *([trackers] if trackers else ())]
+        told: list[Any] = [
+            *([EventReporter(on_event)] if on_event else ()),
+            *([trackers] if trackers else ()),
+        ]
+        stops = [] if early_stop is None else [early_stop]
         rows, collator = config.objective.batches(data)
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=told if args.process_index == 0 else None,
+            callbacks=[*(told if args.process_index == 0 else ()), *stops],
         )
         self.remove_callback(PrinterCallback)
         self._config = config
@@ -106,6 +112,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self._reader = reader
         self._micro_batch_tokens = micro_batch_tokens
         self._logged = RunningSums()
+        self._early_stop = early_stop
+        if early_stop is not None:
+            early_stop.log = self.log
         # Of this process, since this call of train(): scored tokens, and rows.
         self.num_tokens, self.num_samples = 0, 0
 
@@ -188,6 +197,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self._early_stop is not None:
+                self._early_stop.keep_in(folder)
             write_text(folder / WHOLE, "")
             if self._on_checkpoint is not None:
                 self._on_checkpoint(folder)
@@ -198,6 +209,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_lora(self.model, Path(resume_from_checkpoint))
+
+    def load_weights(self, folder: Path) -> None:
+        """Put saved weights, or an adapted student's adapter, in the place of the model's own."""
+        self._load_from_checkpoint(str(folder), self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the objective's parts over all processes since the last log.

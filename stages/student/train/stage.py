@@ -19,6 +19,21 @@ from stages.student.objectives.kd import KdConfig
 from stages.student.objectives.mend import MendConfig
 from stages.student.packages import Package
 
+# What transformers needs of each: the module that brings it.
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+
+
+class EarlyStopping(StageConfig):
+    """Held-out rows are measured ``every`` so many steps: by KL to the teacher where there is one.
+
+    Training stops when ``patience`` measurements in a row were not lower than the lowest by more
+    than ``min_delta``, and the weights of the lowest are kept, however training ended.
+    """
+
+    patience: int = Field(ge=1)
+    every: int = Field(ge=1)
+    min_delta: float = Field(default=0.0, ge=0.0)
+
 
 class TrainConfig(StageConfig):
     """A run over cached data: give ``max_steps`` or ``epochs``, not both.
@@ -34,7 +49,12 @@ class TrainConfig(StageConfig):
     """
 
     # Settings that came later: runs that leave them as they are keep their names.
-    LATER: ClassVar[tuple[str, ...]] = ("lora", "optimizer")
+    LATER: ClassVar[tuple[str, ...]] = (
+        "lora",
+        "optimizer",
+        "early_stopping",
+        "attn_implementation",
+    )
 
     objective: ObjectiveConfig = KdConfig()
     lr: float = Field(default=3e-4, gt=0.0)
@@ -51,6 +71,10 @@ class TrainConfig(StageConfig):
     packing: bool = False
     lora: LoraSettings | None = None
     optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = "adamw"
+    early_stopping: EarlyStopping | None = None
+    attn_implementation: Literal[
+        "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "sdpa"
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -65,6 +89,30 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"packing: objective '{self.objective.loss}' reads several sequences of a row; set "
                 f"packing to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flash_in_half(self) -> "TrainConfig":
+        if self.attn_implementation in FLASH and self.dtype == "float32":
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation} takes no float32: set dtype to "
+                f"bfloat16"
+            )
+        if self.attn_implementation != "sdpa" and self.objective.USES_READER:
+            raise ValueError(
+                f"attn_implementation: objective '{self.objective.loss}' trains a distiller, which "
+                f"has sdpa alone: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stopping_in_time(self) -> "TrainConfig":
+        stopping, steps = self.early_stopping, self.max_steps
+        if stopping is not None and steps is not None and stopping.every > steps:
+            raise ValueError(
+                f"early_stopping.every is {stopping.every} and max_steps {steps}: nothing would be "
+                f"measured, lower it"
             )
         return self
 
@@ -86,6 +134,10 @@ class TrainConfig(StageConfig):
         """Yield what the settings need beside the trainer's own packages."""
         if self.lora is not None:
             yield Package("lora", ("peft",), "teachercache[align]")
+        if self.attn_implementation in FLASH:
+            setting = f"attn_implementation: {self.attn_implementation}"
+            module = FLASH[self.attn_implementation]
+            yield Package(setting, (module,), "flash-attention of that version")
         if self.optimizer == "adamw_8bit":
             yield Package("optimizer: adamw_8bit", ("bitsandbytes",), "bitsandbytes")
 

@@ -56,7 +56,9 @@ class Trackers(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         control: TrainerControl,
         after: Mapping[str, float],
     ) -> None:
-        """Tell the held-out means of the trained student, and close every log."""
+        """Tell the held-out means of the trained student, and close every log that was opened."""
+        if not self._told:
+            return
         self.on_log(args, state, control, _held_out(after))
         for name, tracker in zip(self._options.report_to, self._told, strict=True):
             tracker.on_train_end(args, state, control)

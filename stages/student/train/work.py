@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, write_text
-from stages.models.causal_lm.model import check_student, load_student, student_vocab_size
+from stages.models.causal_lm.model import (
+    check_student,
+    choose_attention,
+    load_student,
+    student_vocab_size,
+)
 from stages.models.causal_lm.packed_rows import require_packs
 from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
@@ -48,6 +53,7 @@ from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
+from stages.student.train.early_stopping import EarlyStop, is_of_numbers, require_heldout
 from stages.student.train.stage import TrainConfig
 from stages.student.train.trackers import Trackers
 
@@ -194,6 +200,7 @@ class _Run:
         trackers = None
         if self.options.report_to:
             trackers = Trackers(self.options, self.output, before)
+        early_stop = self._early_stop(scored)
         use_cache = getattr(model.config, "use_cache", None)
         trainer = DistillationTrainer(
             model,
@@ -208,11 +215,14 @@ class _Run:
             num_token_ids=known_ids,
             reader=reader,
             trackers=trackers,
+            early_stop=early_stop,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
+            if early_stop is not None:
+                early_stop.take_from(last_checkpoint(self.checkpoints))
         trainer.accelerator.wait_for_everyone()
-        summary = self._train(trainer, last_checkpoint(self.checkpoints))
+        summary = self._train(trainer, last_checkpoint(self.checkpoints), early_stop)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off
         _require_finite(model, self.config)
@@ -223,7 +233,7 @@ class _Run:
         if trackers is not None and trainer.is_world_process_zero():
             trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
-        history = tuple(dict(entry) for entry in trainer.state.log_history if "loss" in entry)
+        history = tuple(dict(entry) for entry in trainer.state.log_history if is_of_numbers(entry))
         if trainer.is_world_process_zero():
             self._save(model, folders.student, metrics, history)
         trainer.accelerator.wait_for_everyone()
@@ -241,6 +251,8 @@ class _Run:
             model = load_student(student, device=device)
             if self.config.packing:
                 require_packs(model, f"student {student}")
+            if (chosen := self.config.attn_implementation) != "sdpa":
+                choose_attention(model, chosen, f"student {student}")
             for dataset in read:
                 check_student(student, dataset, student_vocab_size(model))
             if (lora := self.config.lora) is not None:
@@ -264,18 +276,45 @@ class _Run:
         body = {"fingerprint": self.fingerprint, "identity": self.identity}
         write_text(self.checkpoints / RUN, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
-    def _train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, float]:
+    def _early_stop(self, scored: HeldOut | None) -> EarlyStop | None:
+        if self.config.early_stopping is None:
+            return None
+        require_heldout(0 if scored is None else len(scored.dataset))
+
+        def measure(model: PreTrainedModel) -> dict[str, float]:
+            return self._measure(model, scored, "held out")
+
+        return EarlyStop(self.config.early_stopping, self.checkpoints, measure)
+
+    def _train(
+        self, trainer: DistillationTrainer, checkpoint: Path | None, early_stop: EarlyStop | None
+    ) -> dict[str, float]:
+        """Train to the end, or to where it stops; then the best weights are the model's."""
         started = time.monotonic()
-        with worker_errors_as_raised():
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps, over = 0, False
+        if early_stop is not None and checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            over = early_stop.is_over(state)
+            if over:  # it was killed behind its last step
+                trainer.state, steps = state, state.global_step
+        if not over:
+            with worker_errors_as_raised():
+                resumed = str(checkpoint) if checkpoint else None
+                steps = trainer.train(resume_from_checkpoint=resumed).global_step
+        stopped = {}
+        if early_stop is not None and (course := early_stop.course(trainer.state)).found:
+            trainer.accelerator.wait_for_everyone()
+            trainer.load_weights(early_stop.best_folder)
+            stopped = {"best_step": float(course.step), f"best_{course.name}": course.best}
         seconds = time.monotonic() - started
         tokens, samples = trainer.totals()
         return {
-            "steps": float(output.global_step),
+            "steps": float(steps),
             "tokens": float(tokens),
             "samples": float(samples),
             "seconds": seconds,
             "tokens_per_s": tokens / max(seconds, 1e-9),
+            **stopped,
         }
 
     def _measure(
