@@ -20,10 +20,11 @@ from pipeline.imports.peer import Peer
 from pipeline.imports.peer_files import PeerFile, array_of, peer_files
 from pipeline.imports.peer_row import PeerRow
 from pipeline.imports.tables import Place, TablePair
-from pipeline.planning.fingerprint import remembered_sha256, vocab_size_of
+from pipeline.planning.fingerprint import vocab_size_of
 from pipeline.state.step_lock import step_lock
 from schemas.errors import ConfigError, StoreError, first_line
 from schemas.sample_id import sample_id_of
+from schemas.storage.checksums import remembered_sha256
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.tables.conversations import CONVERSATIONS
