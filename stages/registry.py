@@ -20,6 +20,7 @@ from stages.sources.demonstrations.stage import DemonstrationsStage
 from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
+from stages.sources.token_files.stage import TokenFilesStage
 from stages.stage import Stage
 from stages.student.distiller.stage import DistillerInitStage
 from stages.student.evaluate.stage import EvaluateStage
@@ -30,6 +31,7 @@ from stages.teacher.stage import TeacherAlignStage
 
 Step = Annotated[
     IngestStage
+    | TokenFilesStage
     | EpisodesStage
     | DemonstrationsStage
     | ConversationsStage

@@ -4,7 +4,6 @@ A value without stable bytes (a set, a path object, a float that is not finite, 
 repr) raises instead of being hashed by accident.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -12,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError, StoreError
-from schemas.storage.files import Folder, sha256_of, write_text
-from schemas.storage.shard_cache import user_cache
+from schemas.errors import ConfigError
+from schemas.storage.files import Folder
+from schemas.storage.remembered_sha256 import remembered_sha256
 from stages.models.checkpoints.adapters import ADAPTER_CONFIG, adapter_files
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.own_code import code_files
@@ -150,21 +149,3 @@ def _size_in_config(folder: Folder, *names: str) -> int:
             if isinstance(holder.get(name), int):
                 return int(holder[name])
     raise ConfigError(f"{folder}/config.json gives no {names[0]}: expected a language model")
-
-
-def remembered_sha256(path: Path) -> str:
-    """Return a file's sha256, hashing it only when its path, size or times are new.
-
-    The time of the last change of any kind counts too: a copy that keeps the time of writing
-    (``cp -p``, ``rsync -t``) over a file of the same size moves only that one.
-    """
-    stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    memory = user_cache() / "sha256" / name
-    if memory.is_file() and len(known := memory.read_text().strip()) == 64:
-        return known
-    found = sha256_of(path)
-    with contextlib.suppress(StoreError):  # a cache that cannot be written costs time, no more
-        write_text(memory, found + "\n")
-    return found

@@ -19,11 +19,11 @@ from pipeline.planning.fingerprint import (
     fingerprint_of,
     hidden_size_of,
     model_identity,
-    remembered_sha256,
     vocab_size_of,
 )
 from schemas.errors import ConfigError
 from schemas.storage.files import sha256_of
+from schemas.storage.remembered_sha256 import remembered_sha256
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.sources.documents.stage import IngestStage
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, error_of, make_recipe
