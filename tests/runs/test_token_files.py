@@ -141,7 +141,7 @@ def test_a_student_learns_from_token_files(what: str, tiny_model: Path, tmp_path
             "model": "teacher",
             "encoding": {"kind": "threshold", "k": 8},
         },
-        "student": {"stage": "student_init", "model": "teacher", "layers": 1},
+        "student": {"stage": "student_init", "model": "teacher", "layers": 2},
         "distilled": {
             "stage": "train",
             "student": "student",
