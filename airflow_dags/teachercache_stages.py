@@ -2,6 +2,7 @@
 
 KINDS = {
     "ingest": "source",
+    "token_files": "table",
     "episodes": "source",
     "demonstrations": "table",
     "conversations": "source",

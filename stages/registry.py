@@ -21,6 +21,7 @@ from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.finished_table.stage import FinishedTableStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
+from stages.sources.token_files.stage import TokenFilesStage
 from stages.stage import Stage
 from stages.student.distiller.stage import DistillerInitStage
 from stages.student.evaluate.stage import EvaluateStage
@@ -31,6 +32,7 @@ from stages.teacher.stage import TeacherAlignStage
 
 Step = Annotated[
     IngestStage
+    | TokenFilesStage
     | EpisodesStage
     | DemonstrationsStage
     | ConversationsStage

@@ -3,8 +3,9 @@
 There are four kinds. A source makes the shards of a table from files. A table stage maps input
 shard i to output shard i: ``open`` loads whatever the work needs (a model, say) once per worker and
 yields the work, a function from one input shard to its output rows, in order, with a ``Rejected``
-in place of a row that cannot be made. The others leave a folder: a checkpoint, which later steps
-may run, or a report.
+in place of a row that cannot be made. A source whose shards are pieces of its files, made each by
+itself, is of that kind too. The others leave a folder: a checkpoint, which later steps may run, or
+a report.
 
 A stage is a folder: ``stage.py`` says what it is, and planning loads it, so it has no torch;
 ``work.py`` beside it does it, and is loaded when the work begins. CONTRIBUTING.md adds one step by
@@ -211,6 +212,47 @@ class SourceStage(Stage):
     def bind(self, context: StageContext) -> BoundTable[Any]:
         """Token id width from the model's vocabulary."""
         return self.table.bind(vocab_size=context.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one shard of a ``FileMapStage`` is made of, known before a row is read.
+
+    ``records`` says which records of which files, for the stage's own work; they are ``num_rows``.
+    """
+
+    split: str
+    num_rows: int
+    records: Any
+
+
+PieceWork = Callable[[Piece], Iterable[Any]]
+
+
+class FileMapStage(SourceStage):
+    """A map from pieces of files to the shards of a table: each is made by itself, by any worker.
+
+    Rows that hold the same as one of an earlier shard are left out once all shards are there.
+    """
+
+    KIND: ClassVar[Kind] = "table"
+
+    @abstractmethod
+    def pieces(self) -> Sequence[Piece]:
+        """Return what each shard is made of, from the files' headers; train before held-out.
+
+        Raises ConfigError for a file that is not what its format says.
+        """
+
+    @abstractmethod
+    def estimate(self, pieces: Sequence[Piece], *, vocab_size: int) -> "Estimate":
+        """Foretell the size of the table."""
+
+    @contextmanager
+    def open(self, context: StageContext) -> Iterator[PieceWork]:
+        """Load what the work needs once, yield what makes the rows of one piece."""
+        with self.work.open_work(self, context) as work:
+            yield work
 
 
 class TableStage(Stage):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.executors.dispatch import Done, Event, Lost, Ready
-from pipeline.executors.shard_task import ShardTask
+from pipeline.executors.shard_task import Task
 from pipeline.executors.worker import Job
 from schemas.storage.records import ShardRecord
 
@@ -166,7 +166,7 @@ class SimulatedCrew:
         return queued_s + count * store.latency_s + self.world.shard_bytes / store.bytes_a_second
 
 
-def record_of(task: ShardTask) -> ShardRecord:
+def record_of(task: Task) -> ShardRecord:
     return ShardRecord(
         name=task.name,
         split=task.split,

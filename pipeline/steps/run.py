@@ -17,6 +17,7 @@ from pipeline.steps.folder_step import run_folder
 from pipeline.steps.reporter import Reporter
 from pipeline.steps.table_step import (
     make_shards,
+    num_shards_of,
     remove_source_work,
     run_source,
     run_table,
@@ -27,7 +28,7 @@ from schemas.errors import ConfigError, EngineError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
-from stages.stage import FolderStage, SourceStage, TableStage
+from stages.stage import FileMapStage, FolderStage, SourceStage, TableStage
 from stages.student.options import TENSORBOARD_FOLDER, TrainOptions
 from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage
@@ -58,13 +59,13 @@ def run_shards(
     Other runs may make other shards of the step meanwhile. Raises ConfigError for a step without
     shards of its own, or for shards that it does not have.
     """
-    if not isinstance(step.stage, TableStage):
+    if not isinstance(step.stage, TableStage | FileMapStage):
         raise ConfigError(
-            f"--shards is about steps that make a table from a table, '{step.name}' is of stage "
+            f"--shards is about steps whose shards are made one by one, '{step.name}' is of stage "
             f"{step.stage.stage}: leave it out"
         )
     source = source_of(step)
-    num_shards = len(source.shards)
+    num_shards = num_shards_of(source)
     if not 0 <= shards.start < shards.stop <= num_shards:
         raise ConfigError(
             f"--shards is {shards.start}:{shards.stop}, step '{step.name}' has shards "
@@ -88,10 +89,10 @@ def run_shards(
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
     _refuse_full_disk(step)
     match step.stage:
+        case TableStage() | FileMapStage() as stage:
+            run_table(step, stage, execution, reporter)
         case SourceStage() as stage:
             run_source(step, stage, reporter)
-        case TableStage() as stage:
-            run_table(step, stage, execution, reporter)
         case TrainStage() as stage:
             run_training(step, stage, execution, reporter)
         case FolderStage() as stage:

@@ -8,13 +8,20 @@ from typing import Any
 
 from pipeline.executors.dispatch import Limits
 from pipeline.executors.local.shards import run_local
-from pipeline.executors.shard_task import RowCount, ShardTasks, StepTasks, write_output
+from pipeline.executors.shard_task import (
+    PieceTasks,
+    RowCount,
+    ShardTasks,
+    StepTasks,
+    write_output,
+)
 from pipeline.planning.fingerprint import fingerprint_of, vocab_size_of
 from pipeline.planning.plan import PlannedStep
 from pipeline.planning.recipe import Execution
 from pipeline.state.kept_shards import kept_shards
 from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
+from pipeline.steps.repeated_rows import without_repeated
 from pipeline.steps.reporter import Reporter
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
@@ -25,10 +32,11 @@ from schemas.storage.shard_list import ShardList, ShardListBuilder
 from schemas.table import BoundTable
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
-from stages.stage import SignalStage, SourceStage, StageContext, TableStage
+from stages.stage import FileMapStage, Piece, SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
+MappedStage = TableStage | FileMapStage
 ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
@@ -68,72 +76,99 @@ def remove_source_work(step: PlannedStep) -> None:
 
 
 def run_table(
-    step: PlannedStep, stage: TableStage, execution: Execution, reporter: Reporter
+    step: PlannedStep, stage: MappedStage, execution: Execution, reporter: Reporter
 ) -> None:
     """Make the shards on the executor that the recipe asks for, then the manifest."""
     source = source_of(step)
-    every = range(len(source.shards))
+    every = range(num_shards_of(source))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
     bound = stage.bind(_context(step, stage, source, execution))
-    _write_manifest(step, bound, shards, source.tokenizer, {})
+    if isinstance(source, Manifest):
+        tokenizer = source.tokenizer
+    else:
+        assert isinstance(stage, FileMapStage)
+        tokenizer = tokenizer_fingerprint(Path(stage.tokenizer))
+        shards = without_repeated(
+            step.place, bound, shards, made_by=_made_by(step), said=reporter.said
+        )
+    _write_manifest(step, bound, shards, tokenizer, {})
 
 
-def source_of(step: PlannedStep) -> Manifest:
-    """Return the table that a table step reads, which must be finished."""
+def source_of(step: PlannedStep) -> Manifest | Sequence[Piece]:
+    """Return the table that a table step reads, which must be finished, or pieces of its files."""
+    if isinstance(step.stage, FileMapStage):
+        return step.stage.pieces()
     source = finished_manifest(step.inputs[0])
     assert source is not None, "steps run in order"
     return source
 
 
+def num_shards_of(source: Manifest | Sequence[Piece]) -> int:
+    """Return how many shards are made of it."""
+    return len(source.shards if isinstance(source, Manifest) else source)
+
+
 def make_shards(
     step: PlannedStep,
-    stage: TableStage,
-    source: Manifest,
+    stage: MappedStage,
+    source: Manifest | Sequence[Piece],
     shards: range,
     execution: Execution,
     reporter: Reporter,
 ) -> ShardListBuilder:
     """Make some shards of a table step as far as they are not finished, and the side files.
 
-    ``source`` is the table that the step reads.
+    ``source`` is what ``source_of`` returned.
     """
     context = _context(step, stage, source, execution)
     made_by = _made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         if not indices:
-            stage.write_side_files(context)
+            if isinstance(stage, TableStage):
+                stage.write_side_files(context)
             return
-        tasks = StepTasks(
-            folder=step.place,
-            indices=indices,
-            input_folder=step.inputs[0].place,
-            input_shards=source.shard_list,
-            max_rejected_fraction=stage.max_rejected_fraction,
-            made_by=made_by,
-        )
+        tasks: ShardTasks
+        if isinstance(source, Manifest):
+            tasks = StepTasks(
+                folder=step.place,
+                indices=indices,
+                input_folder=step.inputs[0].place,
+                input_shards=source.shard_list,
+                max_rejected_fraction=stage.max_rejected_fraction,
+                made_by=made_by,
+            )
+        else:
+            tasks = PieceTasks(step.place, indices, source, made_by)
         for _, name in stage.named(stage.RUNS):
             reporter.engine_starting(_on(context.models[name], execution.workers))
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
-    return _make_missing(step, len(source.shards), shards, make, reporter)
+    return _make_missing(step, num_shards_of(source), shards, make, reporter)
 
 
 def _context(
-    step: PlannedStep, stage: TableStage, source: Manifest, execution: Execution
+    step: PlannedStep,
+    stage: MappedStage,
+    source: Manifest | Sequence[Piece],
+    execution: Execution,
 ) -> StageContext:
-    """Ids are those of the model that is run; where none is, of the input."""
+    """Ids are those of the model that is run; where none is, of the input or the tokenizer."""
     models = {name: model.spec() for name, model in step.models.items()}
-    vocab_size = source.vocab_size
     if isinstance(stage, SignalStage):
         vocab_size = vocab_size_of(models[stage.model].path)
+    elif isinstance(stage, FileMapStage):
+        vocab_size = vocab_size_of(Path(stage.tokenizer))
+    else:
+        assert isinstance(source, Manifest)
+        vocab_size = source.vocab_size
     return StageContext(
         folder=step.place,
         vocab_size=vocab_size,
         models=models,
         engine=execution.engine,
-        input_table=source.table,
+        input_table=source.table if isinstance(source, Manifest) else "",
     )
 
 
@@ -166,7 +201,7 @@ def _make_missing(
 
 
 def _run_shards(
-    stage: TableStage,
+    stage: MappedStage,
     context: StageContext,
     tasks: ShardTasks,
     execution: Execution,
@@ -205,7 +240,7 @@ def _write_manifest(
 ) -> None:
     assert isinstance(step.stage, SourceStage | TableStage)
     table = step.stage.table
-    side_files = step.stage.side_files if isinstance(step.stage, TableStage) else ()
+    side_files = _side_files(step.stage)
     manifest = Manifest(
         table=table.name,
         version=table.version,
@@ -222,6 +257,10 @@ def _write_manifest(
     settings = step.identity["config"]
     write_schema_file(step.place, bound, tokenizer=tokenizer, settings=settings)
     write_manifest(step.place, manifest)
+
+
+def _side_files(stage: SourceStage | TableStage) -> tuple[str, ...]:
+    return stage.side_files if isinstance(stage, TableStage) else ()
 
 
 def _written_sha256(path: Folder) -> str:

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import StoreError
@@ -20,6 +22,12 @@ def remembered_sha256(path: Path) -> str:
     key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return _remembered(user_cache() / "sha256" / name, lambda: sha256_of(path), 64)
+
+
+def remembered_sha256_of_all(paths: Sequence[Path]) -> list[str]:
+    """Return what ``remembered_sha256`` does of each; as many at once as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(remembered_sha256, paths))
 
 
 def remembered_of(

@@ -23,13 +23,13 @@ from pipeline.executors.shard_task import ShardTasks, run_shard
 from pipeline.executors.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
-from stages.stage import StageContext, TableStage
+from stages.stage import FileMapStage, StageContext, TableStage
 
 END_WITHIN_S = 20.0  # for an engine to free its device
 
 
 def run_local(
-    stage: TableStage,
+    stage: TableStage | FileMapStage,
     context: StageContext,
     tasks: ShardTasks,
     limits: Limits,
@@ -61,7 +61,7 @@ class _Member:
 class _ProcessCrew:
     """Processes of this machine, each at the other end of a pipe; see ``dispatch.Crew``."""
 
-    def __init__(self, stage: TableStage, context: StageContext) -> None:
+    def __init__(self, stage: TableStage | FileMapStage, context: StageContext) -> None:
         self.stage, self.context = stage, context
         self._members: dict[int, _Member] = {}
         self._num_started = 0
@@ -130,7 +130,9 @@ def _how_it_ended(code: int | None) -> str:
     return f"its process ended with code {code}"
 
 
-def _serve(connection: "Connection[Any, Any]", stage: TableStage, context: StageContext) -> None:
+def _serve(
+    connection: "Connection[Any, Any]", stage: TableStage | FileMapStage, context: StageContext
+) -> None:
     """Be a worker: say that the stage is open, then answer each job until told to end."""
     os.setpgid(0, 0)  # Ctrl-C is the run's to answer, and a worker can be ended with all it started
     threading.Thread(target=_end_with_parent, daemon=True).start()

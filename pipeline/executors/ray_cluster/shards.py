@@ -34,7 +34,7 @@ from pipeline.executors.worker import Do, Job, Versions, opened_worker
 from pipeline.state.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.storage.records import ShardRecord
-from stages.stage import StageContext, TableStage
+from stages.stage import FileMapStage, StageContext, TableStage
 
 START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow
 HEAD_TIMEOUT_S = 20.0  # without the head Ray waits for ever, or ends this process after 60 s
@@ -43,7 +43,7 @@ POLL_S = 1.0
 
 
 def run_on_ray(
-    stage: TableStage,
+    stage: TableStage | FileMapStage,
     context: StageContext,
     tasks: ShardTasks,
     limits: Limits,
@@ -88,7 +88,10 @@ class _Actor:
         return Versions.installed(), socket.gethostname()
 
     def load(
-        self, stage: TableStage, context: StageContext, threads: dict[str, str | None]
+        self,
+        stage: TableStage | FileMapStage,
+        context: StageContext,
+        threads: dict[str, str | None],
     ) -> None:
         """Open the stage. ``threads`` are set before torch is imported, which reads them once."""
         for name, value in threads.items():
@@ -122,7 +125,7 @@ class _ActorCrew:
 
     def __init__(
         self,
-        stage: TableStage,
+        stage: TableStage | FileMapStage,
         context: StageContext,
         size: WorkerSize,
         start_timeout_s: float,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.executors.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.executors.shard_task import ShardTask
+from pipeline.executors.shard_task import ShardTask, Task
 from pipeline.executors.worker import Job
 from schemas.errors import ConfigError, EngineError, RejectLimitError
 from schemas.sample_id import sample_id_of
@@ -74,7 +74,7 @@ class CrewOfRules:
         self._in_hand.discard(worker)
 
 
-def record_of(task: ShardTask) -> ShardRecord:
+def record_of(task: Task) -> ShardRecord:
     rows = task.num_rows - len(task.deadly_rows)
     return ShardRecord(
         name=task.name,

@@ -1,0 +1,1 @@
+"""Stage ``token_files``: files of token ids -> ``documents`` or ``conversations``."""
