@@ -1,7 +1,6 @@
 """The rows of opened tables for torch's ``DataLoader``: each on one rank and in one worker.
 
-This file alone imports torch, and nothing imports this file: ``from schemas.torch_rows import
-ShardedRows``.
+This file alone imports torch, and nothing here imports this file: a user does, where it is used.
 """
 
 from collections.abc import Iterator

@@ -90,6 +90,16 @@ def test_public_names_of_teachercache() -> None:
     assert all(hasattr(teachercache, name) for name in teachercache.__all__)
 
 
+def test_the_slim_wheels_modules_have_their_names_in_the_whole_package() -> None:
+    from teachercache.reference import head, icl_losses, preference_losses, token_losses
+    from teachercache.torch_rows import ShardedRows
+
+    modules = (token_losses, icl_losses, preference_losses, head)
+    own = "teachercache.own.schemas"
+    assert all(module.__name__.startswith(f"{own}.reference.") for module in modules)
+    assert ShardedRows.__module__ == f"{own}.torch_rows"
+
+
 def test_commands_and_options() -> None:
     """People's scheduled jobs call these: a removed one breaks them at night."""
     root = typer.main.get_command(app)
