@@ -47,6 +47,7 @@ class Imported:
     inputs_manifest: Manifest
     signals_manifest: Manifest
     next_token_share: float | None  # of positions, that have it among the K; None: not made now
+    num_rescaled: int = 0  # positions that a codec let sum above one
 
     @property
     def rows(self) -> dict[str, int]:
@@ -72,6 +73,11 @@ class Imported:
             yield (
                 f"the next token is among the kept ones at {self.next_token_share:.1%} of "
                 f"positions; where that is low, entries are of other tokens or another tokenizer"
+            )
+        if self.num_rescaled:
+            yield (
+                f"divided by their sum: {self.num_rescaled:,} positions, whose probabilities the "
+                f"peer's compression let sum above one"
             )
         yield (
             "log-probs sum to one over the kept tokens: the mass outside them was dropped before "
@@ -129,6 +135,7 @@ class _Import:
     signals: Place
     rejects: Rejects = field(default_factory=Rejects)
     num_next: int = 0
+    num_rescaled: int = 0
     num_positions: int = 0
 
     @classmethod
@@ -184,7 +191,8 @@ class _Import:
         if inputs is None or signals is None:
             return None
         share = self.num_next / self.num_positions if self.num_positions else None
-        return Imported(self.inputs.folder, self.signals.folder, inputs, signals, share)
+        folders = self.inputs.folder, self.signals.folder
+        return Imported(*folders, inputs, signals, share, self.num_rescaled)
 
     def carry_out(self) -> Imported:
         """Write both tables; raises StoreError where the disk refuses."""
@@ -195,7 +203,8 @@ class _Import:
             if pair is None:
                 raise ConfigError(f"{self.folder}: no row could be imported: {self._why()}")
             rejects = dict(sorted(self.rejects.counts.items()))
-            notes = {"read_from": str(self.folder.absolute())}
+            read_from = str(self.folder.absolute())
+            notes = {"read_from": read_from, "rescaled_positions": self.num_rescaled}
             pair.finish(self.tokenizer, rejects, self.rejects.listed, notes)
         except OSError as error:
             raise StoreError(
@@ -231,6 +240,7 @@ class _Import:
                 pair.add(made, signals)
                 num_next, num_positions = row.share_of_next
                 self.num_next += num_next
+                self.num_rescaled += row.num_rescaled
                 self.num_positions += num_positions
         return pair
 

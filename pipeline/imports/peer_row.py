@@ -19,6 +19,7 @@ from stages.sources.reading.rejects import MalformedRecord, UnusableRecord
 Array = npt.NDArray[Any]
 IMPOSSIBLE = -1e4  # peers write log-probs from here on for a token of probability 0
 MAX_SUM_ERROR = 0.01  # of a position's probabilities: what float16 or bfloat16 log-probs cost
+MAX_FITTED_SUM = 2.0  # of those that a codec has fitted a curve to
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class PeerRow:
     """Token ids, and of each scored token ``targets_P`` the K likeliest tokens before it was read.
 
     Ids are int64, log-probs float64 of temperature 1, the places of scored tokens rise. Of a codec
-    that rounds they may come out of order (``is_rounded``).
+    that rounds (``is_rounded``) they may come out of order, and sum above one at positions that
+    are then divided by their sum: ``num_rescaled`` of them, once the row is checked.
     """
 
     input_ids_T: Array
@@ -34,6 +36,7 @@ class PeerRow:
     token_ids_PK: Array
     logprobs_PK: Array
     is_rounded: bool = False
+    num_rescaled: int = 0
 
     @property
     def share_of_next(self) -> tuple[int, int]:
@@ -85,7 +88,8 @@ class PeerRow:
 
     def _of_right_mass(self, is_renormalised: bool) -> "PeerRow":
         mass_P = np.exp(self.logprobs_PK).sum(axis=1)
-        if (most := float(mass_P.max())) > 1 + MAX_SUM_ERROR:
+        limit = MAX_FITTED_SUM if self.is_rounded else 1 + MAX_SUM_ERROR
+        if (most := float(mass_P.max())) > limit:
             raise MalformedRecord(
                 "probabilities that sum above 1", f"a position's sum is {most:.4f}, expected <= 1"
             )
@@ -97,7 +101,11 @@ class PeerRow:
                 "probabilities that sum below 1",
                 f"a position's sum is {least:.4f}, expected 1: this format's top sums to one",
             )
-        return self
+        is_above_P = mass_P > 1
+        if not self.is_rounded or not is_above_P.any():
+            return self
+        logprobs_PK = self.logprobs_PK - np.log(np.maximum(mass_P, 1))[:, None]
+        return replace(self, logprobs_PK=logprobs_PK, num_rescaled=int(is_above_P.sum()))
 
     def signals(self, sample_id: str, *, is_renormalised: bool) -> TopKLogits:
         """Return what is known of the distributions; NaN stands for what is not.

@@ -29,6 +29,7 @@ from pipeline.imports import tables as writing
 from pipeline.imports.distillkit_codec import Codec
 from pipeline.imports.import_tables import Imported, import_tables
 from schemas.dataset import open_dataset
+from schemas.errors import ConfigError
 from schemas.scored_spans import span_targets
 from schemas.storage.manifest import read_manifest
 from schemas.storage.records import read_notes
@@ -330,6 +331,29 @@ def test_compressed_rows_and_raw_ones_make_one_table(data: CachedData, tmp_path:
         for (ids, values), wanted in zip(entries(packed), kept, strict=True):
             assert set(ids) == set(wanted)
             np.testing.assert_allclose(values, [wanted[i] for i in ids], atol=1e-2)
+
+
+def test_positions_that_a_compression_lets_sum_above_one_are_divided_by_their_sum(
+    data: CachedData, tmp_path: Path
+) -> None:
+    """A fitted curve does that now and then: a row is not lost for it, and the screen says so."""
+    (row, *_) = capture(data)
+    row["top_values"][2] = [*np.log([0.5, 0.3]), *np.log(np.full(6, 0.1))]
+    write_parquet(tmp_path / "peer" / "data_0.parquet", [compressed(row)])
+    (tmp_path / "peer" / "compression_config.yaml").write_text(SETTINGS)
+    made = imported(data, tmp_path / "peer", tmp_path / "root", "distillkit")
+    assert_verified(made)
+    assert made.num_rescaled == 1 and any(
+        "divided by their sum: 1" in each for each in made.lines()
+    )
+    (found,) = rows_of(made, "train")
+    probs_K = np.exp(found["logprobs_PK"][2].astype(float))
+    np.testing.assert_allclose(probs_K, np.array([0.5, 0.3] + 6 * [0.1]) / 1.4, rtol=5e-3)
+    assert np.isneginf(found["rest_logprobs_P"][2]) or found["rest_logprobs_P"][2] < -20
+    row["top_values"][2] = [-0.1, -0.1, *np.log(np.full(6, 0.1))]
+    write_parquet(tmp_path / "peer" / "data_0.parquet", [compressed(row)])
+    with pytest.raises(ConfigError, match="probabilities that sum above 1"):
+        imported(data, tmp_path / "peer", tmp_path / "root", "distillkit")
 
 
 def entries(row: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
