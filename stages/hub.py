@@ -4,6 +4,7 @@ Files lie in huggingface_hub's own cache. What is there whole is never asked for
 a network that is all there is. The token is where huggingface_hub keeps it, and stays there.
 """
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from schemas.errors import ConfigError, first_line
+from schemas.errors import ConfigError, StoreError, first_line
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _KINDS = {"model": "model", "dataset": "data set"}
@@ -86,6 +87,7 @@ class Repository:
     def _in_one_line(self, revision: str) -> Iterator[None]:
         """Raise ConfigError, in one line, for what the hub or the network has to say."""
         import huggingface_hub.errors as hub
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         what = f"{self.place}: {self.name} at revision {revision}"
         kind = _KINDS[self.kind]
@@ -116,6 +118,11 @@ class Repository:
             hub.CachedRepoTreeNotFoundError,
             hub.HTTPError,  # type: ignore[attr-defined]  # httpx's own
         ) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(
+                    f"{what}: no space left in {HF_HUB_CACHE}: free some, or set HF_HOME to a "
+                    f"folder on another disk, then run again; what was fetched is kept"
+                ) from error
             raise ConfigError(
                 f"{what} is not whole in the cache of this machine, and the hub cannot be reached "
                 f"({_reason(error)}): fetch it where there is a network, or name local files"

@@ -7,7 +7,8 @@ split are fetched, and they are fetched whole, so that a run reads all of a comm
 
 import glob
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import datasets
 from datasets.data_files import DataFilesDict
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, first_line
 from stages.hub import Repository
 from stages.sources.reading.source import HubData
 
@@ -33,20 +34,29 @@ def hub_rows(source: HubData) -> Iterator[Any]:
         folder = Path(temporary)
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in _ABOUT:
-                (folder / name).symlink_to(snapshot / name)
-            else:
-                (folder / name).touch()
-        builder = _builder(folder, source, where)
+            (folder / name).touch()
+        _link(folder, snapshot, [name for name in names if name in _ABOUT])
+        try:
+            builder = _builder(folder, source, where)
+        except zipfile.BadZipFile:  # of archives alone what is in them says how they are read
+            archives = [name for name in names if name.endswith(".zip")]
+            whole = repository.fetch(source.revision, [glob.escape(name) for name in archives])
+            _link(folder, whole, archives)
+            builder = _builder(folder, source, where)
         files = builder.config.data_files[source.split]
         wanted = [str(Path(file).relative_to(folder)) for file in files]
         snapshot = repository.fetch(source.revision, [glob.escape(name) for name in wanted])
-        for name in wanted:
-            (folder / name).unlink()
-            (folder / name).symlink_to(snapshot / name)
+        _link(folder, snapshot, wanted)
         # of the other splits there are names alone, which some builders would look into
         builder.config.data_files = DataFilesDict({source.split: files})
         yield builder.as_streaming_dataset(split=source.split)
+
+
+def _link(folder: Path, snapshot: Path, names: Iterable[str]) -> None:
+    """Put files of the cache in the place of empty ones."""
+    for name in names:
+        (folder / name).unlink()
+        (folder / name).symlink_to(snapshot / name)
 
 
 def hub_name(source: HubData) -> str:
@@ -62,6 +72,9 @@ def _builder(folder: Path, source: HubData, where: str) -> Any:
         raise ConfigError(
             f"{where}: source.config is {source.config!r}: {' '.join(str(error).split())}"
         ) from error
+    except FileNotFoundError as error:  # nothing there that it reads, or that its card names
+        told = first_line(error).replace(str(folder), source.name)
+        raise ConfigError(f"{where}: {told}") from error
     splits = builder.config.data_files
     if source.split not in splits:
         raise ConfigError(
