@@ -14,7 +14,7 @@ from schemas.storage.files import Folder, as_folder
 from stages.models.spec import EngineOptions
 from stages.registry import Step
 from stages.stage import StageConfig
-from stages.student.options import Tracker
+from stages.student.options import Sharding, Tracker
 
 
 class ModelRef(StageConfig):
@@ -80,7 +80,8 @@ class Execution(StageConfig):
     executor ``ray`` starts a Ray of its own. A shard may cost ``max_attempts`` workers before its
     rows are looked at one by one; ``shard_timeout_s`` is how long a worker may take for one. A
     scheduler gives each of its tasks ``group_size`` shards. ``report_to`` are trackers that follow
-    every training step.
+    every training step. ``training_sharding`` ``full`` divides a student over the training
+    processes, for students that do not fit into one.
     """
 
     root: Root = Field(default=Path("cache"), validate_default=True)
@@ -88,6 +89,7 @@ class Execution(StageConfig):
     address: str | None = None
     workers: int = Field(default=1, ge=1)
     training_processes: int = Field(default=1, ge=1)
+    training_sharding: Sharding = "none"
     report_to: tuple[Tracker, ...] = ()
     group_size: int = Field(default=16, ge=1)
     max_attempts: int = Field(default=3, ge=1)

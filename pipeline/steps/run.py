@@ -144,6 +144,8 @@ def _refuse_untrainable_steps(plan: Sequence[PlannedStep], execution: Execution)
         if isinstance(step.stage, TrainStage) and not is_done(step):
             try:
                 step.stage.share(execution.training_processes)
+                if execution.training_sharding != "none":
+                    step.stage.require_shards(execution.training_processes)
                 _refuse_trackers_without_place(step, execution)
                 if execution.executor == "local":  # else the cluster's workers know
                     trackers = TrainOptions(report_to=execution.report_to).packages()

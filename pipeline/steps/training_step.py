@@ -29,6 +29,7 @@ def run_training(
         fingerprint=step.fingerprint,
         options=TrainOptions(
             report_to=execution.report_to,
+            sharding=execution.training_sharding,
             run_name=f"{step.name}-{step.fingerprint[:ADDRESS_DIGITS]}",
         ),
     )

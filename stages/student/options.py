@@ -7,6 +7,7 @@ from typing import Literal
 from stages.student.packages import Package
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Sharding = Literal["none", "full"]
 TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"  # the variable that transformers reads, too
 
 
@@ -16,7 +17,8 @@ class TrainOptions:
 
     ``micro_batch_tokens`` bounds a forward over subsets and candidates, whose number is not that of
     the rows; activations of one such forward are held at a time. ``report_to`` are trackers that
-    are told what is logged, of a run called ``run_name``.
+    are told what is logged, of a run called ``run_name``. With ``sharding`` the weights are divided
+    over the processes of a run.
     """
 
     device: Literal["auto", "cpu"] = "auto"
@@ -28,6 +30,7 @@ class TrainOptions:
     verify: bool = True
     report_to: tuple[Tracker, ...] = ()
     run_name: str = ""
+    sharding: Sharding = "none"
 
     def packages(self) -> Iterator[Package]:
         """Yield what the trackers need."""

@@ -13,7 +13,7 @@ Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -93,7 +93,8 @@ class HeldOut:
     """Rows to evaluate on, and the part of them that this process takes; a distiller's reader.
 
     Ids from ``num_token_ids`` on are no token's (None: not known). ``rows`` are the indices of
-    those that count (None: all), ``tokens_of`` a row what a distiller reads.
+    those that count (None: all), ``tokens_of`` a row what a distiller reads. ``together`` all
+    processes run the student equally often, as one that is divided over them has to be.
     """
 
     dataset: CachedDataset
@@ -105,6 +106,7 @@ class HeldOut:
     num_token_ids: int | None = None
     reader: PreTrainedModel | None = None
     rows: Sequence[int] | None = None
+    together: bool = False
     tokens_of: Callable[[Row], Array] = distiller_tokens
 
 
@@ -150,18 +152,37 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     training = model.training
     model.eval()
     sums = torch.zeros(9, dtype=torch.float64, device=model.device)
-    with torch.inference_mode(), worker_errors_as_raised():
+    # What a divided student gathers is used in training, too: no tensors of inference alone.
+    without_grad = torch.no_grad() if held_out.together else torch.inference_mode()
+    with without_grad, worker_errors_as_raised():
         for batch in _batches(model, held_out):
             sums += _sums_of(model, batch, held_out)
+        for batch in _stand_ins(model, held_out):
+            _sums_of(model, batch, held_out)
     model.train(training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return _means(sums, has_teacher=bool(encoding_of(held_out.dataset)))
 
 
+def _stand_ins(model: PreTrainedModel, held_out: HeldOut) -> Iterator[dict[str, Tensor]]:
+    """Yield a batch, which does not count, for each that another process has more than this one."""
+    if not held_out.together:
+        return
+    rows, size = _rows_of(held_out), held_out.options.eval_batch_size
+    most, mine = (
+        math.ceil(len(rows[rank :: held_out.world_size]) / size) for rank in (0, held_out.rank)
+    )
+    for _ in range(most - mine):
+        yield from _batches(model, replace(held_out, rows=rows[:1], rank=0, world_size=1))
+
+
+def _rows_of(held_out: HeldOut) -> Sequence[int]:
+    return range(len(held_out.dataset)) if held_out.rows is None else held_out.rows
+
+
 def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, Tensor]]:
-    rows = range(len(held_out.dataset)) if held_out.rows is None else held_out.rows
-    mine = rows[held_out.rank :: held_out.world_size]
+    mine = _rows_of(held_out)[held_out.rank :: held_out.world_size]
     vocab_size = student_vocab_size(held_out.reader or model)
     encoding = encoding_of(held_out.dataset)
     collator: Any = Collator(encoding, vocab_size, held_out.num_token_ids)

@@ -13,7 +13,7 @@ All values in nats.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class AdpaConfig(Objective):
     ``as_released`` clips advantages to [1e-8, 1 - 1e-8] as the published code does, and reads
     that code's support alone; ``paper`` takes them as they are, from any other.
     """
+
+    SHARDS: ClassVar[bool] = True
 
     loss: Literal["adpa"] = "adpa"
     mode: Literal["paper", "as_released"] = "paper"

@@ -13,6 +13,7 @@ class CrossEntropyConfig(Objective):
     """Next-token cross-entropy on the scored positions: the baseline without a teacher."""
 
     PACKS: ClassVar[bool] = True
+    SHARDS: ClassVar[bool] = True
 
     loss: Literal["cross_entropy"] = "cross_entropy"
 

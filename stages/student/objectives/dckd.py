@@ -14,7 +14,7 @@ tokens and one bucket, in half precision: here the encoding of the cache decides
 All values in nats.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class DckdConfig(Objective):
 
     The defaults are the published code's; the paper's alpha stands before two KLs of weight 1.
     """
+
+    SHARDS: ClassVar[bool] = True
 
     loss: Literal["dckd"] = "dckd"
     sft_weight: float = Field(default=1.0, ge=0.0)

@@ -19,6 +19,7 @@ class KdConfig(Objective):
     """Forward KL to the cached teacher with weight ``weight``, cross-entropy with the rest."""
 
     PACKS: ClassVar[bool] = True
+    SHARDS: ClassVar[bool] = True
 
     loss: Literal["kd"] = "kd"
     weight: float = Field(default=1.0, gt=0.0, le=1.0)

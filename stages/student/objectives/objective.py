@@ -39,6 +39,7 @@ class Objective(StageConfig, ABC):
 
     USES_READER: ClassVar[bool] = False  # what is trained is a distiller before a frozen reader
     PACKS: ClassVar[bool] = False  # rows of a batch may lie end to end in one
+    SHARDS: ClassVar[bool] = False  # a batch is one forward on each process, whatever is in it
 
     loss: str
 

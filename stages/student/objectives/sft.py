@@ -19,6 +19,7 @@ class SftConfig(Objective):
     """Cross-entropy on chosen responses of pairs, or answers of conversations: all their tokens."""
 
     PACKS: ClassVar[bool] = True
+    SHARDS: ClassVar[bool] = True
 
     loss: Literal["sft"] = "sft"
 

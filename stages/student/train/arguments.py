@@ -10,6 +10,7 @@ from transformers import (
 from schemas.errors import ConfigError
 from stages.student.options import TrainOptions
 from stages.student.packages import require_packages
+from stages.student.train.sharding import sharding_arguments
 from stages.student.train.stage import TrainConfig
 
 OPTIMIZERS = {"adafactor": "adafactor", "adamw_8bit": "adamw_bnb_8bit"}  # as transformers has them
@@ -39,8 +40,10 @@ def training_arguments(
         )
     # Unnamed, AdamW is what transformers takes by itself: torch's own, fused.
     optimizer = {} if config.optimizer == "adamw" else {"optim": OPTIMIZERS[config.optimizer]}
+    sharding = sharding_arguments() if options.sharding == "full" else {}
     args = RunArguments(
         **optimizer,
+        **sharding,
         output_dir=str(folder),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.epochs or 1.0,
@@ -71,6 +74,8 @@ def training_arguments(
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs go through a launcher and DDP, never through DataParallel
+    if sharding:
+        config.require_shards(args.world_size)
     share = config.share(args.world_size)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = share
     return args

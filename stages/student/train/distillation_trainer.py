@@ -43,6 +43,7 @@ from stages.student.lora import load_lora
 from stages.student.losses.step import UNITS, Step
 from stages.student.train.early_stopping import EarlyStop
 from stages.student.train.loss_log import EventReporter, RunningSums
+from stages.student.train.sharding import set_sharding
 from stages.student.train.stage import TrainConfig
 from stages.student.train.trackers import Trackers
 
@@ -71,12 +72,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         reader: PreTrainedModel | None = None,
         trackers: Trackers | None = None,
         early_stop: EarlyStop | None = None,
+        on_divided: Callable[[], None] | None = None,
     ) -> None:
         """Set up for one run; events, checkpoints and trackers are the main process's only.
 
         ``on_checkpoint`` is called with the folder of each checkpoint when it is whole. Ids from
         ``num_token_ids`` on are no token's (None: not known). With a ``reader`` ``model`` is a
-        distiller; the Trainer has no part in the reader.
+        distiller; the Trainer has no part in the reader. ``on_divided`` is called by every process
+        when the untrained student has been divided over them, where it is.
         """
         vocab_size = student_vocab_size(reader or model)
         data = TrainingData(
@@ -101,9 +104,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             data_collator=collator,
             callbacks=[*(told if args.process_index == 0 else ()), *stops],
         )
+        set_sharding(self, DTYPES[config.dtype])
         self.remove_callback(PrinterCallback)
         self._config = config
-        self._on_checkpoint = on_checkpoint
+        self._on_checkpoint, self._on_divided = on_checkpoint, on_divided
         self._teacher_head = teacher_head
         self._lm_teacher_head = (
             teacher_head_of(lm_dataset, args.device, num_token_ids) if lm_dataset else None
@@ -141,6 +145,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         processes = self.accelerator.num_processes
         shares = [t.weight * (t.total * processes / divisor_of[t.unit]) for t in terms]
         return torch.stack(shares).sum()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Call ``on_divided`` first: a student is divided by now, and no checkpoint loaded yet."""
+        if self.is_fsdp_enabled and self._on_divided is not None:
+            self._on_divided()
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> StepLoader:
         """Load this process's share of each step; accelerate's own would repeat rows to fill it."""

@@ -146,6 +146,26 @@ class TrainConfig(StageConfig):
         """Return a setting's default."""
         return cls.model_fields[name].default
 
+    def require_shards(self, num_processes: int) -> None:
+        """Raise ConfigError where the student cannot be divided over this many processes."""
+        if num_processes < 2:
+            problem = "training_processes is 1: give it two or more"
+        elif not self.objective.SHARDS:
+            problem = (
+                f"objective '{self.objective.loss}' is not one forward of the student a batch, and "
+                f"the processes have to run a divided one together: use kd, cross_entropy, sft, "
+                f"dckd or adpa"
+            )
+        elif self.lora is not None:
+            problem = "lora trains few weights and holds the student's whole: leave one of them out"
+        elif self.early_stopping is not None:
+            problem = "early_stopping keeps whole weights again and again: leave one of them out"
+        elif self.optimizer != "adamw":
+            problem = f"optimizer '{self.optimizer}' reads whole weights: take adamw"
+        else:
+            return
+        raise ConfigError(f"execution.training_sharding is full, but {problem}")
+
     @property
     def rows_per_step(self) -> int:
         """The rows of one step, over all processes."""

@@ -15,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerState
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder, write_text
-from stages.models.causal_lm.model import (
-    check_student,
-    choose_attention,
-    load_student,
-    student_vocab_size,
-)
-from stages.models.causal_lm.packed_rows import require_packs
 from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
     METRICS,
@@ -41,19 +35,22 @@ from stages.models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, num_token_ids
-from stages.student.batches.demonstrations import check_rooms
 from stages.student.batches.signals import worker_errors_as_raised
 from stages.student.batches.training_data import teacher_head_of
-from stages.student.distiller.distiller import load_distiller
-from stages.student.distiller.reader import check_reader, load_reader
-from stages.student.evaluate.positions import DTYPES, HeldOut, measure_student
-from stages.student.lora import adapt_student
+from stages.student.evaluate.positions import HeldOut, measure_student
 from stages.student.objectives.mend import MendConfig
 from stages.student.objectives.objective import TableKind
 from stages.student.options import TrainOptions
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
 from stages.student.train.early_stopping import EarlyStop, is_of_numbers, require_heldout
+from stages.student.train.loading import Start, load_start
+from stages.student.train.sharding import (
+    own_part,
+    require_same_sharding,
+    reshard,
+    whole_weights,
+)
 from stages.student.train.stage import TrainConfig
 from stages.student.train.trackers import Trackers
 
@@ -119,14 +116,14 @@ def train(
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
-    folders = _Folders(student, reader, adapter)
+    folders = Start(student, reader, adapter)
     return run.carry_out(folders, dataset, lm_dataset, held_out, resume=resume)
 
 
 def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
     """Refuse weights that a last step has broken: no loss after it shows them."""
     for name, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
+        if not bool(own_part(weight).isfinite().all()):
             raise ConfigError(
                 f"after the last step {name} holds numbers that are not finite: lower lr "
                 f"({config.lr:g}) or max_grad_norm ({config.max_grad_norm:g})"
@@ -152,15 +149,6 @@ def _identity(
 
 
 @dataclass(frozen=True, slots=True)
-class _Folders:
-    """What a run begins with: a student or distiller, a frozen reader, an adapter to go on from."""
-
-    student: Path
-    reader: Path | None
-    adapter: Path | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
     """One run from start to finish; in DDP every process makes the same one."""
 
@@ -178,7 +166,7 @@ class _Run:
 
     def carry_out(
         self,
-        folders: _Folders,
+        folders: Start,
         dataset: CachedDataset,
         lm_dataset: CachedDataset | None,
         held_out: CachedDataset | None,
@@ -188,15 +176,18 @@ class _Run:
         """Measure, train, measure again, save."""
         args = training_arguments(self.config, self.options, self.checkpoints)
         read = [dataset] if lm_dataset is None else [dataset, lm_dataset]
-        model, reader = self._load(folders, read, args.device)
+        divided = self.options.sharding == "full"
+        # What does not fit on one device is loaded beside it.
+        device = torch.device("cpu") if divided else args.device
+        model, reader = load_start(folders, self.config, read, device)
         known_ids = num_token_ids(folders.student)
         teacher_head = teacher_head_of(dataset, args.device, known_ids)
         scored = None
         if held_out is not None:
             place = (args.process_index, args.world_size, known_ids)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
-            scored = replace(scored, reader=reader)
-        before = self._measure(model, scored, "before")
+            scored = replace(scored, reader=reader, together=divided)
+        before = {} if divided else self._measure(model, scored, "before")
         trackers = None
         if self.options.report_to:
             trackers = Trackers(self.options, self.output, before)
@@ -216,13 +207,16 @@ class _Run:
             reader=reader,
             trackers=trackers,
             early_stop=early_stop,
+            on_divided=lambda: before.update(self._measure(model, scored, "before")),
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)
             if early_stop is not None:
                 early_stop.take_from(last_checkpoint(self.checkpoints))
         trainer.accelerator.wait_for_everyone()
-        summary = self._train(trainer, last_checkpoint(self.checkpoints), early_stop)
+        last = last_checkpoint(self.checkpoints)
+        require_same_sharding(last, self.options.sharding)
+        summary = self._train(trainer, last, early_stop)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off
         _require_finite(model, self.config)
@@ -234,39 +228,11 @@ class _Run:
             trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
         history = tuple(dict(entry) for entry in trainer.state.log_history if is_of_numbers(entry))
+        weights = whole_weights(model, trainer) if divided else None
         if trainer.is_world_process_zero():
-            self._save(model, folders.student, metrics, history)
+            self._save(model, folders.student, metrics, history, weights)
         trainer.accelerator.wait_for_everyone()
         return TrainResult(self.output, self.fingerprint, metrics, history)
-
-    def _load(
-        self,
-        folders: _Folders,
-        read: Sequence[CachedDataset],
-        device: torch.device,
-    ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-        """Return what is trained on ``read``, and the frozen reader if the objective uses one."""
-        student, reader = folders.student, folders.reader
-        if reader is None:
-            model = load_student(student, device=device)
-            if self.config.packing:
-                require_packs(model, f"student {student}")
-            if (chosen := self.config.attn_implementation) != "sdpa":
-                choose_attention(model, chosen, f"student {student}")
-            for dataset in read:
-                check_student(student, dataset, student_vocab_size(model))
-            if (lora := self.config.lora) is not None:
-                seed, name = self.config.seed, f"student {student}"
-                adapt_student(model, lora, seed=seed, begin=folders.adapter, name=name)
-            return model, None
-        (dataset,) = read
-        distiller = load_distiller(student, device=device)
-        frozen = load_reader(reader, device=device, dtype=DTYPES[self.config.dtype])
-        check_student(student, dataset, distiller.vocab_size)
-        check_student(reader, dataset, student_vocab_size(frozen))
-        check_reader(distiller, frozen, reader)
-        check_rooms(distiller, frozen, dataset)
-        return distiller, frozen
 
     def _prepare_folder(self, *, resume: bool) -> None:
         """Keep the checkpoints of this run, or start over."""
@@ -323,6 +289,7 @@ class _Run:
         if held_out is None:
             return {}
         means = measure_student(model, held_out)
+        reshard(model)
         if self.on_event is not None and held_out.rank == 0:
             self.on_event({"event": event, **means})
         return means
@@ -333,10 +300,11 @@ class _Run:
         student: Path,
         metrics: Mapping[str, Mapping[str, float]],
         history: tuple[Mapping[str, float], ...],
+        weights: Mapping[str, Tensor] | None,
     ) -> None:
         """Write the folder, ``checkpoint.json`` last; only then do the checkpoints go."""
         try:
-            model.save_pretrained(self.output)
+            model.save_pretrained(self.output, state_dict=weights)
         except OSError as error:
             raise StoreError(f"cannot write the student to {self.output}: {error}") from error
         copy_tokenizer(student, self.output)
