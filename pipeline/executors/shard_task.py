@@ -6,6 +6,7 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from typing import Any, Protocol, cast
@@ -315,8 +316,9 @@ def write_output(
     return record
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the libraries that could have moved a bit."""
+@cache
+def installed_versions() -> Mapping[str, str]:
+    """Return the versions of the libraries that could have moved a bit; looked up once."""
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         try:

@@ -31,6 +31,8 @@ from stages.sources.token_files.token_file import Array, Record
 from stages.stage import Piece, PieceWork, Rejected, StageContext
 
 Row = Document | Conversation
+JOINED_ROWS = 64  # packed together: a copy a document would cost more than the rest
+ALL_TRAIN = "f" * 24  # stands for a hash that nobody asks for
 
 
 @contextmanager
@@ -139,7 +141,8 @@ class _Maker:
             scored_T = None if scored_T is None else scored_T[: stage.length]
         if scored_T is not None and not scored_T[1:].any():
             raise UnusableRecord("nothing_scored", "no token after the first is scored")
-        return _Usable(ids_T, sample_id_of(ids_T), scored_T, is_cut)
+        needs_no_key = stage.mode == "pack" and self.below == 0
+        return _Usable(ids_T, ALL_TRAIN if needs_no_key else sample_id_of(ids_T), scored_T, is_cut)
 
     def rows(self, usable: Iterator[_Usable | Rejected]) -> Iterator[Row | Rejected]:
         """Yield a row for each."""
@@ -162,21 +165,28 @@ class _Maker:
     def packed(self, usable: Iterator[_Usable | Rejected], eos_id: int) -> Iterator[Row | Rejected]:
         """Yield rows of exactly ``length`` tokens, and what is left over at the end."""
         length, eos_1 = self.stage.length, np.array([eos_id], np.uint32)
-        carry_T = eos_1[:0]
+        waiting: list[Array] = []
+        num_waiting = 0
         for found in usable:
             if isinstance(found, Rejected):
                 yield found
                 continue
             end = eos_1[: int(found.ids_T[-1] != eos_id)]
-            carry_T = np.concatenate([carry_T, found.ids_T, end])
-            used = len(carry_T) - len(carry_T) % length
-            for start in range(0, used, length):
-                ids_T = carry_T[start : start + length]
-                key = sample_id_of(ids_T)
-                yield Document(sample_id=key, split=self.split, input_ids_T=ids_T)
-            carry_T = carry_T[used:]
-        if len(carry_T):
-            yield Rejected(f"the last {len(carry_T)} tokens", "packing_remainder")
+            waiting += [found.ids_T, end]
+            num_waiting += len(found.ids_T) + len(end)
+            if num_waiting >= JOINED_ROWS * length:
+                stream_N = np.concatenate(waiting)
+                used = len(stream_N) - len(stream_N) % length
+                yield from map(self._document, stream_N[:used].reshape(-1, length))
+                waiting, num_waiting = [stream_N[used:]], len(stream_N) - used
+        stream_N = np.concatenate([eos_1[:0], *waiting])
+        used = len(stream_N) - len(stream_N) % length
+        yield from map(self._document, stream_N[:used].reshape(-1, length))
+        if used < len(stream_N):
+            yield Rejected(f"the last {len(stream_N) - used} tokens", "packing_remainder")
+
+    def _document(self, ids_T: Array) -> Document:
+        return Document(sample_id=sample_id_of(ids_T), split=self.split, input_ids_T=ids_T)
 
     def require_within_limit(self) -> None:
         """Raise RejectLimitError where too many rows of the piece are malformed."""
