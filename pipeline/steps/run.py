@@ -28,7 +28,8 @@ from schemas.errors import ConfigError, EngineError, StoreError
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
-from stages.stage import FileMapStage, FolderStage, SourceStage, TableStage
+from stages.file_map import FileMapStage
+from stages.stage import FolderStage, SourceStage, TableStage
 from stages.student.options import TENSORBOARD_FOLDER, TrainOptions
 from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage

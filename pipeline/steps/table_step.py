@@ -30,9 +30,10 @@ from schemas.storage.records import ShardRecord, shard_index, shard_name
 from schemas.storage.schema_file import write_schema_file
 from schemas.storage.shard_list import ShardList, ShardListBuilder
 from schemas.table import BoundTable
+from stages.file_map import FileMapStage, Piece
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
-from stages.stage import FileMapStage, Piece, SignalStage, SourceStage, StageContext, TableStage
+from stages.stage import SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected

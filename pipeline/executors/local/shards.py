@@ -23,7 +23,8 @@ from pipeline.executors.shard_task import ShardTasks, run_shard
 from pipeline.executors.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
-from stages.stage import FileMapStage, StageContext, TableStage
+from stages.file_map import FileMapStage
+from stages.stage import StageContext, TableStage
 
 END_WITHIN_S = 20.0  # for an engine to free its device
 

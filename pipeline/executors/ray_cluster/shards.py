@@ -34,7 +34,8 @@ from pipeline.executors.worker import Do, Job, Versions, opened_worker
 from pipeline.state.working_folder import working_folder
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 from schemas.storage.records import ShardRecord
-from stages.stage import FileMapStage, StageContext, TableStage
+from stages.file_map import FileMapStage
+from stages.stage import StageContext, TableStage
 
 START_TIMEOUT_S = 300.0  # for the first worker to find a place; a cluster may have to grow
 HEAD_TIMEOUT_S = 20.0  # without the head Ray waits for ever, or ends this process after 60 s

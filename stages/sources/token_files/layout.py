@@ -14,6 +14,7 @@ from pathlib import Path
 from schemas.errors import ConfigError
 from schemas.storage.checksums import remembered_sha256_of_all
 from schemas.tables.documents import SPLITS
+from stages.file_map import Piece
 from stages.sources.reading.source import InputIdentity, find_files
 from stages.sources.reading.tokens import model_limits
 from stages.sources.token_files.columnar import ColumnFile
@@ -27,7 +28,6 @@ from stages.sources.token_files.stage import (
     TokenSource,
 )
 from stages.sources.token_files.token_file import TokenFile
-from stages.stage import Piece
 
 TRAIN, HELDOUT = SPLITS
 MOST_TOGETHER = 16  # train shards whose held-out rows make one shard

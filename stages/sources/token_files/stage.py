@@ -18,8 +18,9 @@ from schemas.errors import ConfigError
 from schemas.table import Table
 from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.documents import DOCUMENTS
+from stages.file_map import FileMapStage, Piece
 from stages.sources.reading.source import Patterns
-from stages.stage import Estimate, FileMapStage, Piece, StageConfig, TableRef
+from stages.stage import Estimate, StageConfig, TableRef
 
 
 class ColumnFiles(StageConfig):

@@ -23,12 +23,13 @@ from schemas.errors import ConfigError, RejectLimitError
 from schemas.sample_id import sample_id_of
 from schemas.tables.conversations import Conversation
 from schemas.tables.documents import Document
+from stages.file_map import Piece, PieceWork
 from stages.sources.reading.rejects import MalformedRecord, UnusableRecord
 from stages.sources.reading.tokens import TextTokenizer
 from stages.sources.token_files.layout import HELDOUT, FileRange, opened, stamps_of
 from stages.sources.token_files.stage import TokenFilesStage
 from stages.sources.token_files.token_file import Array, Record
-from stages.stage import Piece, PieceWork, Rejected, StageContext
+from stages.stage import Rejected, StageContext
 
 Row = Document | Conversation
 JOINED_ROWS = 64  # packed together: a copy a document would cost more than the rest

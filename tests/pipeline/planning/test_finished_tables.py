@@ -98,7 +98,7 @@ def test_what_is_no_finished_table_is_named_when_planned(
     assert "steps.documents.folder" in str(error_of(recipe))
     assert "nowhere does not exist" in str(error_of(recipe))
     edit_recipe(recipe, "steps", "documents", value=named(tmp_path))
-    assert "is not finished: it has no manifest.json" in str(error_of(recipe))
+    assert "holds no table: it has no manifest.json" in str(error_of(recipe))
     data = make_cached_data(tmp_path / "cache")
     edit_recipe(recipe, "steps", "documents", value=named(data.root / "top_k"))
     assert "step 'documents' writes teacher_logits" in str(error_of(recipe))

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -121,6 +122,9 @@ def test_a_resumed_run_goes_on_with_its_log(data: CachedData, tmp_path: Path) ->
     with pytest.raises(Stopped):
         run(data, tmp_path / "out", on_event=stop_at_six)
     assert max(scalars_of(tmp_path / "out" / "tensorboard")["train/loss"]) >= 4
+    (first,) = (tmp_path / "out" / "tensorboard").iterdir()
+    while f".{int(time.time())}." in first.name:  # event files are named by the second
+        time.sleep(0.01)
     result = run(data, tmp_path / "out")
     assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 2
     assert_told(tmp_path / "out" / "tensorboard", result)
