@@ -54,13 +54,14 @@ class ConsoleReporter:
     _last_line: float = field(default_factory=time.monotonic)
     _expected: int = 0
     _before: int = 0
+    _logged: int = 0  # the step of the last loss
     _made: _Made = field(default_factory=_Made)
 
     def step_started(self, step: PlannedStep, progress: step_state.Progress) -> None:
         """Say what begins, or that it is done already."""
         self._label = step.name
         self._clock = self._last_line = time.monotonic()
-        self._made, self._expected, self._before = _Made(), 0, 0
+        self._made, self._expected, self._before, self._logged = _Made(), 0, 0, 0
         if progress.state == "done":
             self._say(f"done already ({step.stage.stage}): {progress.why}, {step.place}")
         else:
@@ -99,14 +100,23 @@ class ConsoleReporter:
         """Show a training step's loss, or the numbers of an evaluation."""
         event = values.get("event", "step")
         if event == "start":
-            self._before = int(values.get("step", 0))
+            self._before = self._logged = int(values.get("step", 0))
             self._start_bar(int(values["max_steps"]), self._before)
         elif event == "step":
             speed = f"{values.get('tokens_per_s', 0.0):.0f} tokens/s"
             if not values.get("tokens_per_s"):  # a loss on answers alone scores no running text
                 speed = f"{values.get('samples_per_s', 0.0):.1f} samples/s"
-            text = f"loss {values['loss']:.3f}, {speed}"
-            self._advance(1, text, int(values["step"]), int(values["max_steps"]), "steps")
+            step = int(values["step"])
+            over = step - self._logged
+            mean = f" (mean of {over} steps)" if over > 1 else ""
+            self._logged = step
+            text = f"loss {values['loss']:.3f}{mean}, {speed}"
+            self._advance(1, text, step, int(values["max_steps"]), "steps")
+        elif event == "rows":
+            self._say(
+                f"trains on {values['rows']:,} rows; {values['missing']:,} more have no row in one "
+                f"of the tables and are left out"
+            )
         else:
             numbers = [f"{k} {v:.3f}" for k, v in values.items() if isinstance(v, float)]
             self._say(f"{event}: {', '.join(numbers)}")

@@ -46,6 +46,9 @@ class TrainConfig(StageConfig):
     ``warmup`` is a share of all steps. With ``packing`` the rows of a batch lie end to end, each
     read as if alone, instead of side by side and padded to the longest. With ``lora`` an adapter is
     trained and saved, and the student's own weights are left as they are.
+
+    Of the training rows of the first table, ``max_missing_fraction`` may lack a row in another one
+    (a signal that was rejected, say); they are left out and counted.
     """
 
     # Settings that came later: runs that leave them as they are keep their names.
@@ -76,6 +79,7 @@ class TrainConfig(StageConfig):
         "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"
     seed: int = Field(default=0, ge=0)
+    max_missing_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -128,6 +132,7 @@ class TrainConfig(StageConfig):
     def settings(self) -> dict[str, Any]:
         """Return what decides the weights, without what came later and is left as it was."""
         left = {name for name in self.LATER if getattr(self, name) == self.default_of(name)}
+        left.add("max_missing_fraction")
         return self.model_dump(mode="json", include=set(TrainConfig.model_fields) - left)
 
     def packages(self) -> Iterator[Package]:
@@ -200,7 +205,10 @@ class TrainStage(TrainConfig, Stage):
 
     KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 2
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("student", "data", "lm_data", "reader")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = (
+        *("student", "data", "lm_data", "reader"),
+        "max_missing_fraction",
+    )
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
     RUNS: ClassVar[tuple[str, ...]] = ("student", "reader")
     ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("reader",)

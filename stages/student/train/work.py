@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerState
 
 from schemas.dataset import CachedDataset, open_dataset
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, RejectLimitError, StoreError
 from schemas.storage.files import Folder, write_text
 from stages.models.checkpoints.checkpoint import (
     CHECKPOINTS,
@@ -103,6 +103,7 @@ def train(
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
     config.objective.require(_kinds(dataset), _kinds(lm_dataset))
+    _require_partners(dataset, config)
     assert (reader is not None) == config.objective.USES_READER, "a reader where one is used"
     identity = _identity(config, dataset, lm_dataset, student)
     if reader is not None:
@@ -118,6 +119,18 @@ def train(
     held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
     folders = Start(student, reader, adapter)
     return run.carry_out(folders, dataset, lm_dataset, held_out, resume=resume)
+
+
+def _require_partners(dataset: CachedDataset, config: TrainConfig) -> None:
+    """Refuse tables of which too few rows belong together: they are of other inputs, mostly."""
+    missing, rows = dataset.num_missing, dataset.num_missing + len(dataset)
+    if missing > config.max_missing_fraction * rows:
+        others = ", ".join(map(str, dataset.folders[1:]))
+        raise RejectLimitError(
+            f"{missing} of {rows} train rows of {dataset.folders[0]} have no row in each of "
+            f"{others}, more than max_missing_fraction ({config.max_missing_fraction:g}) allows: "
+            f"name tables that were made of one another, or raise it"
+        )
 
 
 def _require_finite(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -175,6 +188,8 @@ class _Run:
     ) -> TrainResult:
         """Measure, train, measure again, save."""
         args = training_arguments(self.config, self.options, self.checkpoints)
+        if self.on_event is not None and dataset.num_missing and args.process_index == 0:
+            self.on_event({"event": "rows", "rows": len(dataset), "missing": dataset.num_missing})
         read = [dataset] if lm_dataset is None else [dataset, lm_dataset]
         divided = self.options.sharding == "full"
         # What does not fit on one device is loaded beside it.

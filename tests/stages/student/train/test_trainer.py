@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.errors import (
     ConfigError,
+    RejectLimitError,
 )
 from schemas.tables.documents import DOCUMENTS
 from stages.models.checkpoints.checkpoint import damaged_files, read_checkpoint
@@ -231,8 +232,27 @@ def test_rows_without_a_partner_are_counted(own_data: CachedData, tmp_path: Path
     shutil.rmtree(own_data.documents)
     bound = DOCUMENTS.bind(vocab_size=VOCAB_SIZE)
     write_table(own_data.documents, bound, [*documents, *extra], own_data.teacher)
-    result = run(own_data, tmp_path / "out")
+    events: list[dict[str, Any]] = []
+    result = run(own_data, tmp_path / "out", on_event=events.append)
     assert result.metrics["train"]["rows_without_partner"] == 2.0
+    assert events[0] == {"event": "rows", "rows": len(train_rows), "missing": 2}
+
+
+def test_tables_of_which_few_rows_belong_together_are_refused(
+    own_data: CachedData, tmp_path: Path
+) -> None:
+    documents = make_documents()
+    train_rows = [document for document in documents if document.split == "train"]
+    turned = [replace(row, input_ids_T=row.input_ids_T[::-1]) for row in train_rows]
+    extra = [replace(row, sample_id=row.hashed_id) for row in turned]
+    shutil.rmtree(own_data.documents)
+    bound = DOCUMENTS.bind(vocab_size=VOCAB_SIZE)
+    write_table(own_data.documents, bound, [*documents, *extra], own_data.teacher)
+    rows = f"{len(extra)} of {2 * len(extra)} train rows"
+    with pytest.raises(RejectLimitError, match=rf"{rows} .*max_missing_fraction \(0.1\) allows"):
+        run(own_data, tmp_path / "out")
+    most = CONFIG.model_copy(update={"max_missing_fraction": 0.5})
+    assert run(own_data, tmp_path / "out", most).history
 
 
 def test_max_steps_or_epochs_but_not_both() -> None:
