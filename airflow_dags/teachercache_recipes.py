@@ -201,6 +201,10 @@ class _Mapping:
     def children(self) -> dict[str, "_Mapping"]:
         if not isinstance(self.node, yaml.MappingNode):
             raise self.error(f"{self.what} is not a mapping")
+        try:
+            yaml.SafeLoader("").flatten_mapping(self.node)  # ``<<: *anchor``, once
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{self.path}, {_yaml_problem(error)}") from error
         return {
             key.value: _Mapping(self.path, value, f"'{key.value}'")
             for key, value in self.node.value
