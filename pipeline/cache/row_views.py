@@ -168,7 +168,10 @@ def scored_tokens(row: Any, signal: Any, look: Look) -> RichTable:
 
 
 def _positions_table(row: Any, look: Look, names: Sequence[str] = ()) -> RichTable:
-    view = RichTable("predicts", "entropy", "log p(next)", "the teacher's tokens (probability)")
+    kept_as = "probability"
+    if isinstance(row, ThresholdLogits):  # of its tail a sample, of equal weights
+        kept_as = "weight: a probability, or a share of the sampled tail's"
+    view = RichTable("predicts", "entropy", "log p(next)", f"the teacher's tokens ({kept_as})")
     entries = _entries(row)
     for j in range(min(look.positions, row.num_positions)):
         kept = sorted(entries[j], key=lambda entry: -entry[1])[: look.top]

@@ -58,6 +58,10 @@ def _opened(tables: Sequence[Folder], split: str | None) -> dict[str, CachedData
 def _work_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder, which becomes ``folder`` if the block ends well."""
     work = folder.with_name(f"{folder.name}.unfinished")
+    if work.is_dir() and any(work.iterdir()) and not (work / _LOCK).exists():
+        raise ConfigError(
+            f"{work} is there, and no export made it: move it away, or name another folder"
+        )
     try:
         with _locked(work):
             for left in work.iterdir():

@@ -138,7 +138,8 @@ class ConsoleReporter:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         made = self._made
         rejected = f", {made.rejects} rejected" if made.rejects else ""
-        per_token = f"{made.bytes / max(made.positions or made.tokens, 1):.1f} B/token"
+        unit = "position" if made.positions else "token"
+        per_token = f"{made.bytes / max(made.positions or made.tokens, 1):.1f} B/{unit}"
         return f"{made.rows} rows, {made.tokens / seconds:.0f} tokens/s, {per_token}{rejected}"
 
     def _start_bar(self, total: int, done: int) -> None:

@@ -23,6 +23,7 @@ from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
 from pipeline.steps.repeated_rows import without_repeated
 from pipeline.steps.reporter import Reporter
+from schemas.errors import RejectLimitError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
@@ -92,7 +93,19 @@ def run_table(
         shards = without_repeated(
             step.place, bound, shards, made_by=_made_by(step), said=reporter.said
         )
+    _require_rows(step, shards)
     _write_manifest(step, bound, shards, tokenizer, {})
+
+
+def _require_rows(step: PlannedStep, shards: ShardList) -> None:
+    """Refuse a table of which nothing is left: whatever reads it would blame something else."""
+    totals = shards.totals
+    if totals.num_shards and not totals.num_rows and totals.rejects:
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(totals.rejects.items()))
+        raise RejectLimitError(
+            f"{step.place}: no row is left, all were rejected ({reasons}): "
+            f"shard-*.rejects.jsonl there names them; change the step's settings or its input"
+        )
 
 
 def source_of(step: PlannedStep) -> Manifest | Sequence[Piece]:

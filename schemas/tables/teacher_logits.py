@@ -83,7 +83,7 @@ class _Scored:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens up to and including the last one scored."""
+        """Tokens up to and including the last one scored; between spans, none are counted."""
         return self.first_target + self.num_positions
 
 

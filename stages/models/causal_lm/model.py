@@ -36,6 +36,8 @@ def load_student(folder: Path, *, device: torch.device, role: str = "student") -
     ConfigError for a row that would move its rotary factors, and with them the numbers of every
     row beside it. ``role`` is what an error calls it.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: give the folder of a {role}")
     require_whole(folder)
     transformers_logging.disable_progress_bar()
     try:

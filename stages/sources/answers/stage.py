@@ -70,6 +70,15 @@ class AnswersStage(TableStage):
         return value
 
     @model_validator(mode="after")
+    def _lengths_that_something_has(self) -> "AnswersStage":
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, less than min_tokens ({self.min_tokens}): "
+                f"nothing would be left"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_where_used(self) -> "AnswersStage":
         of_text = self.matching is not None or self.not_matching is not None
         if of_text and self.tokenizer is None:

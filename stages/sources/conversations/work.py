@@ -77,7 +77,9 @@ def _advice(stage: ConversationsStage, counts: Counter[str]) -> str:
             f"false) with which the answer follows its header, or save another chat_template.jinja"
         )
     if reason == "too_long":
-        return f"raise max_length ({stage.max_length}), or use long_conversations: truncate"
+        or_cut = ", or use long_conversations: truncate"
+        or_cut = "" if stage.long_conversations == "truncate" else or_cut
+        return f"raise max_length ({stage.max_length}){or_cut}"
     return (
         f"give more conversations, or change max_length or heldout_fraction "
         f"({stage.heldout_fraction})"

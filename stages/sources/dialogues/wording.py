@@ -74,6 +74,7 @@ class ChatWording:
                 self._template.write(shortest, header=header)
                 self._template.reads("content", with_tools=header)
             self._closing = self._template.closing_text
+            self._require_header()
             unread = self._template.unread_settings
         except TemplateRefusal as error:
             raise ConfigError(
@@ -86,6 +87,21 @@ class ChatWording:
                 f"{', '.join(unread)}; correct the name, or leave it out"
             )
         self.marks = any_of((*tokenizer.special_texts, *self._template.turn_texts))
+
+    def _require_header(self) -> None:
+        """Refuse a template that opens an answer and does not where one is asked for."""
+        asked, answered = ([message.as_dict() for message in _SHORTEST[:n]] for n in (1, 2))
+        prompt = self._template.write(asked, header=True)
+        whole = self._template.write(answered, header=False)
+        if prompt != self._template.write(asked, header=False) or not whole.startswith(prompt):
+            return
+        if not whole[len(prompt) :].lstrip().startswith(_SHORTEST[1].words):
+            raise ConfigError(
+                f"template: the chat template in {self.tokenizer.folder} writes "
+                f"{whole[len(prompt) :].partition(_SHORTEST[1].words)[0]!r} before an answer, and "
+                f"not where one is asked for: it has no branch for add_generation_prompt; add it, "
+                f"or use template: plain where there is one"
+            )
 
     def reads(self, key: str, *, with_tools: bool) -> bool:
         """Return whether the template names this key."""

@@ -153,7 +153,10 @@ def _arrow_batches(path: Path) -> tuple[pa.Schema, Sequence[int]]:
     with pa.memory_map(str(path)) as mapped:
         mapped.seek(len(_FILE_MAGIC) if _is_file(path) else 0)
         messages = pa.ipc.MessageReader.open_stream(mapped)
-        schema = pa.ipc.read_schema(messages.read_next_message())
+        head = _next(messages)
+        if head is None:
+            raise ConfigError(f"{path} has no schema: it is empty or cut; write it again")
+        schema = pa.ipc.read_schema(head)
         for message in iter(lambda: _next(messages), None):
             if message.type == "record batch":
                 counts.append(_rows_of(memoryview(message.metadata)))

@@ -79,6 +79,8 @@ class MegatronFile:
         ends_S = begins_S + lengths_S
         if (lengths_S < 0).any() or (begins_S < 0).any() or (ends_S > len(ids_N)).any():
             raise self._wrong(f"a sequence among {first} to {last} lies outside {self.ids_path}")
+        if (begins_S[1:] < ends_S[:-1]).any():
+            raise self._wrong(f"sequences among {first} to {last} overlap")
         if left_over.any():
             raise self._wrong(f"a sequence among {first} to {last} begins inside an id")
         for begin, end in zip(marks[:-1] - first, marks[1:] - first, strict=True):
@@ -99,6 +101,10 @@ class MegatronFile:
             raise self._wrong(
                 f"its sequences end at byte {expected:,}, and {self.ids_path} has {size:,} bytes: "
                 f"one of them is cut, or they are not of one data set"
+            )
+        if self.num_marks > 1 and self.marks_D[0]:
+            raise self._wrong(
+                f"its first document begins with sequence {self.marks_D[0]:,}, expected 0"
             )
         if self.num_marks > 1 and self.marks_D[-1] != self.num_sequences:
             raise self._wrong(

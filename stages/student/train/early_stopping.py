@@ -4,6 +4,7 @@ All that decides is in the Trainer's own log, which its checkpoints hold: a run 
 one stops where it would have. A checkpoint has the best weights so far beside its own.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,20 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """Return how far a run with this state has come."""
         return course_of(state.log_history, self._settings.min_delta)
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a run that ends before anything is measured: its steps are known only now."""
+        if self._settings.every > state.max_steps:
+            raise ConfigError(
+                f"early_stopping.every is {self._settings.every}, and the run has "
+                f"{state.max_steps} steps: nothing would be measured, lower it"
+            )
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -96,6 +111,12 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if state.global_step % self._settings.every:
             return
         means = self._measure(model)
+        broken = [name for name in _MEANS if not math.isfinite(means.get(name, 0.0))]
+        if broken:
+            raise ConfigError(
+                f"after step {state.global_step} the held-out {broken[0]} is no finite number: "
+                f"lower lr ({args.learning_rate:g}) or max_grad_norm ({args.max_grad_norm:g})"
+            )
         logs_loss = control.should_log
         self.log({f"{MEASURED}{name}": value for name, value in means.items()})
         control.should_log = logs_loss  # the Trainer takes any log for that of the loss

@@ -233,6 +233,10 @@ def test_a_finished_export_stays_and_an_unfinished_one_is_made_anew(
     folder, left = tmp_path / "out", tmp_path / "out.unfinished"
     (left / "train").mkdir(parents=True)
     (left / "train" / "part-00007.parquet").write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="is there, and no export made it"):
+        export_tables(data.tables("top_k"), "parquet", folder, split=None, k=None)
+    assert (left / "train" / "part-00007.parquet").read_bytes() == b"torn"
+    (left / exporting._LOCK).touch()
     export_tables(data.tables("top_k"), "parquet", folder, split=None, k=None)
     assert not left.exists()
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

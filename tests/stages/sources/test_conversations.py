@@ -5,6 +5,7 @@ to the tiny tokenizer, as such a model's own has them.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,19 @@ def test_what_no_row_can_be_made_of_is_counted(
     good[1] |= {"reasoning_content": "So."} if reason == "empty_reasoning" else {}
     rows, rejects = make([record, good], tokenizers[name], chat_template_kwargs=settings)
     assert len(rows) == 1 and rejects == {reason: 1}
+
+
+def test_a_template_without_a_branch_for_generation_is_refused(
+    make: Make, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "headless"
+    shutil.copytree(tokenizers["qwen2_5"], folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    line = r"writes '<\|im_start\|>assistant\\n' before an answer, and not where one is asked"
+    with pytest.raises(ConfigError, match=line):
+        make([said("Hi.", "Yes?")], folder)
 
 
 def test_a_prompt_that_its_answer_changes_is_named_as_that(

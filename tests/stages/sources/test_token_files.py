@@ -301,6 +301,8 @@ def _put(path: Path, at: int, data: bytes) -> None:
         ("megatron", lambda p: _put(p.with_suffix(".idx"), 17, b"\x07"), "its ids are float32"),
         ("megatron", lambda p: _put(p.with_suffix(".idx"), 17, b"\x63"), "its ids are code 99"),
         ("megatron", lambda p: _put(p.with_suffix(".idx"), 17, b"\x04"), "its ids are int32, and"),
+        ("megatron", lambda p: _put(p.with_suffix(".idx"), 34 + 240, b"\x01"), "begins with seq"),
+        ("arrow", lambda p: p.write_bytes(b""), "it is empty or cut"),
         ("megatron", lambda p: p.with_suffix(".idx").unlink(), "ids.idx is not beside it"),
         ("megatron", lambda p: p.with_suffix(".idx").write_bytes(b""), "it begins with b''"),
         ("datatrove", lambda p: _cut(p, 1), "no multiple of the 2 of an id"),
@@ -343,7 +345,7 @@ def test_a_file_that_is_not_what_it_says_is_one_line(
             lambda p: _put(p.with_suffix(".idx"), 34 + 80, b"\x01"),
             "begins inside an id",
         ),
-        ("megatron", lambda p: _put(p.with_suffix(".idx"), 34 + 240, b"\x09"), "marked in order"),
+        ("megatron", lambda p: _put(p.with_suffix(".idx"), 34 + 248, b"\x09"), "marked in order"),
         (
             "datatrove",
             lambda p: _put(p.with_name("ids.ds.index"), 8, b"\xff" * 4),

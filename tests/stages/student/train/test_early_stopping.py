@@ -14,7 +14,7 @@ from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.student.evaluate.positions import evaluate
 from stages.student.options import TrainOptions
 from stages.student.train.early_stopping import course_of
-from stages.student.train.stage import TrainConfig
+from stages.student.train.stage import EarlyStopping, TrainConfig
 from stages.student.train.work import TrainResult, train
 from tests.fixtures.cached_data import CachedData, make_cached_data
 from tests.fixtures.tiny_recipe import Said, TinyRecipe, error_of, finish, make_recipe
@@ -160,6 +160,26 @@ def test_a_killed_run_stops_where_it_would_have(data: CachedData, tmp_path: Path
     assert records[0] is not None and records[1] is not None
     assert records[0].history == records[1].history
     assert records[0].files["model.safetensors"] == records[1].files["model.safetensors"]
+
+
+def test_a_measurement_that_is_no_number_ends_the_run(data: CachedData, tmp_path: Path) -> None:
+    """It would be the lowest for ever, and its weights the ones that are kept."""
+    broken = CONFIG.model_copy(
+        update={
+            "lr": 1e9,
+            "max_grad_norm": 0.0,
+            "warmup": 0.0,
+            "early_stopping": EarlyStopping(patience=1, every=1),
+        }
+    )
+    with pytest.raises(ConfigError, match=r"no finite number|not finite"):
+        run(data, tmp_path / "out", broken)
+
+
+def test_epochs_that_are_never_measured_are_refused(data: CachedData, tmp_path: Path) -> None:
+    config = {"epochs": 1, "early_stopping": {"patience": 1, "every": 100}}
+    with pytest.raises(ConfigError, match=r"every is 100, and the run has \d+ steps"):
+        run(data, tmp_path / "out", TrainConfig.model_validate(config))
 
 
 def test_data_that_holds_nothing_out_is_refused(data: CachedData, tmp_path: Path) -> None:
