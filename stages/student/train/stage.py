@@ -47,8 +47,8 @@ class TrainConfig(StageConfig):
     read as if alone, instead of side by side and padded to the longest. With ``lora`` an adapter is
     trained and saved, and the student's own weights are left as they are.
 
-    Of the training rows of the first table, ``max_missing_fraction`` may lack a row in another one
-    (a signal that was rejected, say); they are left out and counted.
+    Training rows of the first table that lack a row in another one are left out and counted; beside
+    those that the other tables say they rejected, ``max_missing_fraction`` of all may.
     """
 
     # Settings that came later: runs that leave them as they are keep their names.

@@ -124,12 +124,14 @@ def train(
 def _require_partners(dataset: CachedDataset, config: TrainConfig) -> None:
     """Refuse tables of which too few rows belong together: they are of other inputs, mostly."""
     missing, rows = dataset.num_missing, dataset.num_missing + len(dataset)
-    if missing > config.max_missing_fraction * rows:
+    rejected = sum(sum(manifest.rejects.values()) for manifest in dataset.manifests[1:])
+    if missing - rejected > config.max_missing_fraction * rows:
         others = ", ".join(map(str, dataset.folders[1:]))
         raise RejectLimitError(
             f"{missing} of {rows} train rows of {dataset.folders[0]} have no row in each of "
-            f"{others}, more than max_missing_fraction ({config.max_missing_fraction:g}) allows: "
-            f"name tables that were made of one another, or raise it"
+            f"{others}, which rejected {rejected}: more than max_missing_fraction "
+            f"({config.max_missing_fraction:g}) allows; name tables that were made of one another, "
+            f"or raise it"
         )
 
 

@@ -152,7 +152,7 @@ def test_weights_that_the_last_step_breaks_are_not_kept(
 
 
 def test_a_missing_student_is_one_readable_line(data: CachedData, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot load the student"):
+    with pytest.raises(ConfigError, match="nothing does not exist: give the folder of a student"):
         evaluate(tmp_path / "nothing", data.tables("threshold"))
 
 
