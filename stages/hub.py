@@ -129,10 +129,15 @@ class Repository:
             ) from error
 
 
-def _reason(error: Exception) -> str:
-    """Return what lies beneath: huggingface_hub's own words for it fill three lines."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
+def beneath(error: Exception) -> str:
+    """Return the first cause, in one line: huggingface_hub's own words for it fill three."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else first_line(error)
+    return first_line(error)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file could not be fetched."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else beneath(error)

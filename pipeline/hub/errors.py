@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from schemas.errors import ConfigError, StoreError, first_line
+from stages.hub import beneath
 
 
 @contextmanager
@@ -39,12 +40,6 @@ def in_one_line(name: str, doing: str) -> Iterator[None]:
         raise StoreError(f"cannot {doing} {name}: {first_line(error)}; run it again") from error
     except (OSError, hub.HTTPError) as error:  # type: ignore[attr-defined]  # httpx's own
         raise StoreError(
-            f"cannot {doing} {name}: the hub cannot be reached ({_beneath(error)}); run it again, "
+            f"cannot {doing} {name}: the hub cannot be reached ({beneath(error)}); run it again, "
             f"what has arrived is not sent twice"
         ) from error
-
-
-def _beneath(error: Exception) -> str:
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return first_line(error)

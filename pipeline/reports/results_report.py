@@ -12,7 +12,7 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
-from pipeline.reports.seeds_report import seeds_table
+from pipeline.reports.seeds_report import COLUMNS, seeds_table
 from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
@@ -32,9 +32,10 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
     """Show what a finished run came to: students before and after, size, speed, places."""
     trained = [step for step in steps if isinstance(step.stage, TrainStage)]
     if trained:
-        console.print(_students_table(trained))
         records = [(step, read_checkpoint(step.place)) for step in trained]
-        measured = [(step, record.metrics["after"]) for step, record in records if record]
+        results = [(step, record.metrics) for step, record in records if record is not None]
+        console.print(_students_table(results))
+        measured = [(step, metrics["after"]) for step, metrics in results]
         if (over_seeds := seeds_table(measured)) is not None:
             console.print(over_seeds)
     for step in steps:
@@ -65,29 +66,19 @@ def print_metrics(
     console.print(table)
 
 
-def _students_table(steps: Sequence[PlannedStep]) -> Table:
-    table = Table(
-        "student",
-        "held-out cross-entropy",
-        "KL to teacher",
-        "top-1 agreement",
-        title="held-out rows",
-    )
-    results = [(step, read_checkpoint(step.place)) for step in steps]
+def _students_table(results: Sequence[tuple[PlannedStep, Mapping[str, Any]]]) -> Table:
+    table = Table("student", *COLUMNS, title="held-out rows")
     seen: set[tuple[str, ...]] = set()
-    trained = {step.name for step in steps}
-    for step, record in results:
-        if record is None:
-            continue
-        before = tuple(_metric_cells(record.metrics["before"]))
+    trained = {step.name for step, _ in results}
+    for step, metrics in results:
+        before = tuple(_metric_cells(metrics["before"]))
         if before not in seen:
             seen.add(before)
             start = next(iter(step.models))
             when = f"before {step.name}" if start in trained else "untrained"
             table.add_row(f"{start}, {when}", *before)
-    for step, record in results:
-        if record is not None:
-            table.add_row(_name(step), *_metric_cells(record.metrics["after"]))
+    for step, metrics in results:
+        table.add_row(_name(step), *_metric_cells(metrics["after"]))
     return table
 
 
@@ -149,8 +140,7 @@ def _number(value: float | None) -> str:
 
 
 def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
-    names = ("cross_entropy", "kl_to_teacher", "top1_agreement")
-    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in names]
+    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in COLUMNS.values()]
 
 
 def _tables_table(steps: Sequence[PlannedStep]) -> Table:

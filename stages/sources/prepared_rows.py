@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import write_text
 from schemas.storage.shards import read_shard, write_shard
 from schemas.table import Table
@@ -50,6 +50,20 @@ def prepare_rows(
         rows, prepared = make(tokenizer)
         made.write(rows, prepared, identity=identity, vocab_size=tokenizer.vocab_size)
     return prepared
+
+
+def require_splits(
+    found: Sequence[Any], read: Rejects, *, heldout: bool, what: str, advice: str
+) -> None:
+    """Raise ConfigError where train, or ``heldout`` if asked for, has no row, with the reasons."""
+    there = {row.split for row in found}
+    for split in SPLITS if heldout else SPLITS[:1]:
+        if split not in there:
+            counts = sorted((why, count) for why, count in read.counts.items() if count)
+            reasons = ", ".join(f"{why} {count}" for why, count in counts)
+            raise ConfigError(
+                f"no {split} row is left of the {what} ({reasons or 'none was rejected'}); {advice}"
+            )
 
 
 def sampled(

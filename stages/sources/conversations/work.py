@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from schemas.errors import ConfigError
 from schemas.tables.conversations import CONVERSATIONS, Conversation
-from schemas.tables.documents import SPLITS
 from stages.sources.conversations.building import ConversationBuilder
 from stages.sources.conversations.readers import read_conversations
 from stages.sources.conversations.stage import ConversationsStage
+from stages.sources.dialogues.wording import prompt_not_kept
 from stages.sources.prepared import PreparedShards
-from stages.sources.prepared_rows import PreparedRows, prepare_rows, sampled
+from stages.sources.prepared_rows import PreparedRows, prepare_rows, require_splits, sampled
 from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
@@ -44,32 +43,17 @@ def _make(
     found = builder.build_all(read_conversations(stage.source, read))
     read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} rows of conversations")
-    _require_rows(stage, found, read.counts)
+    advice = _advice(stage, read.counts)
+    heldout = stage.heldout_fraction > 0
+    require_splits(found, read, heldout=heldout, what="conversations", advice=advice)
     return sampled(found, read, rows_per_shard=stage.rows_per_shard, max_rows=stage.max_rows)
-
-
-def _require_rows(
-    stage: ConversationsStage, found: list[Conversation], counts: Counter[str]
-) -> None:
-    there = {row.split for row in found}
-    for split in SPLITS if stage.heldout_fraction > 0 else SPLITS[:1]:
-        if split not in there:
-            reasons = ", ".join(f"{why} {count}" for why, count in sorted(counts.items()) if count)
-            raise ConfigError(
-                f"no {split} row is left of the conversations ({reasons or 'none was rejected'}); "
-                f"{_advice(stage, counts)}"
-            )
 
 
 def _advice(stage: ConversationsStage, counts: Counter[str]) -> str:
     """Return what may keep rows, by what most of them were rejected for."""
     reason = max(counts, key=lambda why: counts[why], default="")
     if reason == "prompt_not_kept":
-        return (
-            f"the chat template in {stage.tokenizer} writes a prompt otherwise once it is answered "
-            f"(some leave out a system turn): put that turn's text into the first user turn, or "
-            f"save another chat_template.jinja"
-        )
+        return prompt_not_kept(stage.tokenizer)
     if reason in ("not_after_header", "empty_reasoning"):
         return (
             f"the chat template in {stage.tokenizer} opens an answer with what these answers do "

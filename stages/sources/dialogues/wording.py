@@ -215,6 +215,15 @@ def require_all_said(before: str, written: str, response: Message) -> None:
             raise UnusableDialogue("empty_reasoning")
 
 
+def prompt_not_kept(folder: str) -> str:
+    """Return what helps where the template in ``folder`` rewrites a prompt once it is answered."""
+    return (
+        f"the chat template in {folder} writes a prompt otherwise once it is answered (some leave "
+        f"out a system turn): put that turn's text into the first user turn, or save another "
+        f"chat_template.jinja"
+    )
+
+
 class PlainWording:
     """No template: the prompt's text, the response's text, EOS.
 

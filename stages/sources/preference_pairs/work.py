@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from schemas.errors import ConfigError
-from schemas.tables.documents import SPLITS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+from stages.sources.dialogues.wording import prompt_not_kept
 from stages.sources.preference_pairs.building import PairBuilder
 from stages.sources.preference_pairs.readers import read_pairs
 from stages.sources.preference_pairs.stage import PreferencePairsStage
 from stages.sources.prepared import PreparedShards
-from stages.sources.prepared_rows import PreparedRows, prepare_rows, sampled
+from stages.sources.prepared_rows import PreparedRows, prepare_rows, require_splits, sampled
 from stages.sources.reading.rejects import Rejects
 from stages.sources.reading.tokens import TextTokenizer
 from stages.stage import OnProgress
@@ -43,35 +42,20 @@ def _make(
     stage: PreferencePairsStage, tokenizer: TextTokenizer, on_progress: OnProgress
 ) -> tuple[list[PreferencePair], PreparedShards]:
     read = Rejects()
-    counts = read.counts
     found = PairBuilder(stage, tokenizer, read).build_all(read_pairs(stage.source, read))
     read.require_within(stage.max_rejected_fraction)
     on_progress(f"{len(found):,} preference pairs")
-    there = {split: sum(row.split == split for row in found) for split in SPLITS}
-    _require_rows(stage, there, counts)
+    advice = _advice(stage, read.counts)
+    heldout = stage.heldout_fraction > 0
+    require_splits(found, read, heldout=heldout, what="preference pairs", advice=advice)
     return sampled(found, read, rows_per_shard=stage.rows_per_shard, max_rows=stage.max_rows)
-
-
-def _require_rows(stage: PreferencePairsStage, there: dict[str, int], counts: Counter[str]) -> None:
-    wanted = SPLITS if stage.heldout_fraction > 0 else SPLITS[:1]
-    for split in wanted:
-        if not there[split]:
-            reasons = ", ".join(f"{why} {count}" for why, count in sorted(counts.items()) if count)
-            raise ConfigError(
-                f"no {split} row is left of the preference pairs ({reasons or 'none was rejected'})"
-                f"; {_advice(stage, counts)}"
-            )
 
 
 def _advice(stage: PreferencePairsStage, counts: Counter[str]) -> str:
     """Return what may keep rows, by what most of them were rejected for."""
     reason = max(counts, key=lambda why: counts[why], default="")
     if reason == "prompt_not_kept":
-        return (
-            f"the chat template in {stage.tokenizer} writes a prompt otherwise once it is answered "
-            f"(some leave out a system turn): put that turn's text into the first user turn, or "
-            f"save another chat_template.jinja"
-        )
+        return prompt_not_kept(stage.tokenizer)
     if reason in ("not_after_header", "empty_reasoning"):
         opens = (
             f"the chat template in {stage.tokenizer} opens an answer with what these responses do "
