@@ -7,7 +7,7 @@ python examples/hello.py MODEL DOCUMENTS SIGNALS OUTPUT
 import sys
 from pathlib import Path
 
-from teachercache import open_dataset, unpack_threshold
+from teachercache import open_dataset, weighted_tokens
 from teachercache.student import KdConfig, TrainConfig, init_student, train
 
 if len(sys.argv) != 5:
@@ -17,9 +17,9 @@ if len(sys.argv) != 5:
 model, documents, signals, output = map(Path, sys.argv[1:])
 
 row = open_dataset([documents, signals], split="train")[0]
-weights_PK = unpack_threshold(row["token_ids_PK"], row["num_head_P"], row["head_codes_E"])
+token_ids_PK, weights_PK = weighted_tokens(row)
 print("token", row["first_target"], "is", row["input_ids_T"][row["first_target"]])
-drawn = zip(row["token_ids_PK"][0].tolist(), weights_PK[0].tolist(), strict=True)
+drawn = zip(token_ids_PK[0].tolist(), weights_PK[0].tolist(), strict=True)
 print("the teacher's:", dict(drawn))
 
 student = init_student(model, output / "student", layers=2)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dataset import CachedDataset, open_dataset
-    from .distribution import unpack_threshold, unpack_top_k
+    from .distribution import unpack_threshold, unpack_top_k, weighted_tokens
     from .sample_id import sample_id_of
     from .scored_spans import scored_targets, span_targets
     from .storage.manifest import Manifest, read_manifest
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from .tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
     from .tables.responses import RESPONSES, Responses
     from .tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
-    from .tables.teacher_logits import ENCODINGS, ExactLogits, ThresholdLogits, TopKLogits
+    from .tables.teacher_logits import (
+        ENCODINGS,
+        ExactLogits,
+        TauLogits,
+        ThresholdLogits,
+        TopKLogits,
+    )
 
 __all__ = [
     "CANDIDATE_SCORES",
@@ -49,6 +55,7 @@ __all__ = [
     "Responses",
     "ShardRecord",
     "SubsetPreferences",
+    "TauLogits",
     "ThresholdAdvantages",
     "ThresholdLogits",
     "TopKLogits",
@@ -63,12 +70,13 @@ __all__ = [
     "subset_input_ids",
     "unpack_threshold",
     "unpack_top_k",
+    "weighted_tokens",
 ]
 
 # Loaded when they are first asked for: a command that only prints its help reads no table.
 _MODULES = {
     "dataset": ("CachedDataset", "open_dataset"),
-    "distribution": ("unpack_threshold", "unpack_top_k"),
+    "distribution": ("unpack_threshold", "unpack_top_k", "weighted_tokens"),
     "sample_id": ("sample_id_of",),
     "scored_spans": ("scored_targets", "span_targets"),
     "storage.manifest": ("Manifest", "read_manifest"),
@@ -87,7 +95,13 @@ _MODULES = {
     "tables.response_logprobs": ("RESPONSE_LOGPROBS", "ResponseLogprobs"),
     "tables.responses": ("RESPONSES", "Responses"),
     "tables.subset_preferences": ("SUBSET_PREFERENCES", "SubsetPreferences", "split_subsets"),
-    "tables.teacher_logits": ("ENCODINGS", "ExactLogits", "ThresholdLogits", "TopKLogits"),
+    "tables.teacher_logits": (
+        "ENCODINGS",
+        "ExactLogits",
+        "TauLogits",
+        "ThresholdLogits",
+        "TopKLogits",
+    ),
 }
 
 

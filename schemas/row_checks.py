@@ -73,7 +73,21 @@ def contradiction_in(
     for index, found_split in enumerate(columns.get("split", ())):
         if found_split != split:
             return Contradiction(index, f"split is '{found_split}' in a shard of '{split}'")
-    return _contradicted_row(columns, table, thorough)
+    return _contradicted_row(columns, table, thorough) or _strange_id(columns, table, vocab_size)
+
+
+def _strange_id(columns: Columns, table: Table[Any], vocab_size: int) -> Contradiction | None:
+    """Return the first row with an id beyond the vocabulary, of ids that no column tells alone."""
+    largest_of = getattr(table.row, "largest_id", None)
+    if largest_of is None or not len(columns["sample_id"]) or largest_of(columns) < vocab_size:
+        return None
+    for index in range(len(columns["sample_id"])):
+        largest = largest_of({name: values[index : index + 1] for name, values in columns.items()})
+        if largest >= vocab_size:
+            return Contradiction(
+                index, f"a sampled id is {largest}, expected 0 to {vocab_size - 1}"
+            )
+    return None
 
 
 def _contradicted_row(columns: Columns, table: Table[Any], thorough: bool) -> Contradiction | None:

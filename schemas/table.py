@@ -31,6 +31,7 @@ from .errors import SchemaMismatch
 
 Row = TypeVar("Row")
 TOKEN_ID: Final = "token_id"  # a column type: uint16 or uint32, by the size of the vocabulary
+TOKEN_ID_HIGH: Final = "token_id_high"  # what lies above the low byte of one: uint8 or uint16
 LOG_VOCABULARY: Final = "log_vocabulary"  # a bound: the log of the size of the vocabulary
 KEPT: Final = "kept"  # a bound: K, of the columns that have it
 MOST_LOGPROB: Final = 0.01  # of a probability or a product of some: 0, but for rounding
@@ -60,6 +61,11 @@ class Column:
 def token_id_type(vocab_size: int) -> pa.DataType:
     """Return the narrowest unsigned type that holds every id below ``vocab_size``."""
     return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+
+
+def token_id_high_type(vocab_size: int) -> pa.DataType:
+    """Return the narrowest unsigned type that holds every id below ``vocab_size`` over 256."""
+    return pa.uint8() if vocab_size <= 1 << 16 else pa.uint16()
 
 
 class Table(Generic[Row]):
@@ -110,7 +116,10 @@ class BoundTable(Generic[Row]):
         )
 
     def _field(self, name: str, column: Column) -> pa.Field:
-        dtype = token_id_type(self.vocab_size) if column.dtype == TOKEN_ID else column.dtype
+        dtype = column.dtype
+        if isinstance(dtype, str):
+            of_vocabulary = token_id_type if dtype == TOKEN_ID else token_id_high_type
+            dtype = of_vocabulary(self.vocab_size)
         for letter in reversed(column.dims[1:]):
             size = int(letter) if letter.isdigit() else self.sizes[letter]
             dtype = pa.list_(pa.field("item", dtype, nullable=False), size)

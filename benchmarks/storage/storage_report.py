@@ -16,7 +16,8 @@ Rows = Sequence[dict[str, Any]]
 
 # family -> (label, colour, marker, line); the sequence is that of the legend
 STYLES = {
-    "threshold (ours)": ("threshold (ours, everything counted)", "#c1272d", "o", "-"),
+    "tau (ours)": ("threshold, tau (ours, everything counted)", "#7b0d1e", "^", "-"),
+    "threshold (ours)": ("threshold, k (ours, everything counted)", "#c1272d", "o", "-"),
     "RS-KD": ("RS-KD (payload alone)", "#0000a7", "s", "-"),
     "top-k + rest (ours)": ("top_k + rest bucket (ours, everything counted)", "#e8871e", "D", "-"),
     "top-k, bf16, renormalised": ("top-k bf16, renormalised (payload alone)", "#777777", "v", "-"),
@@ -54,7 +55,11 @@ reading of its README; its Parquet files (pyarrow's defaults) take {containers} 
 
 {bars}
 
-## Ours against RS-KD, as ratios
+`threshold 16` keeps 16 entries of every position. `tau 0.04` (the default) keeps of each position
+the fewest whose own threshold is at most 0.04: few where the teacher is sure, up to 25 where it is
+not. Tail ids are stored by rising id, as gaps whose low and high bytes lie apart.
+
+## Ours against RS-KD, and tau against k = 16, as ratios
 
 {ratios}
 
@@ -147,7 +152,7 @@ def _by_domain(rows: Rows) -> list[dict[str, Any]]:
     """Return a line for each sampling scheme: bytes and loss error of each domain."""
     lines: dict[str, dict[str, Any]] = {}
     for row in rows:
-        sampled = row.get("family") in ("threshold (ours)", "RS-KD")
+        sampled = row.get("family") in ("tau (ours)", "threshold (ours)", "RS-KD")
         if sampled and row["student"] == "distilled" and row["domain"] != "all":
             line = lines.setdefault(row["scheme"], {"scheme": row["scheme"]})
             line[f"{row['domain']}: bytes"] = row["bytes"]
@@ -172,7 +177,7 @@ def plot(path: Path, rows: Rows) -> None:
                 linewidth=2.0 if "ours" in family else 1.4,
                 zorder=3 if "ours" in family else 2,
             )
-            if family in ("threshold (ours)", "RS-KD"):
+            if family in ("tau (ours)", "RS-KD"):
                 _label_points(axis, points, colour, above=family == "RS-KD")
         _dress(axis, title)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -197,7 +202,7 @@ def _label_points(
             continue
         last_x = x
         words = row["scheme"].split()
-        text = f"k={words[1]}" if words[0] == "threshold" else f"{words[1]} draws"
+        text = row["scheme"] if words[0] == "tau" else f"{words[1]} draws"
         axis.annotate(
             text,
             (x, y),

@@ -15,7 +15,7 @@ entries, V = vocabulary, D = width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from benchmarks.storage import peer_layouts
 from benchmarks.storage.real_positions import ROW_TOKENS, Domain, Seen
 from benchmarks.storage.signal_error import Decoded
 from pipeline.executors.shard_task import RowCount, write_output
-from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.distribution import unpack_top_k, weighted_tokens
 from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.records import shard_name
 from schemas.storage.shards import read_shard
 from schemas.table import BoundTable
 from schemas.tables.documents import DOCUMENTS, Document
-from schemas.tables.teacher_logits import ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import ExactLogits, TopKLogits
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.signals.teacher_logits.work import score_shard
@@ -97,7 +97,7 @@ def stored_schemes(
         fields = {"stage": "teacher_logits", "input": "-", "model": "-", "encoding": encoding}
         stage = TeacherLogitsStage.model_validate(fields)
         sizes = {"K": int(encoding.get("k", 0)), "D": width}
-        place = folder / f"{encoding['kind']}-{sizes['K']}"
+        place = folder / "-".join(map(str, encoding.values()))
         rows = score_shard(stage, CachedEngine(seen), shard)
         size = write_table(place, stage.table.bind(vocab_size=vocab_size, sizes=sizes), rows)
         schemes += list(_read_back(place, stage, for_documents + size))
@@ -137,19 +137,19 @@ def _read_back(folder: Path, stage: TeacherLogitsStage, size: float) -> Iterator
     kept: list[Decoded | Tensor]
     match stage.encoding.kind:
         case "threshold":
-            kept = [_threshold(row) for row in rows]
-            yield Scheme(f"threshold {k}", "threshold (ours)", k, size, kept)
+            kept = [_decoded(*weighted_tokens(asdict(row))) for row in rows]
+            if tau := stage.encoding.tau:
+                counts = [row.num_head_P.astype(int) + row.num_tail_P for row in rows]
+                mean_k = float(np.concatenate(counts).mean())
+                yield Scheme(f"tau {tau:g}", "tau (ours)", mean_k, size, kept)
+            else:
+                yield Scheme(f"threshold {k}", "threshold (ours)", k, size, kept)
         case "top_k":
             kept = [_top_k(row) for row in rows]
             yield Scheme(f"top_k {k} + rest", "top-k + rest (ours)", k, size, kept)
         case "exact":
             kept = [_exact(row) for row in rows]
             yield Scheme("exact", "exact (ours)", float("nan"), size, kept)
-
-
-def _threshold(row: ThresholdLogits) -> Decoded:
-    weights_PK = unpack_threshold(row.token_ids_PK, row.num_head_P, row.head_codes_E)
-    return _decoded(row.token_ids_PK, weights_PK)
 
 
 def _top_k(row: TopKLogits) -> Decoded:

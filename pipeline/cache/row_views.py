@@ -1,7 +1,7 @@
 """How a row of each table is shown to a person: ``VIEWS``, by the table's name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from textwrap import shorten
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.cache.pair_views import (
     response_logprobs_table,
     responses_table,
 )
-from schemas.distribution import unpack_threshold, unpack_top_k
+from schemas.distribution import unpack_threshold, unpack_threshold_tau, unpack_top_k
 from schemas.errors import ConfigError
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.advantages import AnyAdvantages
@@ -28,7 +28,7 @@ from schemas.tables.demonstrations import Demonstrated
 from schemas.tables.documents import Document
 from schemas.tables.episodes import Episode, split_candidates
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
-from schemas.tables.teacher_logits import ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import TauLogits, ThresholdLogits, TopKLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def scored_tokens(row: Any, signal: Any, look: Look) -> RichTable:
 
 def _positions_table(row: Any, look: Look, names: Sequence[str] = ()) -> RichTable:
     kept_as = "probability"
-    if isinstance(row, ThresholdLogits):  # of its tail a sample, of equal weights
+    if isinstance(row, ThresholdLogits | TauLogits):  # of its tail a sample, of equal weights
         kept_as = "weight: a probability, or a share of the sampled tail's"
     view = RichTable("predicts", "entropy", "log p(next)", f"the teacher's tokens ({kept_as})")
     entries = _entries(row)
@@ -194,6 +194,10 @@ def _entries(row: Any) -> list[list[tuple[int, float]]]:
     """Return (token id, weight) pairs for each position; none for the exact encoding."""
     if isinstance(row, ThresholdLogits):
         weights_PK = unpack_threshold(row.token_ids_PK, row.num_head_P, row.head_codes_E)
+    elif isinstance(row, TauLogits):
+        counts_P = row.num_head_P.astype(int) + row.num_tail_P
+        found = zip(counts_P.tolist(), *unpack_threshold_tau(asdict(row)), strict=True)
+        return [list(zip(i.tolist(), w.tolist(), strict=True))[:count] for count, i, w in found]
     elif isinstance(row, TopKLogits):
         weights_PK = unpack_top_k(row.logprobs_PK, row.rest_logprobs_P)[0]
     else:

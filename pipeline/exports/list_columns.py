@@ -27,6 +27,20 @@ def lists(arrays: Sequence[npt.NDArray[Any]], value_type: pa.DataType) -> pa.Arr
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
+def ragged_lists(
+    counts: Sequence[npt.NDArray[Any]],
+    entries: Sequence[npt.NDArray[Any]],
+    value_type: pa.DataType,
+) -> pa.Array:
+    """Return a column of lists of lists: of each row [P] counts, and its entries end to end."""
+    outer = np.cumsum([0, *map(len, counts)]).astype(np.int32)
+    inner = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+    values = pa.ListArray.from_arrays(
+        pa.array(inner.astype(np.int32), pa.int32()), pa.array(np.concatenate(entries), value_type)
+    )
+    return pa.ListArray.from_arrays(pa.array(outer, pa.int32()), values)
+
+
 def record_batches(
     rows: Iterable[Row],
     schema: pa.Schema,

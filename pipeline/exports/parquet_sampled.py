@@ -1,19 +1,20 @@
-"""Format ``parquet-sampled``: plain Parquet files of a ``threshold`` table, tokens with weights."""
+"""Format ``parquet-sampled``: plain Parquet files of a sampled table, tokens with weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.exports.list_columns import lists, record_batches
+from pipeline.exports.list_columns import lists, ragged_lists, record_batches
 from pipeline.exports.parquet_files import write_parquet
 from pipeline.exports.written import Written
 from schemas.dataset import CachedDataset
-from schemas.distribution import unpack_threshold
+from schemas.distribution import weighted_tokens
 from schemas.errors import ConfigError
-from stages.student.batches.signals import encoding_of
+from stages.student.batches.signals import SAMPLED, encoding_of
 from stages.student.batches.top_k_rows import TokenRow, require_signals, token_row
 
 SCHEMA = pa.schema(
@@ -26,7 +27,8 @@ SCHEMA = pa.schema(
         ("sampled_weights", pa.list_(pa.list_(pa.float32()))),
     ]
 )
-Sampled = tuple[TokenRow, npt.NDArray[np.int32], npt.NDArray[np.float32]]
+# A row, the numbers of entries [P] of its positions, their ids and weights end to end.
+Sampled = tuple[TokenRow, npt.NDArray[Any], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 def export(splits: Mapping[str, CachedDataset], folder: Path, k: int | None) -> Written:
@@ -38,7 +40,7 @@ def export(splits: Mapping[str, CachedDataset], folder: Path, k: int | None) -> 
         )
     for dataset in splits.values():
         require_signals(dataset)
-        if (encoding := encoding_of(dataset)) != "threshold":
+        if (encoding := encoding_of(dataset)) not in SAMPLED:
             raise ConfigError(
                 f"parquet-sampled is for the encoding threshold, {dataset.folders[-1]} has "
                 f"{encoding}: export it by --to parquet"
@@ -55,18 +57,23 @@ def export(splits: Mapping[str, CachedDataset], folder: Path, k: int | None) -> 
 def _rows(dataset: CachedDataset) -> Iterator[Sampled]:
     for index in range(len(dataset)):
         row = dataset[index]
-        ids_PK = row["token_ids_PK"]
-        weights_PK = unpack_threshold(ids_PK, row["num_head_P"], row["head_codes_E"])
-        yield TokenRow(**token_row(row)), ids_PK.astype(np.int32), weights_PK
+        ids_PK, weights_PK = weighted_tokens(row)
+        num_positions, k = ids_PK.shape
+        counts_P = np.full(num_positions, k)
+        if "num_tail_P" in row:
+            counts_P = row["num_head_P"].astype(np.int64) + row["num_tail_P"]
+        is_kept_PK = np.arange(k) < counts_P[:, None]
+        kept = ids_PK[is_kept_PK].astype(np.int32), weights_PK[is_kept_PK]
+        yield TokenRow(**token_row(row)), counts_P, *kept
 
 
 def _columns(rows: Sequence[Sampled]) -> list[pa.Array | list[str]]:
-    tokens, ids, weights = zip(*rows, strict=True)
+    tokens, counts, ids, weights = zip(*rows, strict=True)
     return [
         [row.sample_id for row in tokens],
         lists([row.input_ids_T for row in tokens], pa.int32()),
         lists([row.labels_T for row in tokens], pa.int32()),
         lists([row.targets_P.astype(np.int32) for row in tokens], pa.int32()),
-        lists(ids, pa.int32()),
-        lists(weights, pa.float32()),
+        ragged_lists(counts, ids, pa.int32()),
+        ragged_lists(counts, weights, pa.float32()),
     ]

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ..ragged import id_twice
 from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
@@ -147,13 +148,10 @@ class UnionAdvantages(_Scored):
         entries = int(np.asarray(self.num_entries_P, np.int64).sum())
         if {len(self.token_ids_E), len(self.advantages_E)} != {entries}:
             raise ValueError(f"sample {self.sample_id}: {entries} entries are counted, not stored")
-        ids_E = np.asarray(self.token_ids_E, np.int64)
         position_E = np.repeat(np.arange(len(self.num_entries_P)), self.num_entries_P)
-        keys_E = np.sort((position_E << 32) + ids_E)  # an id has 32 bits
-        if (twice_E := keys_E[1:] == keys_E[:-1]).any():
-            token_id = int(keys_E[1:][twice_E][0]) & 0xFFFFFFFF
+        if (twice := id_twice(position_E, self.token_ids_E)) is not None:
             raise ValueError(
-                f"sample {self.sample_id}: token_ids_E holds id {token_id} twice at one position"
+                f"sample {self.sample_id}: token_ids_E holds id {twice} twice at one position"
             )
 
 

@@ -1,4 +1,4 @@
-"""Table ``teacher_logits``: what the teacher predicts at each position, in one of three encodings.
+"""Table ``teacher_logits``: what the teacher predicts at each position, in one of four encodings.
 
 Values are log-probabilities of the *raw* distribution: natural log, temperature 1, after whatever
 the model's own config does to its logits (soft-capping, scaling), before any sampling processor.
@@ -15,7 +15,8 @@ it; the ``threshold`` variant rounds them to 7 significant bits (``schemas.distr
 ``top_k`` row that another program captured nobody knows them, and they are NaN: the entropies all,
 log-probs where the next token is not among the K.
 
-Dimensions: P = scored positions, K = kept entries, E = head entries, D = hidden width.
+Dimensions: P = scored positions, K = kept entries, D = hidden width, H = head entries of all
+positions together, E = tail entries of all positions (of ``threshold``: its head entries).
 """
 
 import math
@@ -27,9 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..distribution import unpack_top_k
+from ..distribution import tail_ids, unpack_top_k
+from ..ragged import id_twice, surely_counted
 from ..scored_spans import SCORED, span_targets
-from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
+from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, TOKEN_ID_HIGH, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -119,9 +121,80 @@ class ThresholdLogits(_Scored):
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
         if not _positions_agree(columns, "token_ids_PK", "num_head_P"):
             return False
-        starts = np.cumsum([0, *map(len, columns["num_head_P"])])[:-1]
-        num_codes = np.add.reduceat(np.concatenate(columns["num_head_P"]), starts, dtype=np.int64)
-        return bool(num_codes.tolist() == [*map(len, columns["head_codes_E"])])
+        return surely_counted(columns["num_head_P"], columns["head_codes_E"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TauLogits(_Scored):
+    """A row in ``threshold_tau`` encoding (see ``schemas.distribution``): unbiased, ragged."""
+
+    sample_id: SampleId
+    first_target: FirstTarget
+    num_head_P: Annotated[Array, Column(pa.uint8(), "head entries of each position", dims="P")]
+    num_tail_P: Annotated[Array, Column(pa.uint8(), "sampled entries after them", dims="P")]
+    head_ids_H: Annotated[
+        Array, Column(TOKEN_ID, "of all positions, by falling probability at each", dims="H")
+    ]
+    head_codes_H: Annotated[
+        Array, Column(pa.uint8(), "broken-stick fractions of the head entries", dims="H", high=63)
+    ]
+    tail_gaps_low_E: Annotated[
+        Array,
+        Column(pa.uint8(), "sampled ids by rising id: each less the one before, mod 256", dims="E"),
+    ]
+    tail_gaps_high_E: Annotated[
+        Array, Column(TOKEN_ID_HIGH, "the same, divided by 256 and rounded down", dims="E")
+    ]
+    next_token_logprobs_P: NextTokenLogprobs
+    entropies_P: Entropies
+
+    def __post_init__(self) -> None:
+        """Check that lengths agree and ids are distinct; raises ValueError naming the sample."""
+        _check_positions(self, len(self.num_head_P), len(self.num_tail_P))
+        row = {name: [getattr(self, name)] for name in _ENTRIES}
+        if not _entries_agree(row):
+            raise ValueError(f"sample {self.sample_id}: entries do not match their counts")
+        if (twice := id_twice(*_ids_of(row))) is not None:
+            raise ValueError(f"sample {self.sample_id}: id {twice} is kept twice at one position")
+
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return (
+            _positions_agree(columns, "num_head_P", "num_tail_P")
+            and _entries_agree(columns)
+            and id_twice(*_ids_of(columns)) is None
+        )
+
+    @staticmethod
+    def largest_id(columns: Columns) -> int:
+        """Return the largest sampled token id of a record batch, which no column tells alone."""
+        return int(_ids_of(columns)[1].max(initial=0))
+
+
+_ENTRIES = (
+    *("num_head_P", "num_tail_P", "head_ids_H", "head_codes_H"),
+    *("tail_gaps_low_E", "tail_gaps_high_E"),
+)
+
+
+def _entries_agree(columns: Columns) -> bool:
+    """Whether rows have as many entries as they count, and one or more at each position."""
+    head, tail = columns["num_head_P"], columns["num_tail_P"]
+    return (
+        all(surely_counted(head, columns[name]) for name in ("head_ids_H", "head_codes_H"))
+        and all(surely_counted(tail, columns[name]) for name in _ENTRIES[4:])
+        and bool((np.concatenate(head) | np.concatenate(tail)).all())
+    )
+
+
+def _ids_of(columns: Columns) -> tuple[Array, Array]:
+    """Return the position of each entry, and its id: first all heads, then all tails."""
+    joined = {name: np.concatenate(columns[name]) for name in _ENTRIES}
+    positions = np.arange(len(joined["num_head_P"]))
+    counts = joined["num_head_P"], joined["num_tail_P"]
+    places = np.concatenate([np.repeat(positions, each) for each in counts])
+    return places, np.concatenate([joined["head_ids_H"].astype(np.int64), tail_ids(joined)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +280,7 @@ class ExactLogits(_Scored):
         return _positions_agree(columns, "hidden_PD")
 
 
-AnyLogits = ThresholdLogits | TopKLogits | ExactLogits
+AnyLogits = ThresholdLogits | TauLogits | TopKLogits | ExactLogits
 
 
 def _check_positions(row: AnyLogits, *lengths: int) -> None:
@@ -274,6 +347,9 @@ def misplaced(row: Mapping[str, Any]) -> str:
 
 NAME, VERSION = "teacher_logits", 1
 THRESHOLD = Table(ThresholdLogits, name=NAME, version=VERSION, variant="threshold")
+THRESHOLD_TAU = Table(TauLogits, name=NAME, version=1, variant="threshold_tau")
 TOP_K = Table(TopKLogits, name=NAME, version=VERSION, variant="top_k")
 EXACT = Table(ExactLogits, name=NAME, version=VERSION, variant="exact")
-ENCODINGS: dict[str, Table[Any]] = {table.variant: table for table in (THRESHOLD, TOP_K, EXACT)}
+ENCODINGS: dict[str, Table[Any]] = {
+    table.variant: table for table in (THRESHOLD, THRESHOLD_TAU, TOP_K, EXACT)
+}

@@ -37,6 +37,7 @@ PUBLIC = [
     "Responses",
     "ShardRecord",
     "SubsetPreferences",
+    "TauLogits",
     "ThresholdAdvantages",
     "ThresholdLogits",
     "TopKLogits",
@@ -51,6 +52,7 @@ PUBLIC = [
     "subset_input_ids",
     "unpack_threshold",
     "unpack_top_k",
+    "weighted_tokens",
 ]
 COMMANDS = {
     "plan": {"--set", "--json"},

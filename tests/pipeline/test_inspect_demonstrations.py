@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.cache.row_views import Look, scored_tokens, view_of
 from schemas.dataset import open_dataset
-from schemas.distribution import unpack_threshold
+from schemas.distribution import weighted_tokens
 from schemas.errors import ConfigError
 from schemas.tables.documents import Document
 from schemas.tables.teacher_logits import ThresholdLogits
@@ -20,7 +20,8 @@ from tests.fixtures.tiny_recipe import teachercache
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> MendData:
-    return make_mend_data(tmp_path_factory.mktemp("mend"), ("threshold",), ("episodes",))
+    encodings = ("threshold", "threshold_tau")
+    return make_mend_data(tmp_path_factory.mktemp("mend"), encodings, ("episodes",))
 
 
 def printed(*parts: Any) -> str:
@@ -57,9 +58,12 @@ def test_a_row_is_shown_part_by_part(data: MendData) -> None:
     assert {"answer", f"candidate {row.gold} (right)"} < set(cells)
 
 
-def test_scored_tokens_stand_beside_the_teachers(data: MendData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau"])
+def test_scored_tokens_stand_beside_the_teachers(
+    data: MendData, tmp_path: Path, encoding: str
+) -> None:
     """Each by its place and text, with the teacher's likeliest tokens, found by sample_id."""
-    shown, signals = data.tables("episodes", "threshold")
+    shown, signals = data.tables("episodes", encoding)
     said = teachercache("inspect", shown, "--signals", signals, "--rows", "2", "--top", "1")
     assert said.code == 0, said.err
     joined = open_dataset([shown, signals], verify=False)
@@ -71,8 +75,8 @@ def test_scored_tokens_stand_beside_the_teachers(data: MendData, tmp_path: Path)
     first = said.out.partition("row 1 ")[0]
     places = [int(place) for place in re.findall(r"token (\d+) '(?:\d+)'", first)]
     assert places == list(range(row["query_start"] + 1, len(row["input_ids_T"])))
-    weights_PK = unpack_threshold(row["token_ids_PK"], row["num_head_P"], row["head_codes_E"])
-    best = row["token_ids_PK"][0][weights_PK[0].argmax()]
+    ids_PK, weights_PK = weighted_tokens(row)
+    best = ids_PK[0][weights_PK[0].argmax()]
     token = row["input_ids_T"][places[0]]
     assert re.search(rf"token {places[0]} '{token}'.*'{best}' {weights_PK[0].max():.3f}", first)
     wrong = teachercache("inspect", shown, "--signals", shown)

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from schemas.dataset import open_dataset
-from schemas.distribution import unpack_threshold
+from schemas.distribution import unpack_threshold, weighted_tokens
 from schemas.tables import TABLES
 from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, stamps, teachercache
 from tests.house.tree import REPOSITORY
@@ -35,7 +35,7 @@ def said(recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "cache").symlink_to(recipe.root)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
@@ -74,6 +74,22 @@ def test_every_line_of_the_page_reads_what_the_package_reads(
             assert total == pytest.approx(sums[key], rel=1e-5)
     assert said["texts"]["sample_id"].to_pylist() == keys
     assert set(said["merged"]["sample_id"]) == set(keys)
+
+
+def test_the_lines_for_ragged_entries_read_what_the_package_reads(said: dict[str, Any]) -> None:
+    row = {
+        "num_head_P": np.array([2, 0, 1], np.uint8),
+        "num_tail_P": np.array([2, 3, 0], np.uint8),
+        "head_ids_H": np.array([40_000, 3, 7], np.uint16),
+        "head_codes_H": np.array([40, 20, 63], np.uint8),
+        "tail_gaps_low_E": np.array([4, 200, 255, 1, 0], np.uint8),
+        "tail_gaps_high_E": np.array([0, 100, 120, 0, 2], np.uint8),
+    }
+    ids, weights = said["tokens_of"](row)
+    assert [len(each) for each in ids] == [4, 3, 1]
+    for ids_K, weights_K, *expected in zip(ids, weights, *weighted_tokens(row), strict=True):
+        np.testing.assert_array_equal(ids_K, expected[0][: len(ids_K)])
+        np.testing.assert_allclose(weights_K, expected[1][: len(ids_K)], rtol=1e-6, atol=1e-7)
 
 
 def test_half_precision_is_the_trap_that_the_page_says(said: dict[str, Any]) -> None:

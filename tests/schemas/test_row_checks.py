@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.cache.verify import verify_folders
 from schemas.dataset import open_dataset
+from schemas.distribution import split_gaps
 from schemas.errors import StoreError
 from schemas.row_checks import contradiction_in
 from schemas.sample_id import sample_id_of
@@ -39,6 +40,7 @@ def some_row(name: str, variant: str, index: int) -> Values:
     fall_PK = -np.sort(rng.random((P, K)), axis=1) - 2
     rest_P = np.log(1 - np.exp(fall_PK).sum(axis=1))
     ids_PK = rng.permuted(np.tile(np.arange(VOCAB), (P, 1)), axis=1)[:, :K]
+    low_E, high_E = split_gaps(np.sort(ids_PK[:, 2:], axis=1), np.ones((P, 2), bool))
     logits = {
         "sample_id": key,
         "first_target": 1,
@@ -99,6 +101,15 @@ def some_row(name: str, variant: str, index: int) -> Values:
             "token_ids_PK": ids_PK,
             "num_head_P": np.full(P, 2),
             "head_codes_E": rng.integers(0, 64, 2 * P),
+        },
+        ("teacher_logits", "threshold_tau"): {
+            **logits,
+            "num_head_P": np.full(P, 2),
+            "num_tail_P": np.full(P, 2),
+            "head_ids_H": ids_PK[:, :2].reshape(-1),
+            "head_codes_H": rng.integers(0, 64, 2 * P),
+            "tail_gaps_low_E": low_E,
+            "tail_gaps_high_E": high_E,
         },
         ("teacher_logits", "top_k"): {
             **logits, "token_ids_PK": ids_PK, "logprobs_PK": fall_PK, "rest_logprobs_P": rest_P,
@@ -196,6 +207,19 @@ def plant(column: str, value: float) -> Callable[[Values], Values]:
     return planted
 
 
+def no_gap(row: Values) -> Values:
+    """Repeat the first sampled id of position 2."""
+    low_E, high_E = (np.array(row[name]) for name in ("tail_gaps_low_E", "tail_gaps_high_E"))
+    low_E[5] = high_E[5] = 0
+    return {"tail_gaps_low_E": low_E, "tail_gaps_high_E": high_E}
+
+
+def no_entry(row: Values) -> Values:
+    """Give the entries of the last position to the first."""
+    counts_P = np.array([4, 2, 2, 2, 0])
+    return {"num_head_P": counts_P, "num_tail_P": counts_P}
+
+
 FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("documents", "", plant("input_ids_T", 9), "sample_id does not name its token ids"),
     ("documents", "", plant("input_ids_T", VOCAB), "input_ids_T holds 300, expected 0 to 299"),
@@ -263,6 +287,14 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("teacher_logits", "threshold", plant("next_token_logprobs_P", 0.5), "holds 0.5"),
     ("teacher_logits", "threshold", lambda row: {"first_target": 0}, "first_target 0"),
     ("teacher_logits", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
+    ("teacher_logits", "threshold_tau", plant("head_codes_H", 64), "head_codes_H holds 64"),
+    ("teacher_logits", "threshold_tau", plant("head_ids_H", VOCAB), "head_ids_H holds 300"),
+    ("teacher_logits", "threshold_tau", plant_twice("head_ids_H"), "is kept twice at one position"),
+    ("teacher_logits", "threshold_tau", plant("num_head_P", 1), "do not match their counts"),
+    ("teacher_logits", "threshold_tau", plant("num_tail_P", 3), "do not match their counts"),
+    ("teacher_logits", "threshold_tau", plant("tail_gaps_high_E", 2), "a sampled id is"),
+    ("teacher_logits", "threshold_tau", no_gap, "is kept twice at one position"),
+    ("teacher_logits", "threshold_tau", no_entry, "do not match their counts"),
     ("teacher_logits", "top_k", plant_twice("token_ids_PK"), "twice at one position"),
     ("teacher_logits", "top_k", plant("logprobs_PK", np.nan), "logprobs_PK holds nan"),
     ("teacher_logits", "top_k", plant("logprobs_PK", -0.5), "logprobs_PK rises"),

@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from schemas.distribution import weighted_tokens
 from schemas.errors import SchemaMismatch
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import read_shard, write_shard
@@ -29,7 +30,15 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from schemas.tables.responses import RESPONSES, Responses
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
-from schemas.tables.teacher_logits import EXACT, THRESHOLD, TOP_K, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import (
+    EXACT,
+    THRESHOLD,
+    THRESHOLD_TAU,
+    TOP_K,
+    TauLogits,
+    ThresholdLogits,
+    TopKLogits,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"K": 4, "D": 8, "R": 6}
@@ -43,6 +52,8 @@ BOUND: dict[str, BoundTable[Any]] = {
     "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
     "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
+    "teacher_logits_threshold_tau": THRESHOLD_TAU.bind(vocab_size=49_152),
+    "teacher_logits_threshold_tau_large_vocabulary": THRESHOLD_TAU.bind(vocab_size=151_936),
     "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
     "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
     "preference_pairs": PREFERENCE_PAIRS.bind(vocab_size=49_152),
@@ -69,6 +80,22 @@ def threshold_row(num_positions: int = 3) -> ThresholdLogits:
         head_codes_E=np.arange(6, dtype=np.uint8),
         next_token_logprobs_P=np.linspace(-3, 0, num_positions).astype(np.float16),
         entropies_P=np.linspace(0, 3, num_positions).astype(np.float16),
+    )
+
+
+def tau_row() -> TauLogits:
+    """Three positions of a head and a tail, a tail alone and a head alone."""
+    return TauLogits(
+        sample_id="a" * 24,
+        first_target=1,
+        num_head_P=np.array([1, 0, 2], np.uint8),
+        num_tail_P=np.array([2, 1, 0], np.uint8),
+        head_ids_H=np.array([7, 140_000, 3]),
+        head_codes_H=np.array([60, 40, 63], np.uint8),
+        tail_gaps_low_E=np.array([255, 1, 9], np.uint8),
+        tail_gaps_high_E=np.array([500, 0, 3]),
+        next_token_logprobs_P=np.linspace(-3, 0, 3).astype(np.float16),
+        entropies_P=np.linspace(0, 3, 3).astype(np.float16),
     )
 
 
@@ -164,6 +191,25 @@ def test_pyarrow_polars_and_datasets_read_a_shard_bare(tmp_path: Path) -> None:
         )
         assert loaded[19]["token_ids_PK"] == expected
         np.testing.assert_allclose(loaded[0]["entropies_P"], row.entropies_P.astype(float))
+
+
+def test_ragged_entries_are_plain_lists_to_bare_readers(tmp_path: Path) -> None:
+    path = tmp_path / "shard.arrow"
+    write_shard(path, BOUND["teacher_logits_threshold_tau_large_vocabulary"], [tau_row()] * 20)
+    lazy = pl.scan_ipc(path).collect()
+    loaded = datasets.load_dataset(
+        "arrow", data_files=str(path), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    row = next(THRESHOLD_TAU.rows(read_shard(path).to_batches()[0]))
+    for name in ("num_head_P", "head_ids_H", "tail_gaps_low_E", "tail_gaps_high_E"):
+        expected = getattr(tau_row(), name).tolist()
+        assert getattr(row, name).tolist() == lazy[name].to_list()[19] == expected
+        assert loaded[19][name] == expected
+    assert weighted_tokens(dataclasses.asdict(row))[0].tolist() == [
+        [7, 500 * 256 + 255, 500 * 256 + 256],
+        [777, 777, 777],
+        [140_000, 3, 140_000],
+    ]
 
 
 def test_metadata_tells_a_bare_reader_what_a_column_is() -> None:

@@ -95,7 +95,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_loop_of_its_readme_trains(python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau"])
+def test_the_loop_of_its_readme_trains(python: Path, tmp_path: Path, encoding: str) -> None:
     """In a folder with a ``schemas`` of the user's, which stays theirs."""
     loop = (SLIM / "README.md").read_text().split("```python\n")[1].partition("```")[0]
     assert len([line for line in loop.splitlines() if line.strip()]) <= 20
@@ -109,7 +110,7 @@ def test_the_loop_of_its_readme_trains(python: Path, tmp_path: Path) -> None:
     data = make_cached_data(tmp_path / "data")
     environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
     done = subprocess.run(
-        [python, script, *data.tables("threshold")],
+        [python, script, *data.tables(encoding)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -31,6 +31,7 @@ _PIECE = 64
 _NEARLY_ONE = (
     1.0 - 1e-5
 )  # p this close below tau joins the head, so a tail entry is never drawn twice
+_SLACK = 1e-6  # of a number of entries, which rounding alone may lift above a whole one
 
 
 def cache_slices(logits_PV: Tensor) -> Iterator[slice]:
@@ -80,20 +81,27 @@ def measure(logits_PV: Tensor, next_token_ids_P: Tensor) -> Measured:
 
 @dataclass(frozen=True, slots=True)
 class ThresholdSample:
-    """K token ids a position, head first; ``fractions_PK`` is f_i of each entry (see above)."""
+    """``num_entries_P`` token ids a position, head first; ``fractions_PK`` is f_i of each entry.
+
+    Where a position has fewer than K, the others are any ids, with fraction 0.
+    """
 
     token_ids_PK: Tensor
+    num_entries_P: Tensor
     num_head_P: Tensor
     fractions_PK: Tensor
 
 
-def threshold_sample(measured: Measured, offsets_P: Tensor, *, k: int) -> ThresholdSample:
-    """Draw exactly ``k`` entries of each distribution; ``measured.exp_PV`` is overwritten.
+def threshold_sample(
+    measured: Measured, offsets_P: Tensor, *, k: int, tau: float | None = None
+) -> ThresholdSample:
+    """Draw ``k`` entries of each distribution; ``measured.exp_PV`` is overwritten.
 
-    ``offsets_P`` in [0, 1) is the one uniform of the systematic sample. With h head entries,
-    tau_h = (mass outside the head) / (k - h); the head is complete at the first h whose next
-    largest p is below tau_h. Masses are summed from the small end in float64, so a position of
-    probability 1 - 1e-7 keeps its true remainder.
+    With ``tau`` a position has the fewest entries, at most ``k``, whose own threshold is at most
+    ``tau``. ``offsets_P`` in [0, 1) is the one uniform of the systematic sample. With h head
+    entries of k, tau_h = (mass outside the head) / (k - h); the head is complete at the first h
+    whose next largest p is below tau_h. Masses are summed from the small end in float64, so a
+    position of probability 1 - 1e-7 keeps its true remainder.
     """
     exp_PV = measured.exp_PV
     top_PK, ids_PK = _largest(exp_PV, k)
@@ -101,18 +109,41 @@ def threshold_sample(measured: Measured, offsets_P: Tensor, *, k: int) -> Thresh
     beyond_P = _pieces(exp_PV).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
     entry_K = torch.arange(k, device=exp_PV.device)
     left_PK = beyond_P[:, None] + top_PK.double().flip(1).cumsum(1).flip(1)
-    tau_PK = left_PK / (k - entry_K)
-    in_head_PK = (top_PK >= tau_PK * _NEARLY_ONE).cumprod(1).bool()
+    num_entries_P = torch.full_like(ids_PK[:, 0], k)
+    if tau is not None:
+        num_entries_P = _num_entries(top_PK, left_PK, beyond_P, tau)
+    spare_PK = num_entries_P[:, None] - entry_K
+    tau_PK = left_PK / spare_PK.clamp(min=1)
+    in_head_PK = (top_PK >= tau_PK * _NEARLY_ONE) & (spare_PK > 0)
+    in_head_PK = in_head_PK.cumprod(1).bool()
     num_head_P = in_head_PK.sum(1)
     exp_PV.scatter_(1, ids_PK, torch.where(in_head_PK, 0.0, top_PK))
-    tail_ids_PK = _systematic(exp_PV, k - num_head_P, offsets_P, k)
+    tail_ids_PK = _systematic(exp_PV, num_entries_P - num_head_P, offsets_P, k)
     slot_PK = (entry_K - num_head_P[:, None]).clamp(min=0)
     fractions_PK = torch.where(left_PK > 0, top_PK / left_PK, 0.0)
+    if tau is not None:  # nothing is left for a tail of no entries
+        fractions_PK.masked_fill_(entry_K == num_entries_P[:, None] - 1, 1.0)
     return ThresholdSample(
         token_ids_PK=torch.where(in_head_PK, ids_PK, tail_ids_PK.gather(1, slot_PK)),
+        num_entries_P=num_entries_P,
         num_head_P=num_head_P,
         fractions_PK=torch.where(in_head_PK, fractions_PK, 0.0),
     )
+
+
+def _num_entries(top_PK: Tensor, left_PK: Tensor, beyond_P: Tensor, tau: float) -> Tensor:
+    """Return the smallest k of each position whose threshold is at most ``tau``, at most K.
+
+    The threshold of k falls as k grows, and k entries have ``tau`` itself where ``k = h + r / tau``
+    with h the tokens of at least ``tau`` and r the mass of all others.
+    """
+    share_P1 = tau * left_PK[:, :1]
+    num_sure_P = (top_PK >= share_P1 * _NEARLY_ONE).sum(1)
+    outside_PK = functional.pad(left_PK, (0, 1))
+    outside_PK[:, -1] = beyond_P
+    rest_P = outside_PK.gather(1, num_sure_P[:, None])[:, 0]
+    num_drawn_P = (rest_P / share_P1[:, 0] - _SLACK).ceil().long().clamp(min=0)
+    return (num_sure_P + num_drawn_P).clamp(min=1, max=top_PK.shape[1])
 
 
 def _systematic(mass_PV: Tensor, num_drawn_P: Tensor, offsets_P: Tensor, k: int) -> Tensor:

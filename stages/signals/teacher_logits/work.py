@@ -13,11 +13,9 @@ Of a preference pair only the responses are scored, each after the prompt, which
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +24,11 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from schemas.distribution import quantise_sticks, round_mantissa, uniforms
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import AnyLogits
 from stages.models.causal_lm.language_head import read_config
 from stages.models.encoder_decoder.halves import decoder_begins, decoder_spans, frame_of
 from stages.models.engines.encoder_decoder_engine import (
@@ -43,21 +40,11 @@ from stages.models.engines.engine import Engine, HiddenStates, open_model
 from stages.models.engines.engine_pair import head_of
 from stages.models.engines.sequences import TokenIds, require_room
 from stages.models.spec import EngineOptions
-from stages.signals.scoring.encoding import (
-    Measured,
-    cache_slices,
-    measure,
-    threshold_sample,
-    top_k,
-)
+from stages.signals.scoring.encoding import cache_slices, measure
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
-from stages.signals.teacher_logits.stage import (
-    ExactEncoding,
-    TeacherLogitsStage,
-    ThresholdEncoding,
-    TopKEncoding,
-)
+from stages.signals.teacher_logits.encoder import Asked, RowEncoder
+from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
 from stages.stage import Rejected, StageContext, Work
 
 FLOAT16_MAX = 65504.0
@@ -111,7 +98,7 @@ def score_shard(
     blocks = LogitBlocks(engine.head)
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
-            asked = _Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
+            asked = Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
             yield _encode(stage, blocks, asked, next(hidden)[:-1])
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
@@ -138,7 +125,7 @@ def score_spans(
             continue
         hidden_ND, first = next(states), int(row.targets_P[0])
         wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
-        asked = _Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
+        asked = Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
         yield _encode(stage, blocks, asked, hidden_ND[wanted_P])
 
 
@@ -162,7 +149,7 @@ def score_halves(
         hidden_AD, targets_P = next(states), row.spanned.targets_P
         wanted_P = torch.from_numpy(targets_P - row.begins).to(hidden_AD.device)
         next_ids_P = row.spanned.ids_T[targets_P].astype(np.int64)
-        asked = _Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
+        asked = Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
         yield _encode(stage, blocks, asked, hidden_AD[wanted_P])
 
 
@@ -249,17 +236,8 @@ def score_pairs(
             yield Rejected(pair.sample_id, reason)
             continue
         targets_P = pair.token_ids_A.astype(np.int64)
-        asked = _Asked(pair.sample_id, len(pair.prompt_T), targets_P)
+        asked = Asked(pair.sample_id, len(pair.prompt_T), targets_P)
         yield _encode(stage, blocks, asked, hidden_PD)
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One row to be: its key, and the tokens that its positions predict."""
-
-    sample_id: str
-    first_target: int
-    targets_P: npt.NDArray[np.int64]
 
 
 def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
@@ -270,13 +248,13 @@ def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
 
 
 def _encode(
-    stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: _Asked, hidden_PD: Tensor
+    stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: Asked, hidden_PD: Tensor
 ) -> AnyLogits | Rejected:
     """Encode one row's positions, block by block."""
     targets_P = torch.from_numpy(asked.targets_P).to(blocks.head.weight_VD.device)
     if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
         return Rejected(asked.sample_id, "hidden state outside float16")
-    encoder = _Encoder(stage, asked)
+    encoder = RowEncoder(stage, asked, blocks.head.vocab_size)
     for start, logits_PV in blocks.of(hidden_PD):
         for part in cache_slices(logits_PV):
             at = slice(start + part.start, start + part.stop)
@@ -289,62 +267,3 @@ def _encode(
 
 def _fits_float16(hidden_PD: Tensor) -> bool:
     return bool((hidden_PD.abs() <= FLOAT16_MAX).all())
-
-
-class _Encoder:
-    """Collects the blocks of one row and makes it."""
-
-    def __init__(self, stage: TeacherLogitsStage, asked: _Asked) -> None:
-        self.encoding = stage.encoding
-        self.place: dict[str, Any] = {
-            "sample_id": asked.sample_id,
-            "first_target": asked.first_target,
-        }
-        self.columns: dict[str, list[np.ndarray[Any, Any]]] = {}
-        if isinstance(self.encoding, ThresholdEncoding):
-            seed = f"{stage.seed}:{asked.sample_id}".encode()
-            key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
-            count = self.encoding.k + 1  # one for the systematic sample, k for rounding sticks
-            self.uniforms_PN = uniforms(key, len(asked.targets_P), count)
-
-    def add(self, measured: Measured, hidden_PD: Tensor, start: int) -> None:
-        """Encode the block that begins at position ``start``."""
-        self._keep("next_token_logprobs_P", measured.next_token_logprobs_P)
-        self._keep("entropies_P", measured.entropies_P)
-        match self.encoding:
-            case ThresholdEncoding(k=k):
-                self._add_threshold(measured, start, k)
-            case TopKEncoding(k=k):
-                kept = top_k(measured, k=k)
-                self._keep("token_ids_PK", kept.token_ids_PK)
-                self._keep("logprobs_PK", kept.logprobs_PK)
-                self._keep("rest_logprobs_P", kept.rest_logprobs_P)
-            case ExactEncoding():
-                self._keep("hidden_PD", hidden_PD.to(torch.float16))
-
-    def _add_threshold(self, measured: Measured, start: int, k: int) -> None:
-        uniforms_PN = self.uniforms_PN[start : start + len(measured.total_P)]
-        offsets_P = torch.from_numpy(uniforms_PN[:, 0].copy()).to(measured.exp_PV.device)
-        sample = threshold_sample(measured, offsets_P, k=k)
-        num_head_P = sample.num_head_P.cpu().numpy()
-        codes_PK = quantise_sticks(sample.fractions_PK.cpu().numpy(), uniforms_PN[:, 1:])
-        self._keep("token_ids_PK", sample.token_ids_PK)
-        self.columns.setdefault("num_head_P", []).append(num_head_P.astype(np.uint8))
-        in_head_PK = np.arange(k) < num_head_P[:, None]
-        self.columns.setdefault("head_codes_E", []).append(codes_PK[in_head_PK])
-
-    def _keep(self, name: str, values: Tensor) -> None:
-        self.columns.setdefault(name, []).append(values.cpu().numpy())
-
-    def row(self) -> AnyLogits:
-        """All blocks as one row of the encoding's table."""
-        arrays = {name: np.concatenate(blocks) for name, blocks in self.columns.items()}
-        match self.encoding:
-            case ThresholdEncoding():
-                for name in ("next_token_logprobs_P", "entropies_P"):
-                    arrays[name] = round_mantissa(arrays[name])
-                return ThresholdLogits(**self.place, **arrays)
-            case TopKEncoding():
-                return TopKLogits(**self.place, **arrays)
-            case ExactEncoding():
-                return ExactLogits(**self.place, **arrays)

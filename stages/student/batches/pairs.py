@@ -29,6 +29,14 @@ from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.student.batches.signals import Collator, Row, check_ids, joined
 
 Array = npt.NDArray[Any]
+# Entries of all positions of a teacher's row, end to end, and the column that counts them.
+_END_TO_END = {
+    "head_codes_E": "num_head_P",
+    "head_ids_H": "num_head_P",
+    "head_codes_H": "num_head_P",
+    "tail_gaps_low_E": "num_tail_P",
+    "tail_gaps_high_E": "num_tail_P",
+}
 
 
 def chosen_row(row: Row) -> dict[str, Any]:
@@ -65,9 +73,10 @@ def _side(row: Row, response_ids: Array, start: int) -> dict[str, Any]:
     for name, values in row.items():
         if name.endswith(("_P", "_PK", "_PD")):
             side[name] = values[start:stop]
-    if "head_codes_E" in row:
-        ends = np.cumsum([0, *row["num_head_P"]])
-        side["head_codes_E"] = row["head_codes_E"][ends[start] : ends[stop]]
+    for column, counts in _END_TO_END.items():
+        if column in row:
+            ends = np.cumsum([0, *row[counts]])
+            side[column] = row[column][ends[start] : ends[stop]]
     return side
 
 

@@ -25,7 +25,12 @@ import torch
 from torch.utils.data import Dataset
 
 from schemas.dataset import CachedDataset
-from schemas.distribution import MAX_MASS_ERROR, unpack_threshold, unpack_top_k
+from schemas.distribution import (
+    MAX_MASS_ERROR,
+    unpack_threshold,
+    unpack_threshold_tau,
+    unpack_top_k,
+)
 from schemas.errors import StoreError, TeacherCacheError
 from schemas.scored_spans import scored_targets
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
@@ -34,7 +39,8 @@ IGNORED = -100  # transformers counts labels other than this one as tokens of th
 
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
-EncodingName = Literal["", "threshold", "top_k", "exact"]
+EncodingName = Literal["", "threshold", "threshold_tau", "top_k", "exact"]
+SAMPLED = ("threshold", "threshold_tau")  # weighted tokens, unbiased together
 
 
 class SignalRows(Dataset[Row]):
@@ -114,6 +120,10 @@ class Collator:
             batch |= DECODERS[self.encoding](rows, self.num_token_ids)
             batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
+            if self.encoding == "threshold_tau":
+                ends = np.cumsum([len(row["num_tail_P"]) for row in rows])[:-1]
+                parts = zip(rows, np.split(batch["token_ids_NK"], ends), strict=True)
+                rows = [{"sample_id": row["sample_id"], "token_ids_PK": ids} for row, ids in parts]
             check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
         tensors: dict[str, Any] = {name: torch.from_numpy(each) for name, each in batch.items()}
         return tensors | ({"num_samples": len(rows)} if self.packing else {})
@@ -157,6 +167,21 @@ def _threshold(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Arra
     return drop_from_threshold(columns, num_token_ids)
 
 
+def _threshold_tau(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
+    """Decode; K is the most entries of a position of the batch."""
+    names = ("num_head_P", "num_tail_P", "head_codes_H", "tail_gaps_low_E")
+    packed = {name: joined(rows, name, np.uint8) for name in names}
+    packed |= {name: joined(rows, name, np.int32) for name in ("head_ids_H", "tail_gaps_high_E")}
+    token_ids_NK, weights_NK = unpack_threshold_tau(packed)
+    columns = {
+        "token_ids_NK": token_ids_NK.astype(np.int32),
+        "weights_NK": weights_NK,
+        "num_head_N": packed["num_head_P"],
+        "entropies_N": joined(rows, "entropies_P", np.float32),
+    }
+    return drop_from_threshold(columns, num_token_ids)
+
+
 def _top_k(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
     """Decode; float16 leaves the K + 1 buckets a little off one, which is divided out.
 
@@ -192,6 +217,7 @@ def _exact(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
 
 DECODERS: dict[str, Callable[[Sequence[Row], int | None], dict[str, Array]]] = {
     "threshold": _threshold,
+    "threshold_tau": _threshold_tau,
     "top_k": _top_k,
     "exact": _exact,
 }

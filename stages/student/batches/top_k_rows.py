@@ -21,7 +21,7 @@ from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
 from schemas.scored_spans import scored_targets
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.student.batches.signals import IGNORED, encoding_of
+from stages.student.batches.signals import IGNORED, SAMPLED, encoding_of
 from stages.student.batches.training_data import teacher_head_of
 
 Array = npt.NDArray[Any]
@@ -91,11 +91,11 @@ class TopKRows:
         folder, manifest = next(
             (folder, each) for folder, each in manifests if each.table == "teacher_logits"
         )
-        if self.encoding == "threshold":
+        if self.encoding in SAMPLED:
             raise ConfigError(
-                f"{folder} has the encoding threshold, a sample of each distribution that is no "
-                f"top-k: export it with its weights (--to parquet-sampled), or capture it again "
-                f"with the encoding top_k or exact"
+                f"{folder} has the encoding {self.encoding}, a sample of each distribution that "
+                f"is no top-k: export it with its weights (--to parquet-sampled), or capture it "
+                f"again with the encoding top_k or exact"
             )
         if self.encoding == "exact":
             most, has = manifest.vocab_size, "has a vocabulary of {} tokens"

@@ -158,20 +158,19 @@ def test_spans_are_where_labels_and_entries_are(data: CachedData, tmp_path: Path
     assert row_out["top_k_ids"] == [[ids[at]] for at in (2, 3, 6, 7, 8)]
 
 
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau"])
 def test_sampled_distributions_keep_their_weights(
-    data: CachedData, logprobs_of: Any, tmp_path: Path
+    data: CachedData, logprobs_of: Any, tmp_path: Path, encoding: str
 ) -> None:
     """Unbiased: over all positions, the mean weight of the likeliest token is its probability."""
-    export_tables(data.tables("threshold"), "parquet-sampled", tmp_path / "out", split=None, k=None)
+    export_tables(data.tables(encoding), "parquet-sampled", tmp_path / "out", split=None, k=None)
     off = []
     for split in SPLITS:
         for row in parquet_rows(tmp_path / "out", split):
-            weights_PK = np.array(row["sampled_weights"])
-            np.testing.assert_allclose(weights_PK.sum(axis=1), 1, atol=1e-5)
+            weights = [np.array(weights_K) for weights_K in row["sampled_weights"]]
+            np.testing.assert_allclose([each.sum() for each in weights], 1, atol=1e-5)
             true_PV = np.exp(logprobs_of(row["input_ids"]))[np.array(row["target_positions"]) - 1]
-            for ids_K, weights_K, true_V in zip(
-                row["sampled_ids"], weights_PK, true_PV, strict=True
-            ):
+            for ids_K, weights_K, true_V in zip(row["sampled_ids"], weights, true_PV, strict=True):
                 best = int(true_V.argmax())
                 weight = sum(w for i, w in zip(ids_K, weights_K, strict=True) if i == best)
                 off.append(weight - true_V[best])
@@ -196,6 +195,7 @@ def test_files_are_cut_and_memory_is_bounded(
     ("encoding", "to", "k", "words"),
     [
         ("threshold", "parquet", None, ("no top-k", "--to parquet-sampled", "top_k or exact")),
+        ("threshold_tau", "parquet", None, ("no top-k", "--to parquet-sampled", "top_k or exact")),
         ("threshold", "datasets", 4, ("no top-k", "--to parquet-sampled", "top_k or exact")),
         ("threshold", "parquet-sampled", 4, ("leave --k out",)),
         ("top_k", "parquet-sampled", None, ("has top_k", "--to parquet")),

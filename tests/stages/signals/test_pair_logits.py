@@ -18,7 +18,7 @@ from stages.models.spec import EngineOptions, ModelSpec
 from stages.stage import Rejected, StageContext
 from tests.fixtures.cached_data import VOCAB_SIZE, save_model
 from tests.fixtures.preference_data import make_pairs, signals_of, wide_model
-from tests.fixtures.tiny_teacher import stage_of, weights_of
+from tests.fixtures.tiny_teacher import ENCODINGS, sampled_of, stage_of
 
 CLOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 COARSE: dict[str, Any] = {"rtol": 1 / 128 + 2e-3, "atol": 2e-3}  # 7 significant bits
@@ -44,7 +44,7 @@ def run(teacher: Path, pairs: list[PreferencePair], out: Path, kind: str, **opti
         return list(work(shard))
 
 
-@pytest.mark.parametrize("kind", ["threshold", "top_k", "exact"])
+@pytest.mark.parametrize("kind", ENCODINGS)
 def test_entries_are_those_of_one_forward_a_response(
     teacher: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -55,7 +55,7 @@ def test_entries_are_those_of_one_forward_a_response(
         assert (row.sample_id, row.first_target) == (pair.sample_id, len(pair.prompt_ids_T))
         assert row.num_positions == len(pair.chosen_ids_C) + len(pair.rejected_ids_R)
         assert row.num_tokens == pair.num_tokens
-        within = COARSE if kind == "threshold" else CLOSE
+        within = COARSE if kind.startswith("threshold") else CLOSE
         for name in ("next_token_logprobs_P", "entropies_P"):
             np.testing.assert_allclose(getattr(row, name), getattr(wanted, name), **within)
         if kind == "exact":
@@ -63,7 +63,7 @@ def test_entries_are_those_of_one_forward_a_response(
         elif kind == "top_k":
             np.testing.assert_allclose(row.logprobs_PK, wanted.logprobs_PK, atol=2e-2)
         else:
-            np.testing.assert_allclose(weights_of(row).sum(1), 1.0, atol=1e-5)
+            np.testing.assert_allclose(sampled_of(row)[1].sum(1), 1.0, atol=1e-5)
 
 
 def test_a_pair_that_cannot_be_scored_costs_itself_alone(teacher: Path, tmp_path: Path) -> None:

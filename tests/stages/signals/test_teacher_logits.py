@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from schemas.distribution import unpack_top_k
 from schemas.tables.documents import Document
-from schemas.tables.teacher_logits import AnyLogits, ExactLogits, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import (
+    AnyLogits,
+    ExactLogits,
+    TauLogits,
+    ThresholdLogits,
+    TopKLogits,
+)
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import Engine, open_engine
 from stages.signals.scoring import logits
@@ -29,6 +36,7 @@ from tests.fixtures.tiny_teacher import (
     K,
     Teacher,
     real_documents,
+    sampled_of,
     stage_of,
     weights_of,
 )
@@ -77,7 +85,7 @@ def test_every_row_has_its_documents_own_numbers(
     teacher: Teacher, engine: Engine, kind: str
 ) -> None:
     rows = teacher.draw(engine, kind)
-    close = COARSE if kind == "threshold" else CLOSE
+    close = COARSE if kind.startswith("threshold") else CLOSE
     assert [row.sample_id for row in rows] == [d.sample_id for d in teacher.documents]
     for row, document, logprobs_PV in zip(
         rows, teacher.documents, teacher.logprobs_PV, strict=True
@@ -161,17 +169,23 @@ def test_exact_gives_every_logit_back_with_the_head_it_saved(
         np.testing.assert_allclose(again_PV, logprobs_PV, rtol=0, atol=6e-3)
 
 
+def ids_of(row: AnyLogits) -> npt.NDArray[Any]:
+    """The kept token ids of a row, [P, K], or those of its heads end to end."""
+    assert not isinstance(row, ExactLogits)
+    return row.head_ids_H if isinstance(row, TauLogits) else row.token_ids_PK
+
+
 def test_ids_take_the_width_of_the_vocabulary(
     teacher: Teacher, engine: Engine, tmp_path: Path
 ) -> None:
     expected = np.uint16 if teacher.vocab_size <= 1 << 16 else np.uint32
-    for kind in ("threshold", "top_k"):
+    for kind in ("threshold", "threshold_tau", "top_k"):
         bound = stage_of(kind).bind(teacher.context(tmp_path))
         rows = teacher.draw(engine, kind)
         back: list[AnyLogits] = list(bound.table.rows(bound.to_batch(rows)))
         for row, other in zip(rows, back, strict=True):
-            assert not isinstance(other, ExactLogits) and other.token_ids_PK.dtype == expected
-            np.testing.assert_array_equal(row.token_ids_PK, other.token_ids_PK)
+            assert ids_of(other).dtype == expected
+            np.testing.assert_array_equal(ids_of(row), ids_of(other))
 
 
 def many_draws(
@@ -247,5 +261,9 @@ def test_blocks_of_positions_change_no_draw(
     for row, other in zip(whole, teacher.draw(engine, kind), strict=True):
         np.testing.assert_allclose(row.next_token_logprobs_P, other.next_token_logprobs_P, **COARSE)
         if not isinstance(row, ExactLogits):
-            same = (row.token_ids_PK == other.token_ids_PK).mean()
+            kept = (
+                sampled_of(each)[0] if isinstance(each, TauLogits) else ids_of(each)
+                for each in (row, other)
+            )
+            same = np.equal(*kept).mean()
             assert same > 0.99  # a draw on the edge between two tokens may fall either way
