@@ -98,7 +98,7 @@ def _recipe(cache: Path, size: MendSize) -> Recipe:
             "stage": "teacher_logits",
             "input": "asked",
             "model": "teacher",
-            "encoding": {"kind": kind},
+            "encoding": {"kind": kind} if kind == "exact" else {"kind": kind, "k": 16},
         }
     model = {"path": str(cache / MODEL), "dtype": "float32", "engine": "transformers"}
     return Recipe.model_validate(

@@ -119,9 +119,8 @@ class ThresholdLogits(_Scored):
     @staticmethod
     def surely_sound(columns: Columns) -> bool:
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
-        if not _positions_agree(columns, "token_ids_PK", "num_head_P"):
-            return False
-        return surely_counted(columns["num_head_P"], columns["head_codes_E"])
+        counted = _positions_agree(columns, "token_ids_PK", "num_head_P")
+        return counted and surely_counted(columns["num_head_P"], columns["head_codes_E"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +150,7 @@ class TauLogits(_Scored):
     def __post_init__(self) -> None:
         """Check that lengths agree and ids are distinct; raises ValueError naming the sample."""
         _check_positions(self, len(self.num_head_P), len(self.num_tail_P))
-        row = {name: [getattr(self, name)] for name in _ENTRIES}
+        row = {name: [getattr(self, name)] for name in (*_COUNTS, *_HEAD, *_TAIL)}
         if not _entries_agree(row):
             raise ValueError(f"sample {self.sample_id}: entries do not match their counts")
         if (twice := id_twice(*_ids_of(row))) is not None:
@@ -172,29 +171,26 @@ class TauLogits(_Scored):
         return int(_ids_of(columns)[1].max(initial=0))
 
 
-_ENTRIES = (
-    *("num_head_P", "num_tail_P", "head_ids_H", "head_codes_H"),
-    *("tail_gaps_low_E", "tail_gaps_high_E"),
-)
+_COUNTS, _HEAD = ("num_head_P", "num_tail_P"), ("head_ids_H", "head_codes_H")
+_TAIL = ("tail_gaps_low_E", "tail_gaps_high_E")
 
 
 def _entries_agree(columns: Columns) -> bool:
     """Whether rows have as many entries as they count, and one or more at each position."""
-    head, tail = columns["num_head_P"], columns["num_tail_P"]
+    head, tail = (columns[name] for name in _COUNTS)
     return (
-        all(surely_counted(head, columns[name]) for name in ("head_ids_H", "head_codes_H"))
-        and all(surely_counted(tail, columns[name]) for name in _ENTRIES[4:])
+        all(surely_counted(head, columns[name]) for name in _HEAD)
+        and all(surely_counted(tail, columns[name]) for name in _TAIL)
         and bool((np.concatenate(head) | np.concatenate(tail)).all())
     )
 
 
 def _ids_of(columns: Columns) -> tuple[Array, Array]:
     """Return the position of each entry, and its id: first all heads, then all tails."""
-    joined = {name: np.concatenate(columns[name]) for name in _ENTRIES}
-    positions = np.arange(len(joined["num_head_P"]))
-    counts = joined["num_head_P"], joined["num_tail_P"]
-    places = np.concatenate([np.repeat(positions, each) for each in counts])
-    return places, np.concatenate([joined["head_ids_H"].astype(np.int64), tail_ids(joined)])
+    joined = {name: np.concatenate(columns[name]) for name in (*_COUNTS, "head_ids_H", *_TAIL)}
+    places = [np.repeat(np.arange(len(joined[name])), joined[name]) for name in _COUNTS]
+    ids = joined["head_ids_H"].astype(np.int64), tail_ids(joined)
+    return np.concatenate(places), np.concatenate(ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,8 +285,7 @@ def _check_positions(row: AnyLogits, *lengths: int) -> None:
     if found != {expected} or row.first_target < 1:
         raise ValueError(
             f"sample {row.sample_id}: {expected} next-token log-probs beside "
-            f"{sorted(found)} entries, "
-            f"first_target {row.first_target}"
+            f"{sorted(found)} entries, first_target {row.first_target}"
         )
 
 

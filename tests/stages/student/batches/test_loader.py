@@ -71,9 +71,18 @@ def test_a_batch_is_its_rows(data: CachedData, encoding: str) -> None:
     """Decoding many rows at once gives what decoding each gives, in order."""
     dataset = open_dataset(data.tables(encoding), split="train")
     assert encoding_of(dataset) == encoding
-    rows = [dataset[i] for i in (3, 0, 7)]
+    rows = [dataset[i] for i in (3, 0, 5)]  # the last has two tokens
     collate = Collator(encoding_of(dataset), VOCAB_SIZE)
     together, alone = collate(rows), [collate([row]) for row in rows]
+    if encoding == "threshold_tau":  # K is the most of a batch, the others are the first id again
+        width = together["weights_NK"].shape[1]
+        assert len({batch["weights_NK"].shape[1] for batch in alone}) > 1
+        for batch in alone:
+            spare = (0, width - batch["weights_NK"].shape[1])
+            ids_NK = batch["token_ids_NK"]
+            first_NK = ids_NK[:, :1].expand(-1, spare[1])
+            batch["token_ids_NK"] = torch.cat([ids_NK, first_NK], dim=1)
+            batch["weights_NK"] = torch.nn.functional.pad(batch["weights_NK"], spare)
     for name in together:
         if name.endswith(("_N", "_NK", "_ND")) and name != "positions_N":
             torch.testing.assert_close(together[name], torch.cat([batch[name] for batch in alone]))
@@ -122,6 +131,14 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
     row["token_ids_PK"] = row["token_ids_PK"] + np.uint16(VOCAB_SIZE)
     with pytest.raises(StoreError, match="sample big: token_ids_PK holds id"):
         Collator("top_k", VOCAB_SIZE)([row])
+
+
+def test_sampled_ids_beyond_the_vocabulary_are_refused(data: CachedData) -> None:
+    dataset = open_dataset(data.tables("threshold_tau"), split="train")
+    row = dict(dataset[1])
+    row["tail_gaps_high_E"] = row["tail_gaps_high_E"] + np.uint8(2)
+    with pytest.raises(StoreError, match=f"sample {row['sample_id']}: token_ids_PK holds id"):
+        Collator("threshold_tau", VOCAB_SIZE)([dict(dataset[0]), row])
 
 
 def test_a_mass_that_is_not_one_is_refused() -> None:

@@ -73,7 +73,7 @@ def dense_teacher(batch: dict[str, Tensor], head: LanguageHead | None) -> Tensor
     return probs_PV.scatter_add_(1, batch["token_ids_NK"].long(), batch["weights_NK"].double())
 
 
-@pytest.mark.parametrize("encoding", ["threshold", "exact"])
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau", "exact"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_one_batch_matches_the_dense_loss(
     data: EpisodeData, student: Any, encoding: str, reduction: Any

@@ -120,7 +120,7 @@ def test_dpo_is_the_sigmoid_of_both_log_ratios(data: PreferenceData, student: An
     assert_same(student, loss, torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("encoding", ["threshold", "exact"])
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau", "exact"])
 def test_dckd_is_both_kls_and_the_chosen_nll(
     data: PreferenceData, student: Any, encoding: str
 ) -> None:
