@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
@@ -22,25 +22,47 @@ from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS, THRESHOLD_TAU
 from stages.models.encoder_decoder.kind import is_encoder_decoder
-from stages.signals.scoring.entries import MOST, Entries
 from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 EXACT_FILES = ("head.safetensors", "head.json")
+MOST = 255  # entries of a position: counts are stored in 8 bits
 
 
-class ThresholdEncoding(Entries):
+class ThresholdEncoding(StageConfig):
     """A sample of each distribution, unbiased (the default): see ``schemas.distribution``.
 
-    With ``tau`` (the default) the number of entries follows the position: the most probable tokens
-    down to p = tau, and of the others one for each tau of their mass. With ``k`` every position has
-    as many.
+    With ``tau``, one constant of the table, the number of entries follows the position: the most
+    probable tokens down to p = tau, and of the others one for each tau of their mass, together at
+    most ``max_k``. With ``k`` every position has as many. Without either, tau is 0.04.
     """
 
-    TAU: ClassVar[float] = 0.04
-    MAX_K: ClassVar[int] = 64
-
+    kind: Literal["threshold"] = "threshold"
     tau: float | None = Field(default=None, gt=0.0, le=1.0)
+    max_k: int | None = Field(default=None, ge=1, le=MOST)
     k: int | None = Field(default=None, ge=2, le=MOST)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tau_unless_k(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("k") is None:
+            return {"tau": 0.04, "max_k": 64, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "ThresholdEncoding":
+        if self.k is not None and (self.tau is not None or self.max_k is not None):
+            raise ValueError(
+                f"k is {self.k} beside tau or max_k: k keeps so many entries of every position, "
+                f"tau lets their number follow the position; give one of them"
+            )
+        if self.k is None and (self.tau is None or self.max_k is None):
+            raise ValueError("tau and max_k are numbers: leave them out for their defaults")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the rule that is not used: tables of k entries keep their fingerprints."""
+        return {name: value for name, value in dump(self).items() if value is not None}
 
     def most(self, vocab_size: int) -> int:
         """Return what no position exceeds: ``sum_v min(1, p_v / tau)`` is at most 1 / tau."""
@@ -128,8 +150,8 @@ class TeacherLogitsStage(SignalStage):
         Prompts of preference pairs are not scored, nor queries by an encoder-decoder: both come to
         less.
         Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
-        byte, and the two float16 columns hardly at all. With tau a position of real text had
-        0.5 / tau entries, 1.6 bytes each for 49,152 tokens.
+        byte, and the two float16 columns hardly at all. With tau, chat had 0.3 / tau entries a
+        position and web pages 0.55 / tau, of 1.6 bytes each at 49,152 tokens; 0.5 / tau is taken.
         """
         id_bytes = 0.9 * math.log2(source.vocab_size) / 8
         match self.encoding:

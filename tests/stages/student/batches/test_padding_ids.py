@@ -3,6 +3,7 @@
 Dimensions: N = positions, V = rows of the teacher, K = kept entries.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stages.student.batches.pairs import AdpaCollator
 from stages.student.batches.signals import Collator, EncodingName
 from stages.student.losses.advantage import ExactSupport, support_of
 from stages.student.losses.kl import ExactTeacher, Kd, Teacher, teacher_of
+from tests.fixtures.cached_data import tau_row
 
 N, V, K, NUM_TOKENS = 9, 120, 12, 101
 STUDENT_ROWS = (101, 104, 120, 131)  # no padding, some, the teacher's, more
@@ -60,6 +62,8 @@ def row_of(logits_NV: Tensor, encoding: str, seed: int = 0) -> dict[str, Any]:
             "logprobs_PK": kept.logprobs_PK.numpy().astype(np.float16),
             "rest_logprobs_P": kept.rest_logprobs_P.numpy().astype(np.float16),
         }
+    if encoding == "threshold_tau":
+        return row | asdict(tau_row(f"seed {seed}", 1, next_N, measured))
     draws_NK = uniforms(seed, N, K + 1)
     sample = threshold_sample(measured, torch.from_numpy(draws_NK[:, 0].copy()), k=K)
     codes_NK = quantise_sticks(sample.fractions_PK.numpy(), draws_NK[:, 1:])
@@ -145,14 +149,15 @@ def test_top_k_is_the_buckets_of_the_distribution_without_them(rows: int) -> Non
     assert teacher.top_token_ids(slice(0, N)).tolist() == q_NV.argmax(1).tolist()
 
 
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau"])
 @pytest.mark.parametrize("rows", STUDENT_ROWS)
-def test_threshold_shares_out_what_it_drops(rows: int) -> None:
+def test_threshold_shares_out_what_it_drops(rows: int, encoding: EncodingName) -> None:
     """Over many draws the mean is the cross-entropy to the distribution without padding ids."""
     logits_NV, logits = teacher_logits(-1.0), student_logprobs(rows)
     q_NV = without_padding(logits_NV)
     found, below, dropped, gradients = [], [], [], []
     for seed in range(300):
-        teacher = decoded(row_of(logits_NV, "threshold", seed), "threshold")
+        teacher = decoded(row_of(logits_NV, encoding, seed), encoding)
         weights_NK = teacher.weights_NK  # type: ignore[attr-defined]
         torch.testing.assert_close(weights_NK.sum(1), torch.ones(N))
         kl, lost, gradient = kd(teacher, logits, 1.0)
@@ -174,7 +179,7 @@ def test_threshold_shares_out_what_it_drops(rows: int) -> None:
     assert float(off) < 5 * float(spread)
 
 
-@pytest.mark.parametrize("encoding", ["threshold", "top_k"])
+@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau", "top_k"])
 def test_a_position_with_nothing_left_teaches_nothing(encoding: EncodingName) -> None:
     """Nearly all of one position's mass lies on padding; the text still counts there."""
     logits_NV = teacher_logits(0.0)
@@ -205,7 +210,8 @@ def test_top_k_of_every_token_has_no_rest() -> None:
 
 
 def test_without_padding_nothing_is_dropped_and_no_number_moves() -> None:
-    for encoding in ("threshold", "top_k"):
+    encodings: tuple[EncodingName, ...] = ("threshold", "threshold_tau", "top_k")
+    for encoding in encodings:
         row = row_of(teacher_logits(0.0), encoding)
         plain, told = (Collator(encoding, V, n)([row]) for n in (None, V))
         assert plain.keys() == told.keys() and float(plain["dropped_N"].sum()) == 0.0
