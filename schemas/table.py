@@ -157,7 +157,8 @@ def _narrow(flat_N: npt.NDArray[Any], dtype: pa.DataType) -> pa.Array:
     target = np.dtype(dtype.to_pandas_dtype())
     if target.kind in "ui" and flat_N.size:
         limits = np.iinfo(target)
-        low, high = int(flat_N.min()), int(flat_N.max())
+        low = 0 if flat_N.dtype.kind == "u" else int(flat_N.min())
+        high = int(flat_N.max())
         if low < limits.min or high > limits.max:
             raise ValueError(f"values {low}..{high} do not fit {target}: ids would wrap")
     narrowed_N = np.ascontiguousarray(flat_N, dtype=target)
