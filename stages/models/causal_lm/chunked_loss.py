@@ -183,8 +183,15 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_outputs[0]
         grads = zip(ctx.saved_tensors, ctx.grad_dtypes, strict=True)
-        scaled = [None if grad is None else (grad * factor).to(dtype) for grad, dtype in grads]
+        scaled = [None if grad is None else _scaled(grad, factor, dtype) for grad, dtype in grads]
         return (*scaled, None)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``grad * factor``, rounded as it is written: a GPU makes no [V, D] in float32."""
+    if grad.dtype == dtype:
+        return grad * factor
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def _reduce_chunks(job: _Job, inputs: _Inputs, grads: _Gradients) -> Tensor:

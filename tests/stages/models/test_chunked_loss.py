@@ -261,6 +261,24 @@ def test_bfloat16_stays_near_float32() -> None:
         assert float((narrow - wide).norm() / wide.norm()) < 0.02
 
 
+def test_gradients_of_a_bfloat16_student_are_rounded_once() -> None:
+    """The head's gradient is summed and scaled in float32, then rounded to the head's dtype."""
+    case = make_case(num_positions=64)
+    objective = Kd(case.next_N, threshold(case), 0.5)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):  # the same values, held in either
+        leaves = [each.detach().bfloat16().to(dtype) for each in (case.hidden_ND, case.weight_VD)]
+        hidden_ND, weight_VD = (leaf.requires_grad_() for leaf in leaves)
+        head = StudentHead(weight_VD)
+        result = chunked_loss(
+            hidden_ND, head, objective, dtype=torch.bfloat16, chunk_bytes=20 * V * 6
+        )
+        grads.append(torch.autograd.grad(result.loss / 3, [hidden_ND, weight_VD]))
+    for narrow, wide in zip(*grads, strict=True):
+        assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+        assert torch.equal(narrow, wide.bfloat16())
+
+
 def test_no_block_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor a chunk makes is within the budget."""
     case = make_case(num_positions=200)
