@@ -215,6 +215,7 @@ def _reduce_chunks(job: _Job, inputs: _Inputs, grads: _Gradients) -> Tensor:
             if job.scale != 1.0:
                 work_CV *= job.scale
             grads.add(rows, work_CV, hidden_CD, weight_VD)
+        del work_CV, slope_CV  # before the next chunk makes its own
     return sums_S
 
 
@@ -231,6 +232,7 @@ class _LogitsLoss(torch.autograd.Function):
                 sums_S += job.objective.reduce_(work_CV, rows, with_grad=job.with_grad)
                 if grad_NV is not None:
                     grad_NV[rows] = work_CV
+                del work_CV  # before the next chunk makes its own
         ctx.save_for_backward(grad_NV)
         ctx.mark_non_differentiable(sums_S)
         return sums_S[0].clone(), sums_S

@@ -4,6 +4,7 @@ Dimensions: N = positions, V = vocabulary, D = hidden width, K = kept entries.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.models.causal_lm.chunked_loss import LossSums, PositionLoss, StudentHead, chunked_loss
+from stages.models.causal_lm import chunked_loss as losses_module
+from stages.models.causal_lm.chunked_loss import (
+    LossSums,
+    PositionLoss,
+    StudentHead,
+    chunked_loss,
+    logits_loss,
+)
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
@@ -298,3 +306,29 @@ def test_no_block_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         chunk_bytes=50_000,
     )
     assert len(seen) > 1 and max(seen) <= 50_000
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("own_head", [True, False])
+def test_no_two_chunks_are_held_at_once(
+    own_head: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a chunk's log-probs are made, those of the chunk before are gone."""
+    case = make_case(num_positions=30, softcap=softcap)
+    objective = Kd(case.next_N, threshold(case), 0.5)
+    made: list[weakref.ref[Tensor]] = []
+    original = torch.log_softmax
+
+    def watched(values: Tensor, *, dim: int, dtype: torch.dtype) -> Tensor:
+        assert all(block() is None for block in made)
+        logprobs = original(values, dim=dim, dtype=dtype)
+        made.append(weakref.ref(logprobs))
+        return logprobs
+
+    monkeypatch.setattr(torch, "log_softmax", watched)
+    if own_head:
+        run(case, objective)
+    else:
+        monkeypatch.setattr(losses_module, "CPU_CHUNK_BYTES", 4 * V * 8 * 5)
+        logits_loss(case.log_softmax(), objective)
+    assert len(made) > 1
