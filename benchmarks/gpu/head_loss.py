@@ -170,7 +170,7 @@ class Race:
         card, report, problem = self.report.card, self.report, self.problem
         errors = self._errors(candidate)
         if candidate.is_ours:
-            name = f"{candidate.name}, off float64"
+            name = f"{candidate.name}, {len(problem.hidden_ND):,} positions, off float64"
             report.bar(at_most(name, max(errors.values()), MOST_ERROR))
         if not max(errors.values()) <= MOST_ERROR:
             found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())

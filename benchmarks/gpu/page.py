@@ -23,7 +23,8 @@ tries the script out: small shapes, the same comparisons with float64, times tha
 
 Every result is compared with float64 from its definition before it is timed: one that is further
 off than bfloat16 explains is said to be wrong, and has no time. Times are medians between two
-events of the GPU, with the lowest and the highest; "GB" is the most that tensors held.
+events of the GPU, with the lowest and the highest. "GB" is the most that tensors held during one
+run: of a training step all of it, of a loss what comes beside hidden states, head and targets.
 
 - **encoding**: `threshold`, k = 16, of [8,192, 151,936] logits, in bfloat16 and in float32, up to
   what is copied to the host. "reads" is its time over that of reading the logits once, which is

@@ -24,6 +24,7 @@ from benchmarks.gpu.page import page
 
 PARTS = ("encoding", "losses", "sparse_targets", "training_step")
 SECONDS, QUICK_SECONDS = 520.0, 120.0
+SHOWN = ("part", "what", "positions", "ms", "GB", "reads", "tokens/s", "times")
 ROOT = Path(__file__).resolve().parents[2]
 Found = dict[str, Any]
 
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     found = [_in_a_process(part, options, began + seconds) for part in options.parts]
     result = together(found)
-    status = finish(result["bars"], result["rows"], None)
+    shown = [{name: row.get(name) for name in SHOWN} for row in result["rows"]]
+    status = finish(result["bars"], result["rows"], None, shown=shown)
     for note in result["notes"]:
         print(note)
     print(f"{json.dumps(result['card'])}, {time.monotonic() - began:.0f} s")

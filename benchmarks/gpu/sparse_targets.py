@@ -31,8 +31,7 @@ def _at(report: Report, shape: tuple[int, int, int]) -> None:
     race.run([ours(OURS, "kl"), *peers])
     for peer in peers:
         if (ratio := race.ratio(peer.name, OURS)) is not None:
-            times = {"times ours": ratio}
-            report.row(what=f"{peer.name} over ours", positions=shape[0], **times)
+            report.row(what=f"{peer.name} over ours", positions=shape[0], times=ratio)
 
 
 def plain(problem: Problem) -> Loss:

@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_an_encoding_that_errs_is_found(
         sample = right(*args, **kwargs)
         heads_P = sample.num_head_P.clone()
         ids_PK = harm(sample.token_ids_PK, heads_P)
-        return ThresholdSample(ids_PK, heads_P, sample.fractions_PK)
+        return replace(sample, token_ids_PK=ids_PK, num_head_P=heads_P)
 
     teacher = encoding.Teacher.random(CPU, (12, 2_048), torch.float32)
     assert encoding.error_against_float64(teacher.first(12)) < 1e-5
