@@ -34,12 +34,11 @@ class UntouchedZeros(TorchFunctionMode):
     ) -> Any:
         """Take the place of ``torch.zeros(size, dtype=torch.int8)``, and of nothing else."""
         named = dict(kwargs or {})
-        device = torch.device(named.get("device") or "cpu")
-        if func is not torch.zeros or device.type != "cpu" or named.get("dtype") != torch.int8:
-            return func(*args, **named)
-        match args:
-            case (int(num_bytes),) if num_bytes >= _LARGE_BYTES:
-                return _untouched(num_bytes)
+        of_bytes = func is torch.zeros and named.get("dtype") == torch.int8
+        if of_bytes and named.get("device") in (None, "cpu", torch.device("cpu")):
+            match args:
+                case (int(num_bytes),) if num_bytes >= _LARGE_BYTES:
+                    return _untouched(num_bytes)
         return func(*args, **named)
 
 
