@@ -50,6 +50,7 @@ PARTS: dict[str, tuple[Callable[..., None], int]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.slow
 def test_every_part_is_right_by_float64(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without_peers(monkeypatch)
     work, num_bars = PARTS[part]
