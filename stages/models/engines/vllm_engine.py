@@ -84,7 +84,7 @@ class VllmEngine:
             raise
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
-        """Yield [T, D] for each sequence, in the order given."""
+        """Yield [T, D] for each sequence, in the order given, in ordinary memory."""
         vocab_size = self.head.vocab_size
         check_sequences(sequences, max_length=self.max_length, vocab_size=vocab_size)
         bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
@@ -144,7 +144,7 @@ class VllmEngine:
                     f"{len(output.prompt_token_ids)} tokens, expected "
                     f"{len(prompt['prompt_token_ids'])}: results cannot be trusted"
                 )
-            yield hidden_TD.to(self.device)
+            yield hidden_TD
 
     def _require_alive(self) -> None:
         if self._llm is None:
