@@ -19,7 +19,6 @@ from schemas.storage.records import ShardRecord, read_record, shard_name, write_
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
 from schemas.storage.shards import (
-    ZSTD_LEVEL,
     read_shard,
     with_split,
     write_shard,
@@ -216,7 +215,7 @@ def write_output(
     *,
     split: str,
     made_by: Mapping[str, Any],
-    zstd_level: int = ZSTD_LEVEL,
+    zstd_level: int | None = None,
 ) -> ShardRecord:
     """Write a shard, its rejects if there are any, and last its record.
 

@@ -20,7 +20,7 @@ from pipeline.executors.shard_task import (
 )
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
-from schemas.storage.shards import FAST_ZSTD_LEVEL, ZSTD_LEVEL
+from schemas.storage.shards import FAST_ZSTD_LEVEL
 from schemas.table import BoundTable
 from stages.file_map import PieceWork
 from stages.models.engines.sequences import WINDOW_BYTES
@@ -101,7 +101,7 @@ def _written(
         results: Iterator[Any] = map(_made, takewhile(lambda item: item is not _DONE, items))
         if begun.given is not None:
             results = chain(_one_each(begun, results, table.table.name), begun.kept_out)
-        level = ZSTD_LEVEL if begun.given is not None else FAST_ZSTD_LEVEL
+        level = FAST_ZSTD_LEVEL if begun.given is None else None
         rows = RowCount(results, task.max_rejected_fraction)
         made_by = ChainMap(notes, dict(task.made_by))
         yield write_output(
