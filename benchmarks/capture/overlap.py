@@ -45,14 +45,14 @@ from stages.signals.teacher_logits import work
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.stage import Later
 
-RATES = (50_000, 100_000, 150_000)  # tokens a second
+RATES = (75_000, 150_000)  # tokens a second
 ABOVE = 300_000  # shown, no bar
 SPEED, CPU, BYTES = 0.95, 4.0, 1.013
 BEFORE_ZSTD_LEVEL = 15
 NOW, BEFORE = "now", "before"
 # rows of each domain, rows a shard, shards, repetitions
 FULL = (16, 1024, 3, 3)
-QUICK = (4, 128, 2, 1)
+QUICK = (16, 128, 2, 1)
 STAGE = TeacherLogitsStage.model_validate(
     {
         "stage": "teacher_logits",

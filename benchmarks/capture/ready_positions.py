@@ -1,6 +1,6 @@
 """Real positions with a head's work done, and an engine and a head that hand them over.
 
-Dimensions: N = ready positions, K = kept entries, P = positions of a row, T = tokens, V = vocabulary.
+Dimensions: N = ready positions, K = kept entries, P = positions of a row, T = tokens.
 """
 
 import time

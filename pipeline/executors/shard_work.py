@@ -28,6 +28,8 @@ from stages.stage import Later, Rejected, Work
 
 DEADLY = "the engine dies on it"
 _ROW_BYTES = 1 << 10  # of a row beside its arrays
+# What the beginning of a shard counts as: two cannot wait, so the work is one shard ahead at most.
+_BEGUN_BYTES = WINDOW_BYTES // 2 + 1
 
 
 def run_shards(
@@ -36,7 +38,8 @@ def run_shards(
     """Read each input shard or piece, do the work, write the output shard and then its record.
 
     The work is done in this thread; rows are written in another, so that an engine goes on with
-    what is next, of this shard or of the one after it. Up to an engine's window of rows waits.
+    what is next, of this shard or of the one after it. Up to an engine's window of rows waits, and
+    no shard is begun before the last but one is written.
 
     ``notes``, as they are when a shard is written, go into its record beside what the task says of
     its making. Raises TeacherCacheError where the work does not answer each row once, in order.
@@ -117,6 +120,8 @@ def _bytes_of(result: Any) -> int:
     """Return what a result holds in memory until it is written, for ``run_shards``."""
     if isinstance(result, Later):
         return result.num_bytes
+    if isinstance(result, _Begun):
+        return _BEGUN_BYTES
     if isinstance(result, list):
         return sum(map(_bytes_of, result))
     names = (column.name for column in fields(result)) if is_dataclass(result) else ()

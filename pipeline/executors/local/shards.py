@@ -2,7 +2,8 @@
 
 Work is handed out one shard at a time, so a slow shard holds nobody up, and a killed run loses at
 most the shard in hand of each worker. Of several workers, one that dies costs the shard it had in
-hand; with one, the run is the worker, and dies with it.
+hand; with one, the run is the worker, and dies with it: then two are in hand, one that is worked on
+and the one before it, which is being written.
 """
 
 import multiprocessing

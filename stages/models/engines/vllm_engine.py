@@ -94,7 +94,7 @@ class VllmEngine:
     def last_hidden_states(
         self, sequences: Sequence[TokenIds], counts: Sequence[int]
     ) -> list[Tensor]:
-        """Return [n, D] for the last n positions of each sequence.
+        """Return [n, D] for the last n positions of each sequence, in ordinary memory.
 
         vLLM gives back the positions it computed, and skips whole blocks that its prefix cache
         holds. Where such a block holds a wanted position (it ends in the block's last tokens), that
@@ -123,7 +123,7 @@ class VllmEngine:
             for prompt, output in zip(prompts, self._encode(prompts, self._may_share), strict=True):
                 if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
-                yield output.outputs.data.to(self.device)
+                yield output.outputs.data
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""

@@ -130,6 +130,21 @@ def test_the_work_goes_on_with_the_next_shard_while_one_is_written(
     assert len(list(run_shards(tasks, BOUND, work, {}))) == SHARDS
 
 
+def test_the_work_is_at_most_one_shard_ahead_of_the_writer(tasks: list[ShardTask]) -> None:
+    yielded = [threading.Event() for _ in tasks]
+
+    def work(shard: pa.Table) -> Iterator[Any]:
+        *first, last = rows_of(shard)
+        index = int(last.input_ids_T[0])
+        assert index < 2 or tasks[index - 2].finished()
+        follows = yielded[min(index + 1, SHARDS - 1)]
+        yield from first
+        yield Later(lambda: last if follows.wait(WITHIN_S) else None, 100)
+        yielded[index].set()
+
+    assert len(list(run_shards(tasks, BOUND, work, {}))) == SHARDS
+
+
 def test_a_lost_engine_leaves_the_shards_before_it_whole_and_nothing_of_its_own(
     tasks: list[ShardTask], tmp_path: Path
 ) -> None:
