@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from ..distribution import unpack_top_k
 from ..scored_spans import SCORED, span_targets
-from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
+from ..table import CAPTURE_ZSTD_LEVEL, KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -273,7 +273,13 @@ def misplaced(row: Mapping[str, Any]) -> str:
 
 
 NAME, VERSION = "teacher_logits", 1
-THRESHOLD = Table(ThresholdLogits, name=NAME, version=VERSION, variant="threshold")
-TOP_K = Table(TopKLogits, name=NAME, version=VERSION, variant="top_k")
-EXACT = Table(ExactLogits, name=NAME, version=VERSION, variant="exact")
+THRESHOLD = Table(
+    ThresholdLogits, name=NAME, version=VERSION, variant="threshold", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+TOP_K = Table(
+    TopKLogits, name=NAME, version=VERSION, variant="top_k", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+EXACT = Table(
+    ExactLogits, name=NAME, version=VERSION, variant="exact", zstd_level=CAPTURE_ZSTD_LEVEL
+)
 ENCODINGS: dict[str, Table[Any]] = {table.variant: table for table in (THRESHOLD, TOP_K, EXACT)}

@@ -86,7 +86,7 @@ class VllmEngine:
             raise
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
-        """Yield [T, D] for each sequence, in the order given."""
+        """Yield [T, D] for each sequence, in the order given, in ordinary memory."""
         vocab_size = self.head.vocab_size
         check_sequences(sequences, max_length=self.max_length, vocab_size=vocab_size)
         bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
@@ -96,7 +96,7 @@ class VllmEngine:
     def last_hidden_states(
         self, sequences: Sequence[TokenIds], counts: Sequence[int]
     ) -> list[Tensor]:
-        """Return [n, D] for the last n positions of each sequence.
+        """Return [n, D] for the last n positions of each sequence, in ordinary memory.
 
         vLLM gives back the positions it computed, and skips whole blocks that its prefix cache
         holds. Where such a block holds a wanted position (it ends in the block's last tokens), that
@@ -125,7 +125,7 @@ class VllmEngine:
             for prompt, output in zip(prompts, self._encode(prompts, self._may_share), strict=True):
                 if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
-                yield output.outputs.data.to(self.device)
+                yield output.outputs.data
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""
@@ -146,7 +146,7 @@ class VllmEngine:
                     f"{len(output.prompt_token_ids)} tokens, expected "
                     f"{len(prompt['prompt_token_ids'])}: results cannot be trusted"
                 )
-            yield hidden_TD.to(self.device)
+            yield hidden_TD
 
     def _require_alive(self) -> None:
         if self._llm is None:

@@ -1,8 +1,9 @@
 """The work of ``teacher_logits``: engine -> hidden states -> language head -> encoding -> rows.
 
 The engine gives final hidden states; the language head turns them into logits one sequence at a
-time, in blocks of positions, and the encoding keeps what the recipe asks for. A whole input shard
-goes to the engine as one unit and in one order, so that a re-run meets the same batches.
+time, in blocks of positions, and the encoding keeps what the recipe asks for: on a GPU later, while
+the engine is at what follows. A whole input shard goes to the engine as one unit and in one order,
+so that a re-run meets the same batches.
 
 Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
 token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
@@ -17,6 +18,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,8 +60,9 @@ from stages.signals.teacher_logits.stage import (
     ThresholdEncoding,
     TopKEncoding,
 )
-from stages.stage import Rejected, StageContext, Work
+from stages.stage import Later, Rejected, StageContext, Work
 
+Scored = AnyLogits | Rejected | Later
 FLOAT16_MAX = 65504.0
 
 
@@ -76,7 +79,7 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
         _note_head(stage, context, engine)
 
-        def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
+        def work(shard: pa.Table) -> Iterable[Scored]:
             if of_pairs:
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
             if SCORED in shard.schema.names:
@@ -103,7 +106,7 @@ def write_side_files(stage: TeacherLogitsStage, context: StageContext) -> None:
 
 def score_shard(
     stage: TeacherLogitsStage, engine: HiddenStates, shard: pa.Table
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``shard``, in order."""
     rows = [row for batch in shard.to_batches() for row in _sequences_of(batch)]
     fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
@@ -112,7 +115,7 @@ def score_shard(
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
             asked = _Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
-            yield _encode(stage, blocks, asked, next(hidden)[:-1])
+            yield blocks.later(next(hidden)[:-1], partial(_encode, stage, blocks, asked))
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
             yield Rejected(sample_id, reason)
@@ -120,7 +123,7 @@ def score_shard(
 
 def score_spans(
     stage: TeacherLogitsStage, engine: Engine, shard: pa.Table, options: EngineOptions
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``shard``, whose column names the spans."""
     rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
     reasons = [_span_reason(engine, row) for row in rows]
@@ -139,7 +142,7 @@ def score_spans(
         hidden_ND, first = next(states), int(row.targets_P[0])
         wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
         asked = _Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
-        yield _encode(stage, blocks, asked, hidden_ND[wanted_P])
+        yield blocks.later(hidden_ND[wanted_P], partial(_encode, stage, blocks, asked))
 
 
 def score_halves(
@@ -147,7 +150,7 @@ def score_halves(
     engine: EncoderDecoderEngine,
     shard: pa.Table,
     options: EngineOptions,
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``demonstrations``, read in two halves."""
     rows = [row for batch in shard.to_batches() for row in _halves_of(batch)]
     reasons = [_halves_reason(engine, row) for row in rows]
@@ -163,7 +166,7 @@ def score_halves(
         wanted_P = torch.from_numpy(targets_P - row.begins).to(hidden_AD.device)
         next_ids_P = row.spanned.ids_T[targets_P].astype(np.int64)
         asked = _Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
-        yield _encode(stage, blocks, asked, hidden_AD[wanted_P])
+        yield blocks.later(hidden_AD[wanted_P], partial(_encode, stage, blocks, asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +243,7 @@ def _id_reason(engine: Engine | EncoderDecoderEngine, row: _Spanned) -> str:
 
 def score_pairs(
     stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted], options: EngineOptions
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each preference pair, in order."""
     states = response_states(engine, pairs, options)
     blocks = LogitBlocks(engine.head)
@@ -250,7 +253,7 @@ def score_pairs(
             continue
         targets_P = pair.token_ids_A.astype(np.int64)
         asked = _Asked(pair.sample_id, len(pair.prompt_T), targets_P)
-        yield _encode(stage, blocks, asked, hidden_PD)
+        yield blocks.later(hidden_PD, partial(_encode, stage, blocks, asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,11 +273,11 @@ def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
 
 
 def _encode(
-    stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: _Asked, hidden_PD: Tensor
+    stage: TeacherLogitsStage, blocks: LogitBlocks, asked: _Asked, hidden_PD: Tensor
 ) -> AnyLogits | Rejected:
     """Encode one row's positions, block by block."""
     targets_P = torch.from_numpy(asked.targets_P).to(blocks.head.weight_VD.device)
-    if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
+    if isinstance(stage.encoding, ExactEncoding) and not (hidden_PD.abs() <= FLOAT16_MAX).all():
         return Rejected(asked.sample_id, "hidden state outside float16")
     encoder = _Encoder(stage, asked)
     for start, logits_PV in blocks.of(hidden_PD):
@@ -285,10 +288,6 @@ def _encode(
                 return Rejected(asked.sample_id, "non-finite logits")
             encoder.add(measured, hidden_PD[at], at.start)
     return encoder.row()
-
-
-def _fits_float16(hidden_PD: Tensor) -> bool:
-    return bool((hidden_PD.abs() <= FLOAT16_MAX).all())
 
 
 class _Encoder:
@@ -327,11 +326,12 @@ class _Encoder:
         offsets_P = torch.from_numpy(uniforms_PN[:, 0].copy()).to(measured.exp_PV.device)
         sample = threshold_sample(measured, offsets_P, k=k)
         num_head_P = sample.num_head_P.cpu().numpy()
-        codes_PK = quantise_sticks(sample.fractions_PK.cpu().numpy(), uniforms_PN[:, 1:])
+        in_head_PK = np.arange(k) < num_head_P[:, None]
+        fractions_E = sample.fractions_PK.cpu().numpy()[in_head_PK]
+        codes_E = quantise_sticks(fractions_E, uniforms_PN[:, 1:][in_head_PK])
         self._keep("token_ids_PK", sample.token_ids_PK)
         self.columns.setdefault("num_head_P", []).append(num_head_P.astype(np.uint8))
-        in_head_PK = np.arange(k) < num_head_P[:, None]
-        self.columns.setdefault("head_codes_E", []).append(codes_PK[in_head_PK])
+        self.columns.setdefault("head_codes_E", []).append(codes_E)
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.columns.setdefault(name, []).append(values.cpu().numpy())

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pipeline.executors.dispatch import Limits
-from pipeline.executors.shard_task import DEADLY
+from pipeline.executors.shard_work import DEADLY
 from schemas.errors import ConfigError, EngineError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.storage.shards import read_shard
