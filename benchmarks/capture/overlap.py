@@ -71,10 +71,10 @@ A stand-in engine takes the time of a set rate for each window of 131,072 tokens
 device 128 times on the way (as often it needs Python's lock again), and hands the window's
 positions over at once; a head is left out, its results on {positions:,} real positions of
 SmolLM2-135M are ready. {shards} shards of {tokens:,} tokens each are made of them, {repetitions}
-times, all ways in turns; medians, on cores that other work shared. *Before* is the same without overlap, with zstd at level 15 and
-fractions found by binary search, as it was. *Speed / engine* is the engine's own time over the
-whole run's, with every shard on the disk. The machine: {machine}; the engine takes none of its
-cores, as a GPU does not.
+times, all ways in turns; medians, on cores that other work shared. *Before* is the same without
+overlap, with zstd at level 15 and fractions found by binary search, as it was. *Speed / engine* is
+the engine's own time over the whole run's, with every shard on the disk. The machine: {machine};
+the engine takes none of its cores, as a GPU does not.
 
 {rows}
 
@@ -86,16 +86,16 @@ The engine stays in the thread that opened it, rows are made and written in anot
 window behind (`pipeline/executors/overlap.py`), and the next shard begins while the last is
 written. What is missing to 1 is the end, where the last window is written and the engine has
 nothing to do (0.6 s of a run here, however long it is), and that both threads take turns at
-Python's lock and at cores, which other work shared. Where a stage runs on several workers each has one shard at a time, and overlaps within it
-only. What a CPU's head makes is made at once: it has no other cores there than the engine's, and
-only writing goes on beside it.
+Python's lock and at cores, which other work shared. Where a stage runs on several workers each has
+one shard at a time, and overlaps within it only. What a CPU's head makes is made at once: it has no
+other cores there than the engine's, and only writing goes on beside it.
 
 Of what follows the engine now, about half is zstd at level 9 (1.1 us a token, 3.7 at level 15, the
 least of several runs) and half the making of rows (1.1; fractions, draws, many small arrays): a
-fourth of before would leave the rows little beside zstd. Level 9 costs {bytes_more:.1%} more bytes than level 15.
-Lower levels were measured on the same positions and not taken: 7 costs 1.3 % for 0.94 us, 6 costs
-3.5 % for 0.69, 3 costs 3.0 % for 0.44. One codec serves all columns of an Arrow file, so none can
-be compressed harder than another.
+fourth of before would leave the rows little beside zstd. Level 9 costs {bytes_more:.1%} more bytes
+than level 15. Lower levels were measured on the same positions and not taken: 7 costs 1.3 % for
+0.94 us, 6 costs 3.5 % for 0.69, 3 costs 3.0 % for 0.44. One codec serves all columns of an Arrow
+file, so none can be compressed harder than another.
 """
 
 
