@@ -27,6 +27,7 @@ from stages.signals.teacher_logits import work
 AnyArray = npt.NDArray[Any]
 
 K, VOCAB_SIZE = 16, 49_152
+_WAITS = 128  # of a window for the device; after each the engine needs Python's lock
 BYTES_PER_TOKEN = 2 * 4096  # of a final hidden state
 
 
@@ -114,12 +115,13 @@ class StandInEngine:
         """Yield [T, D] for each sequence: a view of [T, 1], which takes no memory."""
         row = 0
         for window in windows(sequences, bytes_per_token=BYTES_PER_TOKEN):
-            time.sleep(sum(map(len, window)) / self.rate)  # asleep, it holds no lock: as on a GPU
-            for ids_T in window:
-                start = (row % self.num_rows) * (ROW_TOKENS - 1)
-                places_T = torch.arange(start, start + len(ids_T))
-                yield places_T[:, None].expand(-1, BYTES_PER_TOKEN // places_T.itemsize)
-                row += 1
+            for _ in range(_WAITS):
+                time.sleep(sum(map(len, window)) / self.rate / _WAITS)
+            starts_R = torch.arange(row, row + len(window)) % self.num_rows * (ROW_TOKENS - 1)
+            places_RT = starts_R[:, None] + torch.arange(ROW_TOKENS)
+            width = BYTES_PER_TOKEN // places_RT.itemsize
+            yield from places_RT[:, :, None].expand(-1, -1, width).unbind()
+            row += len(window)
 
 
 @contextmanager
