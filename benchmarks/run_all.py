@@ -3,11 +3,13 @@
 A benchmark is a file below this folder with a ``main`` guard and a ``--json`` option, known by its
 bare name. Each writes
 ``OUTPUT/NAME.json``; options given here that are not listed (``--quick``, ``--cache``) go to each.
+One that takes ``--device`` is tried out on the CPU where there is no GPU.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,10 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     outcomes = {}
+    tried_out = [] if shutil.which("nvidia-smi") else ["--device", "cpu", "--quick"]
     for name in options.only or scripts:
-        has_page = '"--docs"' in scripts[name].read_text(encoding="utf-8")
+        source = scripts[name].read_text(encoding="utf-8")
+        has_page = '"--docs"' in source
         docs = ["--docs", str(options.docs.absolute())] if options.docs and has_page else []
-        outcomes[name] = run(scripts[name], output / f"{name}.json", [*passed, *docs])
+        device = tried_out if '"--device"' in source else []
+        outcomes[name] = run(scripts[name], output / f"{name}.json", [*passed, *docs, *device])
     print("\n== all bars ==")
     for name, outcome in outcomes.items():
         print(f"{name}: exit code {outcome['exit_code']}, {outcome['seconds']:.0f} s")

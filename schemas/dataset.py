@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from .errors import IdentityMismatch, SchemaMismatch, StoreError
 from .open_table import OpenTable, open_table
+from .scored_spans import misplaced
 from .storage.files import Folder, as_folder
 from .storage.shard_cache import local_files
 from .tables import teacher_logits
@@ -101,7 +102,7 @@ class CachedDataset:
         row: dict[str, Any] = {}
         for part, at in zip(self._parts, self._rows[index], strict=True):
             row.update(part.row(int(at)))
-        if self._logits is not None and (problem := teacher_logits.misplaced(row)):
+        if self._logits is not None and (problem := misplaced(row)):
             part, at = self._parts[self._logits], self._rows[index][self._logits]
             raise StoreError(part.contradicted(int(at), row["sample_id"], problem))
         return row

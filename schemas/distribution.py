@@ -41,6 +41,11 @@ U8Array = npt.NDArray[np.uint8]
 AnyArray = npt.NDArray[Any]
 
 STICK_LEVELS = np.sin(np.arange(64) * (math.pi / 126)) ** 2  # float64 [64], 0 to 1
+_STEPS = np.diff(STICK_LEVELS)
+# The level at or below the start of each cell of [0, 1]; at most one more lies inside it. To look
+# it up takes a quarter of a binary search's time.
+_CELLS = 2048
+_CELL_LEVELS = np.searchsorted(STICK_LEVELS, np.arange(_CELLS + 1) / _CELLS, side="right") - 1
 MAX_MASS_ERROR = 0.02  # of top_k: float16 log-probs alone move the sum of its buckets by under 0.01
 _DROPPED_BITS = 4  # of the ten that float16 stores of a mantissa
 
@@ -62,13 +67,12 @@ def uniforms(key: int, num_positions: int, per_position: int) -> F32Array:
 
 
 def quantise_sticks(fractions_PK: AnyArray, uniforms_PK: AnyArray) -> U8Array:
-    """Round fractions in [0, 1] to stick levels, up or down at random without bias."""
+    """Round fractions [...] in [0, 1] to stick levels, up or down at random without bias."""
     clipped = np.clip(np.asarray(fractions_PK, np.float64), 0.0, 1.0)
-    low = np.clip(
-        np.searchsorted(STICK_LEVELS, clipped, side="right") - 1, 0, len(STICK_LEVELS) - 2
-    )
-    step = STICK_LEVELS[low + 1] - STICK_LEVELS[low]
-    up = np.asarray(uniforms_PK) < (clipped - STICK_LEVELS[low]) / step
+    low = _CELL_LEVELS[(clipped * _CELLS).astype(np.intp)]
+    low += clipped >= STICK_LEVELS[np.minimum(low + 1, len(STICK_LEVELS) - 1)]
+    low = np.minimum(low, len(STICK_LEVELS) - 2)
+    up = np.asarray(uniforms_PK) < (clipped - STICK_LEVELS[low]) / _STEPS[low]
     return np.asarray(low + up, np.uint8)
 
 

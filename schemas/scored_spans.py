@@ -59,3 +59,38 @@ def scored_targets(row: Mapping[str, Any]) -> npt.NDArray[np.int64]:
             )
         return targets_P
     return np.arange(start, num_tokens if scored is None else start + len(scored))
+
+
+INPUT_COLUMNS = (
+    *("input_ids_T", "prompt_ids_T", "chosen_ids_C", "rejected_ids_R"),
+    *(SCORED, "answer_start"),
+)
+
+
+def misplaced(row: Mapping[str, Any]) -> str:
+    """Return how the positions of a row, joined with its input, miss that input's tokens.
+
+    Of a document or an episode every token but the first is scored, of a pair both responses, of a
+    row that names spans their tokens (or those of the answer alone, by an encoder-decoder). ""
+    where they meet, and where the input (of ``INPUT_COLUMNS``) is not among the columns.
+    """
+    first_target, num_found = row["first_target"], len(row["next_token_logprobs_P"])
+    if SCORED in row:
+        targets_P = span_targets(row[SCORED])
+        answer_P = targets_P[targets_P >= row.get("answer_start", len(row["input_ids_T"]))]
+        if (first_target, num_found) == (min(answer_P, default=0), len(answer_P)):
+            return ""
+        start, num_positions = int(min(targets_P, default=0)), len(targets_P)
+    elif "chosen_ids_C" in row:
+        start = len(row["prompt_ids_T"])
+        num_positions = len(row["chosen_ids_C"]) + len(row["rejected_ids_R"])
+    elif "input_ids_T" in row:
+        start, num_positions = 1, len(row["input_ids_T"]) - 1
+    else:
+        return ""
+    if (first_target, num_found) == (start, num_positions):
+        return ""
+    return (
+        f"signals for {num_found} tokens from token {first_target} on, its input has "
+        f"{num_positions} from token {start} on"
+    )

@@ -3,9 +3,9 @@
 There are four kinds. A source makes the shards of a table from files. A table stage maps input
 shard i to output shard i: ``open`` loads whatever the work needs (a model, say) once per worker and
 yields the work, a function from one input shard to its output rows, in order, with a ``Rejected``
-in place of a row that cannot be made. A source whose shards are pieces of its files, made each by
-itself, is of that kind too. The others leave a folder: a checkpoint, which later steps may run, or
-a report.
+in place of a row that cannot be made and a ``Later`` in place of one that an engine need not wait
+for. A source whose shards are pieces of its files, made each by itself, is of that kind too. The
+others leave a folder: a checkpoint, which later steps may run, or a report.
 
 A stage is a folder: ``stage.py`` says what it is, and planning loads it, so it has no torch;
 ``work.py`` beside it does it, and is loaded when the work begins. CONTRIBUTING.md adds one step by
@@ -43,6 +43,18 @@ class Rejected:
 
     sample_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """A row of which the engine has done its part: ``make`` does the rest, beside its next work.
+
+    It is called once, in another thread than the engine's, in the order of the rows, and returns
+    the row or a ``Rejected``. Until then it holds ``num_bytes`` of memory.
+    """
+
+    make: Callable[[], Any]
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ flat lists, and flat without token texts; ours cut short after the hidden states
 head's product (T1), and whole (T2: threshold encoding, shard written and flushed to the disk).
 The others' log-probs are not even stored.
 
-Bars: ours is at least 1.5 times as fast as the flat path, and at least 0.7 times plain prefill
-(SmolLM2's head alone is 21 % of its multiply-adds).
+Bars: ours is at least 1.15 times as fast as the flat path without token texts, which is the fastest
+that a careful user has, and at least 0.78 times plain prefill. SmolLM2's head alone is 21 % of its
+multiply-adds, so 0.79 of prefill is the most there is.
 """
 
 import statistics
@@ -39,8 +40,8 @@ from benchmarks.capture.capture_workers import (
 from benchmarks.storage.real_positions import MODEL, load_domain, missing_asset
 from stages.models.spec import EngineOptions
 
-WAYS = (PLAIN, HIDDEN, HEAD, OURS, FLAT, FLAT_IDS, DICTS)
-OVER_FLAT, OVER_PLAIN = 1.5, 0.7
+WAYS = (PLAIN, HIDDEN, HEAD, OURS, FLAT_IDS, FLAT, DICTS)
+OVER_FLAT, OVER_PLAIN = 1.15, 0.78
 K = 16
 # prompts, tokens of each, repetitions
 FULL = (16, 512, 7)
@@ -63,7 +64,8 @@ second do not.
 *Plain prefill* is `LLM.generate` of one token without log-probs. *Ours* is what `teachercache run`
 does with `threshold`, k = {k}: T0 stops at the hidden states, T1 after the product with the head,
 T2 is all of it, with the shard written and flushed. The `prompt_logprobs` ways end with Python
-objects in memory; *no text* leaves out the decoding of every token to a string.
+objects in memory; *no text* leaves out the decoding of every token to a string, which nobody needs
+who keeps ids: it is what ours is held to.
 
 ## Bars
 
@@ -71,9 +73,8 @@ objects in memory; *no text* leaves out the decoding of every token to a string.
 
 The head takes 21 % of SmolLM2's multiply-adds and plain prefill leaves it out, so a path that ends
 with distributions cannot pass 0.79 of prefill's speed on one processor: here that is {ceiling:.2f}
-times the flat path, and the first bar lies above it wherever prefill is less than 1.9 times as fast
-as the flat path. That path's own work (a list of 65 Python numbers and strings a position) is the
-same on a GPU, where prefill is some hundred times as fast; it was not measured there.
+times the flat path without text. That path's own work (a list of 65 Python numbers a position) is
+the same on a GPU, where prefill is some hundred times as fast; it was not measured there.
 """
 HEAD_SHARE = 0.21
 
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=_threads(),
             machine=_machine(),
             k=K,
-            ceiling=(1.0 - HEAD_SHARE) * ratio(passes, PLAIN, FLAT),
+            ceiling=(1.0 - HEAD_SHARE) * ratio(passes, PLAIN, FLAT_IDS),
             rows=markdown_table(rows),
             bars=markdown_table([{**bar, "ok": "yes" if bar["ok"] else "no"} for bar in bars]),
         )
@@ -159,8 +160,8 @@ def as_row(way: str, passes: Passes, num_tokens: int) -> dict[str, Any]:
         "CPU s per 1000 tokens": _rounded(mine, "cpu_seconds", 1000 / num_tokens),
         "speed / plain": round(ratio(passes, way, PLAIN), 3),
         "by CPU time": round(ratio(passes, way, PLAIN, of="cpu_seconds"), 3),
-        "speed / flat": round(ratio(passes, way, FLAT), 3),
-        "by CPU time, / flat": round(ratio(passes, way, FLAT, of="cpu_seconds"), 3),
+        "speed / flat, no text": round(ratio(passes, way, FLAT_IDS), 3),
+        "by CPU time, / flat, no text": round(ratio(passes, way, FLAT_IDS, of="cpu_seconds"), 3),
         "peak RSS MB": round(max(p.peak_mb for p in mine)),
         "of it grown MB": round(max(p.grown_mb for p in mine)),
     }
@@ -173,7 +174,7 @@ def _rounded(passes: Sequence[Pass], of: str, scale: float) -> float:
 def judge(passes: Passes) -> list[Bar]:
     """Return the two bars, by wall time."""
     return [
-        at_least("ours over prompt_logprobs=64, flat", ratio(passes, OURS, FLAT), OVER_FLAT),
+        at_least(f"ours over {FLAT_IDS}", ratio(passes, OURS, FLAT_IDS), OVER_FLAT),
         at_least("ours over plain prefill", ratio(passes, OURS, PLAIN), OVER_PLAIN),
     ]
 

@@ -38,7 +38,7 @@ PLAIN, DICTS, FLAT = "plain prefill", "prompt_logprobs=64, dicts", "prompt_logpr
 FLAT_IDS = "prompt_logprobs=64, flat, no text"
 HIDDEN, HEAD, OURS = "ours: T0 hidden states", "ours: T1 + head", "ours: T2 + encode, write, fsync"
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -99,7 +99,7 @@ class Worker:
 
 
 def _serve(connection: Connection, ways: Callable[[Task], Any], task: Task) -> None:
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     with ways(task) as by_name:
         connection.send("ready")
         while (name := connection.recv()) is not None:
@@ -108,16 +108,16 @@ def _serve(connection: Connection, ways: Callable[[Task], Any], task: Task) -> N
 
 def _measure(way: Way) -> Pass:
     gc.collect()
-    before = _memory("VmRSS")
+    before = memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     cpu, wall = time.process_time(), time.perf_counter()
     way()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak = _memory("VmHWM")
+    peak = memory_mb("VmHWM")
     return Pass(wall, cpu, peak, peak - before)
 
 
-def _memory(name: str) -> float:
+def memory_mb(name: str) -> float:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1000
@@ -172,12 +172,12 @@ def _check(outputs: list[Any], fields: dict[str, Any]) -> None:
 def capturing(task: Task) -> Iterator[dict[str, Way]]:
     """The product's path, whole and cut short after each of its steps."""
     with open_engine("vllm", task.model, dtype="float32", options=task.options) as engine:
-        for way in _capture_ways(engine, task, 1).values():
+        for way in capture_ways(engine, task, 1).values():
             way()
-        yield _capture_ways(engine, task, None)
+        yield capture_ways(engine, task, None)
 
 
-def _capture_ways(engine: Engine, task: Task, count: int | None) -> dict[str, Way]:
+def capture_ways(engine: Engine, task: Task, count: int | None) -> dict[str, Way]:
     sequences = list(task.prompts_RT[:count])
     fields = {"stage": "teacher_logits", "input": "-", "model": "-"}
     stage = TeacherLogitsStage.model_validate(

@@ -1,10 +1,11 @@
 """How much faster are token files than text, and what do two Ray workers make of them?
 
-The same documents are read as text by ``ingest`` and as ids by ``token_files``, packed to the same
-length, each in a process of its own that may use one core: tokens a second of processor time, from
-the plan to the manifest, without the start and the imports. A repetition runs all ways in turns and
-what is judged is the median ratio within one. Files are hashed for their names before, as ``plan``
-does once.
+Documents are read as text by ``ingest`` and as ids by ``token_files``, packed to the same length,
+each in a process of its own that may use one core: tokens a second of processor time, from the plan
+to the manifest, without the start and the imports. The files of ids hold each document many times,
+every time turned by another number of tokens, so that every way works for about as long and what a
+run costs whatever its size weighs the same. A repetition runs all ways in turns and what is judged
+is the median ratio within one. Files are hashed for their names before, as ``plan`` does once.
 
 Two Ray workers share larger shards. Other work shares the machine's two cores, so three figures
 stand beside each other: shards a second of two over twice those of one, the same of bare processes
@@ -38,7 +39,8 @@ Ids = npt.NDArray[np.uint16]
 FORMATS = {"parquet": "a.parquet", "megatron": "a.idx", "datatrove": "a.ds"}
 LENGTH = 512
 MIN_SPEED_UP, MIN_EFFICIENCY = 20.0, 0.9
-FULL, QUICK = (4000, 3, 24, 2000), (1000, 1, 12, 1000)  # documents, repetitions, shards, their rows
+# documents, copies in the files of ids, repetitions, shards for two workers, rows of each
+FULL, QUICK = (4000, 24, 3, 14, 10_000), (1000, 24, 1, 10, 4000)
 ROW_TOKENS = 2048
 ONE_CORE = {
     "RAYON_NUM_THREADS": "1",
@@ -51,9 +53,10 @@ ONE_CORE = {
 PAGE = """# Token files: the speed of reading ids, beside that of text
 
 Written by `python benchmarks/ingest/token_files.py --docs docs/measured/`. {documents:,}
-documents, {tokens:,} tokens of SmolLM2's tokenizer, packed to rows of {length}; each way in a
-process of its own on one core, tokens a second of *processor time* from plan to manifest, median of
-{repetitions} repetitions in turns. 2 CPU cores, shared with other work.
+documents, {tokens:,} tokens of SmolLM2's tokenizer, packed to rows of {length}; the files of ids
+hold each {copies} times, turned by another number of tokens, so that every way works for about as
+long. Each in a process of its own on one core, tokens a second of *processor time* from plan to
+manifest, median of {repetitions} repetitions in turns. 2 CPU cores, shared with other work.
 
 {bars}
 
@@ -71,6 +74,7 @@ RUN = """
 import json, sys, time
 import pyarrow, datasets, polars, transformers
 import stages.sources.documents.work, stages.sources.token_files.work
+from transformers import AutoTokenizer
 from pathlib import Path
 from pipeline.planning.plan import make_plan
 from pipeline.planning.recipe_file import load_recipe
@@ -93,24 +97,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--docs", type=Path, help="write token_files.md to this folder")
     options = parser.parse_args(arguments)
-    documents, repetitions, num_shards, shard_rows = QUICK if options.quick else FULL
+    documents, copies, repetitions, num_shards, shard_rows = QUICK if options.quick else FULL
     model = options.cache / "models" / "smollm2-135m-instruct"
     if not model.is_dir():
         print(f"{model} is missing: run `python examples/fetch_assets.py` first")
         return 2
     with tempfile.TemporaryDirectory(prefix="token-files-") as name:
         folder = Path(name)
-        ids = write_inputs(folder, options.cache / "text", model, documents)
+        ids = write_text(folder, options.cache / "text", model, documents)
+        write_token_files(folder, [np.roll(row, turn) for turn in range(copies) for row in ids])
         speeds = compare_speeds(folder, model, repetitions)
-        rate = max(row["tokens/s"] for row in speeds)
         write_megatron(folder / "large", large_rows(ids, num_shards * shard_rows))
-        scaling = compare_workers(folder, model, shard_rows, rate, num_shards, repetitions)
+        scaling = compare_workers(folder, model, shard_rows, num_shards, repetitions)
     bars = judge(speeds, scaling)
     status = finish(bars, [*speeds, *scaling], options.json)
     if options.docs:
         page = PAGE.format(
             documents=documents,
             tokens=sum(map(len, ids)),
+            copies=copies,
             length=LENGTH,
             repetitions=repetitions,
             shards=num_shards,
@@ -123,15 +128,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def write_inputs(folder: Path, text: Path, model: Path, documents: int) -> list[Ids]:
-    """Write the same documents as text and in each format; return their ids."""
+def write_text(folder: Path, text: Path, model: Path, documents: int) -> list[Ids]:
+    """Write documents as text; return their ids."""
     words = demo_words(text)
     texts = [document(number, words) for number in range(documents)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ids = [np.array(found.ids, np.uint16) for found in encoded]
+    return [np.array(found.ids, np.uint16) for found in encoded]
+
+
+def write_token_files(folder: Path, ids: Sequence[Ids]) -> None:
+    """Write ids in each format."""
     pq.write_table(
         pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))}), folder / "a.parquet"
     )
@@ -139,7 +148,6 @@ def write_inputs(folder: Path, text: Path, model: Path, documents: int) -> list[
     (folder / "a.ds").write_bytes(np.concatenate(ids).tobytes())
     ends = np.cumsum([len(row) for row in ids]).astype("<u8")
     (folder / "a.ds.index").write_bytes(ends.tobytes())
-    return ids
 
 
 def write_megatron(path: Path, rows: Sequence[Ids]) -> None:
@@ -155,9 +163,10 @@ def write_megatron(path: Path, rows: Sequence[Ids]) -> None:
 
 
 def large_rows(ids: Sequence[Ids], num_rows: int) -> list[Ids]:
-    """Return rows of ``ROW_TOKENS`` from anywhere in the documents."""
+    """Return rows of ``ROW_TOKENS`` from anywhere in the documents, none of them twice."""
     stream = np.concatenate(ids)
-    starts = np.random.default_rng(0).integers(0, len(stream) - ROW_TOKENS, num_rows)
+    every = len(stream) - ROW_TOKENS
+    starts = np.random.default_rng(0).choice(every, num_rows, replace=False)
     return [stream[start : start + ROW_TOKENS] for start in starts]
 
 
@@ -209,16 +218,13 @@ def compare_speeds(folder: Path, model: Path, repetitions: int) -> list[dict[str
 
 
 def compare_workers(
-    folder: Path, model: Path, shard_rows: int, rate: float, num_shards: int, repetitions: int
+    folder: Path, model: Path, shard_rows: int, num_shards: int, repetitions: int
 ) -> list[dict[str, Any]]:
     source = {"kind": "megatron", "paths": [str(folder / "large.idx")]}
     step = {"stage": "token_files", "source": source, "rows_per_shard": shard_rows}
     recipe = recipe_of(folder, model, "large", step | {"mode": "as_given", "length": ROW_TOKENS})
-    rounds = rounds_of(shard_rows * ROW_TOKENS / rate)
-    found: dict[str, list[tuple[float, float, float]]] = {"bare": [], "local": [], "ray": []}
+    found: dict[str, list[tuple[float, float, float]]] = {"local": [], "ray": [], "bare": []}
     for _ in range(repetitions):
-        one, two = (bare_rate(workers, num_shards, rounds) for workers in (1, 2))
-        found["bare"].append((one, two, 1.0))
         for executor in ("local", "ray"):
             rates, shares = [], []
             for workers in (1, 2):
@@ -229,6 +235,9 @@ def compare_workers(
                 shares.append(share)
                 shutil.rmtree(place)
             found[executor].append((rates[0], rates[1], shares[1]))
+        rounds = rounds_of(1 / rates[0])  # as long as a shard took
+        one, two = (bare_rate(workers, num_shards, rounds) for workers in (1, 2))
+        found["bare"].append((one, two, 1.0))
     rows = []
     for way, runs in found.items():
         ratios = [two / one / 2 for one, two, _ in runs]

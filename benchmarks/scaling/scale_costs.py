@@ -1,19 +1,16 @@
 """What one process has to do for each shard of a run, measured: hand it out, list it, check it.
 
-Processor seconds, so that other work on the machine matters little; Ray's ``wait`` is timed by the
-clock.
+Processor seconds, so that other work on the machine matters little.
 """
 
 import hashlib
-import logging
 import os
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,18 +23,13 @@ from pipeline.state.kept_shards import kept_shards
 from schemas.storage.records import ShardRecord, shard_name, write_record
 from schemas.storage.shard_list import ShardList, ShardListBuilder
 
-RAY_OVERHEAD_S = 0.0027  # docs/measured/executors.md
-
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the driver does for one shard, in seconds, measured."""
+    """What the driver does for one shard, in seconds by number of workers, measured."""
 
-    dispatch_s: dict[int, float]
-    ray_wait_s: dict[int, float]
-
-    def seconds(self, workers: int) -> float:
-        return RAY_OVERHEAD_S + self.dispatch_s[workers] + self.ray_wait_s[workers]
+    dispatch_s: dict[int, float]  # the dispatcher alone
+    on_ray_s: dict[int, float]  # all of it, on Ray
 
 
 def step_tasks(num_shards: int) -> StepTasks:
@@ -88,34 +80,6 @@ def dispatch_memory(workers: int, num_shards: int) -> float:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
-
-
-def ray_wait_costs(numbers: Sequence[int]) -> dict[int, float]:
-    """Return the median seconds of ``ray.wait`` over so many pending results, one of them there."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
-    sleeper = ray.remote(num_cpus=0)(_Sleeper).remote()
-    found = {}
-    for number in numbers:
-        pending = [sleeper.sleep.remote() for _ in range(number - 1)]
-        seconds = []
-        for _ in range(30):
-            refs = [*pending, ray.put(1)]
-            started = time.perf_counter()
-            ray.wait(refs, timeout=10.0)
-            seconds.append(time.perf_counter() - started)
-        found[number] = median(seconds)
-    ray.kill(sleeper)
-    ray.shutdown()
-    return found
-
-
-class _Sleeper:
-    def sleep(self) -> None:
-        time.sleep(3600)
 
 
 def list_costs(num_shards: int) -> dict[str, float]:

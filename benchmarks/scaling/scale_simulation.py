@@ -3,8 +3,7 @@
 The dispatcher is the real one; its crew is simulated on a virtual clock (``simulated_crew``). Times
 of shards are drawn from those of real runs (``shard_times``), over their mean, and scaled to a
 GPU's speed, which is assumed, as are lives of workers and the object store's figures. What the
-driver does for a shard is measured here: the dispatcher, Ray's ``wait`` over that many workers, and
-Ray's overhead a shard (docs/measured/executors.md).
+driver does for a shard is measured here (``ray_driver``).
 """
 
 import sys
@@ -15,12 +14,12 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
+from benchmarks.scaling.ray_driver import ray_driver_cost
 from benchmarks.scaling.scale_costs import (
     Driver,
     dispatch_cost,
     dispatch_memory,
     list_costs,
-    ray_wait_costs,
     resume_costs,
     step_tasks,
 )
@@ -42,7 +41,7 @@ TROUBLES: dict[str, dict[str, Any]] = {
     "workers live 4 h": {"mean_life_s": 4 * 3600.0},
 }
 MOST_SHARDS = 100_000  # of a run that is not about their number
-MIN_EFFICIENCY, MAX_DISPATCH_US, MAX_BYTES_A_SHARD = 0.85, 100.0, 100.0
+MIN_EFFICIENCY, MAX_DISPATCH_US, MAX_DRIVER_MS, MAX_BYTES_A_SHARD = 0.85, 100.0, 1.0, 100.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,12 +62,13 @@ def measure(cache: Path, *, quick: bool) -> Measured:
     times = shard_times(cache, quick=quick)
     teacher = SMALL if quick else TEACHER
     dispatch_s = {workers: dispatch_cost(workers, num_dispatched) for workers in WORKERS}
-    driver = Driver(dispatch_s, ray_wait_costs(WORKERS))
+    on_ray_s = {workers: ray_driver_cost(workers, 5 + 500 // workers) for workers in WORKERS}
+    driver = Driver(dispatch_s, on_ray_s)
     assumed = Assumed()
     found = Measured(assumed, teacher, times, driver, most_shards)
 
     def run(workers: int, shard_tokens: float, most: int, note: str, **changes: Any) -> Result:
-        driver_s = driver.seconds(workers)
+        driver_s = driver.on_ray_s[workers]
         world = replace(assumed.world(times[teacher], driver_s, shard_tokens), **changes)
         num_shards = min(most, round(TOKENS_A_WORKER * workers / shard_tokens))
         started = perf_counter()
@@ -115,6 +115,11 @@ def judge(found: Measured) -> list[Bar]:
             f"dispatcher with {workers:,} workers, us a shard",
             1e6 * found.driver.dispatch_s[workers],
             MAX_DISPATCH_US,
+        ),
+        at_most(
+            f"driver with {workers:,} workers on Ray, ms a shard",
+            1e3 * found.driver.on_ray_s[workers],
+            MAX_DRIVER_MS,
         ),
         at_most("list of shards, bytes a shard", found.listed["bytes a shard"], MAX_BYTES_A_SHARD),
     ]

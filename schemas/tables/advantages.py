@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..ragged import id_twice
-from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
+from ..table import CAPTURE_ZSTD_LEVEL, MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -204,10 +204,30 @@ def _positions_agree(columns: Columns, *names: str) -> bool:
 
 
 _NAME, _VERSION = "advantages", 1
-EXACT = Table(ExactAdvantages, name=_NAME, version=_VERSION, variant="exact")
-THRESHOLD = Table(ThresholdAdvantages, name=_NAME, version=_VERSION, variant="threshold")
-UNION_TOP_K = Table(UnionAdvantages, name=_NAME, version=_VERSION, variant="union_top_k")
-AS_RELEASED = Table(ReleasedAdvantages, name=_NAME, version=_VERSION, variant="as_released")
+EXACT = Table(
+    ExactAdvantages, name=_NAME, version=_VERSION, variant="exact", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+THRESHOLD = Table(
+    ThresholdAdvantages,
+    name=_NAME,
+    version=_VERSION,
+    variant="threshold",
+    zstd_level=CAPTURE_ZSTD_LEVEL,
+)
+UNION_TOP_K = Table(
+    UnionAdvantages,
+    name=_NAME,
+    version=_VERSION,
+    variant="union_top_k",
+    zstd_level=CAPTURE_ZSTD_LEVEL,
+)
+AS_RELEASED = Table(
+    ReleasedAdvantages,
+    name=_NAME,
+    version=_VERSION,
+    variant="as_released",
+    zstd_level=CAPTURE_ZSTD_LEVEL,
+)
 SUPPORTS: dict[str, Table[Any]] = {
     table.variant: table for table in (EXACT, THRESHOLD, UNION_TOP_K, AS_RELEASED)
 }

@@ -30,8 +30,16 @@ import pyarrow as pa
 
 from ..distribution import tail_ids, unpack_top_k
 from ..ragged import id_twice, surely_counted
-from ..scored_spans import SCORED, span_targets
-from ..table import KEPT, LOG_VOCABULARY, MOST_LOGPROB, TOKEN_ID, TOKEN_ID_HIGH, Column, Table
+from ..table import (
+    CAPTURE_ZSTD_LEVEL,
+    KEPT,
+    LOG_VOCABULARY,
+    MOST_LOGPROB,
+    TOKEN_ID,
+    TOKEN_ID_HIGH,
+    Column,
+    Table,
+)
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -305,46 +313,19 @@ def _positions_agree(columns: Columns, *names: str) -> bool:
     )
 
 
-INPUT_COLUMNS = (
-    *("input_ids_T", "prompt_ids_T", "chosen_ids_C", "rejected_ids_R"),
-    *(SCORED, "answer_start"),
-)
-
-
-def misplaced(row: Mapping[str, Any]) -> str:
-    """Return how the positions of a row, joined with its input, miss that input's tokens.
-
-    Of a document or an episode every token but the first is scored, of a pair both responses, of a
-    row that names spans their tokens (or those of the answer alone, by an encoder-decoder). ""
-    where they meet, and where the input (of ``INPUT_COLUMNS``) is not among the columns.
-    """
-    first_target, num_found = row["first_target"], len(row["next_token_logprobs_P"])
-    if SCORED in row:
-        targets_P = span_targets(row[SCORED])
-        answer_P = targets_P[targets_P >= row.get("answer_start", len(row["input_ids_T"]))]
-        if (first_target, num_found) == (min(answer_P, default=0), len(answer_P)):
-            return ""
-        start, num_positions = int(min(targets_P, default=0)), len(targets_P)
-    elif "chosen_ids_C" in row:
-        start = len(row["prompt_ids_T"])
-        num_positions = len(row["chosen_ids_C"]) + len(row["rejected_ids_R"])
-    elif "input_ids_T" in row:
-        start, num_positions = 1, len(row["input_ids_T"]) - 1
-    else:
-        return ""
-    if (first_target, num_found) == (start, num_positions):
-        return ""
-    return (
-        f"signals for {num_found} tokens from token {first_target} on, its input has "
-        f"{num_positions} from token {start} on"
-    )
-
-
 NAME, VERSION = "teacher_logits", 1
-THRESHOLD = Table(ThresholdLogits, name=NAME, version=VERSION, variant="threshold")
-THRESHOLD_TAU = Table(TauLogits, name=NAME, version=1, variant="threshold_tau")
-TOP_K = Table(TopKLogits, name=NAME, version=VERSION, variant="top_k")
-EXACT = Table(ExactLogits, name=NAME, version=VERSION, variant="exact")
+THRESHOLD = Table(
+    ThresholdLogits, name=NAME, version=VERSION, variant="threshold", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+THRESHOLD_TAU = Table(
+    TauLogits, name=NAME, version=1, variant="threshold_tau", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+TOP_K = Table(
+    TopKLogits, name=NAME, version=VERSION, variant="top_k", zstd_level=CAPTURE_ZSTD_LEVEL
+)
+EXACT = Table(
+    ExactLogits, name=NAME, version=VERSION, variant="exact", zstd_level=CAPTURE_ZSTD_LEVEL
+)
 ENCODINGS: dict[str, Table[Any]] = {
     table.variant: table for table in (THRESHOLD, THRESHOLD_TAU, TOP_K, EXACT)
 }

@@ -53,6 +53,7 @@ MOVE_NUMBERS = (
     "worker_cls",
     "worker_extension_cls",
 )
+_CPU_CACHE_BYTES = 2 << 30
 SET_HERE = (
     "block_size",
     "convert",
@@ -84,8 +85,9 @@ class EngineOptions(BaseModel):
     """Settings of both engines; ``None`` leaves a choice to the engine.
 
     ``kv_cache_memory_bytes`` is per device, in place of ``gpu_memory_utilization`` (on a CPU: 2
-    GiB). ``max_num_batched_tokens`` bounds one forward pass. ``enforce_eager`` unset means compiled
-    on a GPU, eager on a CPU: there compiling took 90 s and gained 10 % (SmolLM2-135M, 2 cores).
+    GiB, taken as they are written). ``max_num_batched_tokens`` bounds one forward pass.
+    ``enforce_eager`` unset means compiled on a GPU, eager on a CPU: there compiling took 90 s and
+    gained 10 % (SmolLM2-135M, 2 cores).
     ``head_check`` is what the start-up check of an engine's log-probs compares them with: a plain
     forward of ``transformers``, which loads the whole model once more; the same ``engine``'s own,
     which finds a head that is not read right and nothing that both get wrong; or nothing (``off``).
@@ -136,6 +138,11 @@ class EngineOptions(BaseModel):
     def extra_in_name(self) -> dict[str, Any]:
         """Those of ``extra`` that move a model's numbers beyond rounding."""
         return {name: value for name, value in self.extra.items() if name in MOVE_NUMBERS}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that a vLLM engine on a CPU sets aside; it may write fewer."""
+        return self.kv_cache_memory_bytes or _CPU_CACHE_BYTES
 
     @property
     def num_devices(self) -> int:

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fixtures.cached_data import make_cached_data
 
 HELLO = Path(__file__).parents[2] / "examples" / "hello.py"
 
 
+@pytest.mark.slow
 def test_hello_shows_a_row_and_trains(tmp_path: Path) -> None:
     data = make_cached_data(tmp_path / "data")
     places = [data.teacher, *data.tables("threshold"), tmp_path / "out"]

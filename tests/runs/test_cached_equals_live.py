@@ -220,6 +220,7 @@ def cached_losses(
         (IclDistillationConfig(lm_weight=0.0), 1e-5),
     ],
 )
+@pytest.mark.slow
 def test_the_loss_curve_from_the_cache_is_the_live_one(
     data: EpisodeData, tmp_path: Path, objective: ObjectiveConfig, tolerance: float
 ) -> None:

@@ -117,6 +117,7 @@ def losses(step: PlannedStep) -> list[float]:
     return [entry["loss"] for entry in record.history]
 
 
+@pytest.mark.slow
 def test_tables_in_a_store_are_those_on_a_disk(
     root: str, tiny_model: Path, paragraphs: list[str], tmp_path: Path
 ) -> None:

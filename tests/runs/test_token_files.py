@@ -48,6 +48,7 @@ def again(source: dict[str, Any], tiny_model: Path, tmp_path: Path) -> TinyRecip
     return token_recipe(tmp_path / "again", tiny_model, source, rows_per_shard=4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stood(
     undisturbed: dict[str, bytes], again: TinyRecipe
 ) -> None:

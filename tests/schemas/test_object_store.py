@@ -105,6 +105,7 @@ def test_only_one_makes_an_object_and_only_who_knows_it_replaces_it(root: str) -
     assert place(root, "none").replace(b"x", first) is None
 
 
+@pytest.mark.slow
 def test_a_large_object_goes_up_and_down_in_parts(
     root: str, server: Server, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_another_checksum_is_refused_and_not_kept(root: str, tmp_path: Path) -> 
     assert cached(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_room_is_made_by_what_was_used_least_recently(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

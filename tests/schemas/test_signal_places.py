@@ -12,6 +12,7 @@ from schemas.dataset import open_dataset
 from schemas.errors import StoreError
 from schemas.row_checks import contradiction_in
 from schemas.sample_id import sample_id_of
+from schemas.scored_spans import misplaced
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.records import ShardRecord, shard_name
 from schemas.storage.shards import write_shard
@@ -20,7 +21,7 @@ from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.teacher_logits import TOP_K, TopKLogits, misplaced
+from schemas.tables.teacher_logits import TOP_K, TopKLogits
 from tests.fixtures.demonstration_data import cut
 from tests.fixtures.episode_data import as_episode
 from tests.fixtures.tiny_responses import make_pair

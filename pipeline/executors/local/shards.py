@@ -2,7 +2,8 @@
 
 Work is handed out one shard at a time, so a slow shard holds nobody up, and a killed run loses at
 most the shard in hand of each worker. Of several workers, one that dies costs the shard it had in
-hand; with one, the run is the worker, and dies with it.
+hand; with one, the run is the worker, and dies with it: then two are in hand, one that is worked on
+and the one before it, which is being written.
 """
 
 import multiprocessing
@@ -19,7 +20,8 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from pipeline.executors.dispatch import Done, Event, Failed, Limits, Lost, Ready, dispatch
-from pipeline.executors.shard_task import ShardTasks, run_shard
+from pipeline.executors.shard_task import ShardTasks
+from pipeline.executors.shard_work import run_shards
 from pipeline.executors.worker import Do, Job, opened_worker
 from schemas.errors import TeacherCacheError
 from schemas.storage.records import ShardRecord
@@ -40,9 +42,7 @@ def run_local(
     """Yield each shard's record as it is finished."""
     if limits.workers == 1 or not tasks:
         with stage.open(context) as work:
-            bound = stage.bind(context)
-            for task in tasks:
-                yield run_shard(task, bound, work, context.notes)
+            yield from run_shards(tasks, stage.bind(context), work, context.notes)
     else:
         crew = _ProcessCrew(stage, context)
         try:

@@ -173,9 +173,11 @@ class _ActorCrew:
             self._require_place()
             waiting = {m.pending: n for n, m in self._members.items() if m.pending is not None}
             left_s = max(0.0, min(POLL_S, deadline - time.monotonic()))
-            done, _ = ray.wait(list(waiting), timeout=left_s)
+            done, rest = ray.wait(list(waiting), timeout=left_s)
             if not done:
                 self._require_head()
+            elif rest:  # all that are there by now: asking costs as much for one as for a hundred
+                done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
             events = [self._event(waiting[ref]) for ref in done]
             heard = [event for event in events if event is not None]
             if heard or time.monotonic() >= deadline:

@@ -17,7 +17,6 @@ from stages.models.spec import EngineOptions, ModelSpec
 from stages.stage import StageContext
 
 PROCESS_BYTES = 1 << 30  # torch, transformers and vLLM, loaded
-KV_CACHE_BYTES = 2 << 30  # vLLM's on a CPU where engine.kv_cache_memory_bytes is not given
 WEIGHT_FILES = (".safetensors", ".bin")  # one or the other
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 Machine = Mapping[str, float]  # resources by Ray's names
@@ -77,7 +76,7 @@ def _model_bytes(spec: ModelSpec, options: EngineOptions) -> int:
     weights: int = sum(next(filter(None, kinds), [])) * asked // stored
     if spec.engine != "vllm":
         return weights
-    return weights + (options.kv_cache_memory_bytes or KV_CACHE_BYTES)
+    return weights + options.cache_bytes
 
 
 def _file_sizes(folder: Folder) -> dict[str, int]:

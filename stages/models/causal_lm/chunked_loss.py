@@ -183,8 +183,15 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_outputs[0]
         grads = zip(ctx.saved_tensors, ctx.grad_dtypes, strict=True)
-        scaled = [None if grad is None else (grad * factor).to(dtype) for grad, dtype in grads]
+        scaled = [None if grad is None else _scaled(grad, factor, dtype) for grad, dtype in grads]
         return (*scaled, None)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``grad * factor``, rounded as it is written: a GPU makes no [V, D] in float32."""
+    if grad.dtype == dtype:
+        return grad * factor
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def _reduce_chunks(job: _Job, inputs: _Inputs, grads: _Gradients) -> Tensor:
@@ -208,6 +215,7 @@ def _reduce_chunks(job: _Job, inputs: _Inputs, grads: _Gradients) -> Tensor:
             if job.scale != 1.0:
                 work_CV *= job.scale
             grads.add(rows, work_CV, hidden_CD, weight_VD)
+        del work_CV, slope_CV  # before the next chunk makes its own
     return sums_S
 
 
@@ -224,6 +232,7 @@ class _LogitsLoss(torch.autograd.Function):
                 sums_S += job.objective.reduce_(work_CV, rows, with_grad=job.with_grad)
                 if grad_NV is not None:
                     grad_NV[rows] = work_CV
+                del work_CV  # before the next chunk makes its own
         ctx.save_for_backward(grad_NV)
         ctx.mark_non_differentiable(sums_S)
         return sums_S[0].clone(), sums_S

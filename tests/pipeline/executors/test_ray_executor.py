@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pipeline.executors.dispatch import Limits
-from pipeline.executors.shard_task import DEADLY
+from pipeline.executors.shard_work import DEADLY
 from schemas.errors import ConfigError, EngineError, SchemaMismatch
 from schemas.storage.records import ShardRecord
 from schemas.storage.shards import read_shard
@@ -42,7 +42,11 @@ from tests.servers.ray_cluster import (
 
 os.environ.update(ENVIRONMENT)  # read by Ray when it is imported
 
-from pipeline.executors.ray_cluster.shards import run_on_ray
+import ray
+
+from pipeline.executors.ray_cluster.connection import connected, head_of
+from pipeline.executors.ray_cluster.shards import _ActorCrew, _Member, run_on_ray
+from pipeline.executors.ray_cluster.worker_size import WorkerSize
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 NUM_PARAGRAPHS = 40
@@ -448,6 +452,21 @@ def test_a_token_in_the_home_folder_is_shown_unasked(
     said = finish(start("run", again.path, *sets))
     assert said.code == 0, said.err
     assert signals(again) == signals(finished)
+
+
+# A crowd.
+
+
+def test_all_results_that_are_there_are_taken_at_once(shards: Shards, cluster: Cluster) -> None:
+    """Asking Ray costs as much for one as for a hundred, and more with every worker."""
+    context, size = shards.context, WorkerSize(0, 1, 0)
+    with connected(cluster.address, shards.documents, num_cpus=1):
+        crew = _ActorCrew(shards.stage(), context, size, 60.0, head_of(cluster.address))
+        late = ray.remote(num_cpus=0)(lambda: time.sleep(3600)).remote()
+        pending = [late, *(ray.put(None) for _ in range(9))]
+        crew._members = {n: _Member(None, None, ref, "ready") for n, ref in enumerate(pending)}
+        assert {event.worker for event in crew.wait(600.0)} == set(range(1, 10))
+        ray.cancel(late, force=True)
 
 
 # A run as a job of the cluster.

@@ -7,7 +7,6 @@ from typing import Literal
 import pytest
 
 from pipeline.executors.ray_cluster.worker_size import (
-    KV_CACHE_BYTES,
     PROCESS_BYTES,
     Machine,
     WorkerSize,
@@ -53,7 +52,7 @@ def test_sizes(
     ("engine", "options", "cache"),
     [
         ("transformers", {}, 0),
-        ("vllm", {}, KV_CACHE_BYTES),
+        ("vllm", {}, 2 * GIB),
         ("vllm", {"kv_cache_memory_bytes": GIB}, GIB),
     ],
 )

@@ -47,6 +47,7 @@ def refusal(recipe: TinyRecipe) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_commit_is_fetched_once_and_named_by_its_content(
     hub: Hub, folder: Path, recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_torn_download_is_gone_on_with(
     assert len(recipe.plan()) == 2
 
 
+@pytest.mark.slow
 def test_a_private_model_takes_the_token_from_its_place_and_nobody_writes_it_down(
     hub: Hub, folder: Path, recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_what_is_expected_is_near_what_comes_out(copied: TinyRecipe, encoding: s
     assert 0.8 < found.num_bytes / expected.num_bytes < 1.25, (found, expected)
 
 
+@pytest.mark.slow
 def test_the_head_beside_an_exact_table_is_part_of_what_it_will_take(
     tiny_model: Path, paragraphs: list[str], tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_changed_recipe_lies_beside_what_is_there(finished: TinyRecipe) -> Non
         assert progress_of(step).state == "pending"
 
 
+@pytest.mark.slow
 def test_bytes_are_unknown_while_an_earlier_step_has_yet_to_make_the_model(
     copied: TinyRecipe,
 ) -> None:

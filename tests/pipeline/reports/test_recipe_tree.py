@@ -127,6 +127,7 @@ def test_models_stand_at_the_root(fresh: TinyRecipe, tiny_model: Path, tmp_path:
     assert said[start : start + len(expected)] == expected
 
 
+@pytest.mark.slow
 def test_during_a_run_it_counts_shards_and_foretells_the_rest(fresh: TinyRecipe) -> None:
     for flags in (("--step", "documents"), ("--step", "signals", "--shards", "0:2")):
         assert teachercache("run", fresh.path, *flags).code == 0

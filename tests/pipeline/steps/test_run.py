@@ -149,6 +149,7 @@ def test_only_what_is_missing_is_made_again_whatever_the_order(
 
 
 @pytest.mark.parametrize("step", ["documents", "signals"])
+@pytest.mark.slow
 def test_finished_shards_whose_bytes_have_changed_are_made_again(
     copied: TinyRecipe, finished: TinyRecipe, step: str
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_finished_source_that_lost_a_shard_is_told_how_to_mend(
     assert all_bytes(copied) == all_bytes(finished)
 
 
+@pytest.mark.slow
 def test_a_head_that_has_gone_is_written_again(
     tiny_model: Path, paragraphs: list[str], tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ class Stand(TransformersEngine):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_an_engine_that_leaves_the_adapter_out_is_refused(
     dtype: str,
     tiny_model: Path,

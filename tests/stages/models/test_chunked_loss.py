@@ -4,6 +4,7 @@ Dimensions: N = positions, V = vocabulary, D = hidden width, K = kept entries.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.models.causal_lm.chunked_loss import LossSums, PositionLoss, StudentHead, chunked_loss
+from stages.models.causal_lm import chunked_loss as losses_module
+from stages.models.causal_lm.chunked_loss import (
+    LossSums,
+    PositionLoss,
+    StudentHead,
+    chunked_loss,
+    logits_loss,
+)
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
@@ -261,6 +269,24 @@ def test_bfloat16_stays_near_float32() -> None:
         assert float((narrow - wide).norm() / wide.norm()) < 0.02
 
 
+def test_gradients_of_a_bfloat16_student_are_rounded_once() -> None:
+    """The head's gradient is summed and scaled in float32, then rounded to the head's dtype."""
+    case = make_case(num_positions=64)
+    objective = Kd(case.next_N, threshold(case), 0.5)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):  # the same values, held in either
+        leaves = [each.detach().bfloat16().to(dtype) for each in (case.hidden_ND, case.weight_VD)]
+        hidden_ND, weight_VD = (leaf.requires_grad_() for leaf in leaves)
+        head = StudentHead(weight_VD)
+        result = chunked_loss(
+            hidden_ND, head, objective, dtype=torch.bfloat16, chunk_bytes=20 * V * 6
+        )
+        grads.append(torch.autograd.grad(result.loss / 3, [hidden_ND, weight_VD]))
+    for narrow, wide in zip(*grads, strict=True):
+        assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+        assert torch.equal(narrow, wide.bfloat16())
+
+
 def test_no_block_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor a chunk makes is within the budget."""
     case = make_case(num_positions=200)
@@ -280,3 +306,29 @@ def test_no_block_exceeds_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         chunk_bytes=50_000,
     )
     assert len(seen) > 1 and max(seen) <= 50_000
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("own_head", [True, False])
+def test_no_two_chunks_are_held_at_once(
+    own_head: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a chunk's log-probs are made, those of the chunk before are gone."""
+    case = make_case(num_positions=30, softcap=softcap)
+    objective = Kd(case.next_N, threshold(case), 0.5)
+    made: list[weakref.ref[Tensor]] = []
+    original = torch.log_softmax
+
+    def watched(values: Tensor, *, dim: int, dtype: torch.dtype) -> Tensor:
+        assert all(block() is None for block in made)
+        logprobs = original(values, dim=dim, dtype=dtype)
+        made.append(weakref.ref(logprobs))
+        return logprobs
+
+    monkeypatch.setattr(torch, "log_softmax", watched)
+    if own_head:
+        run(case, objective)
+    else:
+        monkeypatch.setattr(losses_module, "CPU_CHUNK_BYTES", 4 * V * 8 * 5)
+        logits_loss(case.log_softmax(), objective)
+    assert len(made) > 1

@@ -90,6 +90,7 @@ def test_settings_that_cannot_work_are_refused(tiny_model: Path, tmp_path: Path)
         pass
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_once_for_equal_files(tiny_model: Path, tmp_path: Path) -> None:
     options = EngineOptions(cache_dir=tmp_path / "cache", device="cpu")
     for folder, num_references in ((tiny_model, 1), (tiny_model, 1)):
@@ -105,6 +106,7 @@ def test_the_reference_is_computed_once_for_equal_files(tiny_model: Path, tmp_pa
         assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_the_models_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     """Llama does not read these settings, so a head that obeys them is not the model's."""
     options = EngineOptions(cache_dir=tmp_path / "cache", device="cpu")
@@ -117,6 +119,7 @@ def test_a_head_that_is_not_the_models_is_refused(tiny_model: Path, tmp_path: Pa
             pass
 
 
+@pytest.mark.slow
 def test_a_head_read_from_other_weights_is_refused(
     tiny_model_large_vocab: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ the next needs.
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class Captured:
     again: list[torch.Tensor]
     logprobs: list[torch.Tensor]
     too_long: str
+    grown_bytes: int
 
 
 def mixed_sequences() -> list[TokenIds]:
@@ -58,7 +60,24 @@ def shuffled_order() -> list[int]:
     return [int(index) for index in np.random.default_rng(4).permutation(len(MIXED_LENGTHS))]
 
 
-def capture(engine: Engine) -> Captured:
+def resident() -> int:
+    """Return this process's own bytes that lie in memory, files left out."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+def packed_layers(model: torch.nn.Module) -> set[str]:
+    """Name the kinds of layers that vLLM holds in oneDNN's form."""
+    linear = torch.nn.functional.linear
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if getattr(module, "cpu_linear", linear) is not linear
+    }
+
+
+def capture(engine: Engine, start: int) -> Captured:
     sequences = mixed_sequences()
     hidden = list(engine.hidden_states(sequences))
     with pytest.raises(EngineError) as refusal:
@@ -71,6 +90,7 @@ def capture(engine: Engine) -> Captured:
         again=list(engine.hidden_states(sequences)),
         logprobs=[engine.head.logits(hidden_TD).log_softmax(-1) for hidden_TD in hidden],
         too_long=str(refusal.value),
+        grown_bytes=resident() - start,
     )
 
 
@@ -78,8 +98,9 @@ def captured_with(folder: Path, cache_dir: Path, **settings: int | bool | str) -
     options = EngineOptions.model_validate(
         {"cache_dir": cache_dir, "kv_cache_memory_bytes": 64 << 20, **settings}
     )
+    start = resident()
     with open_engine("vllm", folder, dtype="float32", options=options) as engine:
-        return capture(engine)
+        return capture(engine, start)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +108,11 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture
     """Every prompt in one forward pass: no chunked prefill."""
     cache = tmp_path_factory.mktemp("whole")
     return captured_with(
-        tiny_model, cache, enable_chunked_prefill=False, max_num_batched_tokens=512
+        tiny_model,
+        cache,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=2 << 30,
     )
 
 
@@ -141,6 +166,13 @@ def test_the_same_shard_gives_the_same_bits(whole: Captured, chunked: Captured) 
 
 @pytest.mark.vllm
 @pytest.mark.slow
+def test_keys_and_values_take_memory_as_they_are_written(whole: Captured) -> None:
+    """2 GiB are set aside; libraries, model and the blocks in use take less than half of that."""
+    assert whole.grown_bytes < 1 << 30
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_a_sequence_beyond_the_window_is_refused(whole: Captured) -> None:
     assert "has 257 tokens, the engine takes 1 to 256" in whole.too_long
 
@@ -173,8 +205,10 @@ def test_another_family_with_a_soft_cap_and_an_engine_that_dies(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
     options = EngineOptions(cache_dir=tmp_path / "cache", kv_cache_memory_bytes=64 << 20)
     with open_engine("vllm", tmp_path / "gemma3", dtype="float32", options=options) as engine:
-        logprobs = capture(engine).logprobs
+        logprobs = capture(engine, resident()).logprobs
         assert isinstance(engine, VllmEngine)
+        (packed,) = engine._llm.apply_model(packed_layers)
+        assert "QKVParallelLinear" in packed and "VocabParallelEmbedding" not in packed
         engine._llm.llm_engine.engine_core.shutdown()
         with pytest.raises(EngineError, match="the vLLM engine died on a batch of 1 sequences"):
             list(engine.hidden_states([np.zeros(3, np.int64)]))

@@ -356,6 +356,7 @@ def test_unlike_vocabularies_are_refused_before_anything_is_loaded(
         pass
 
 
+@pytest.mark.slow
 def test_models_of_two_heights_are_compared_on_the_ids_that_tokens_use(
     folders: dict[str, Path], rows: list[Responses], tmp_path: Path
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_row_that_cannot_be_scored_costs_itself_alone(older: Path, tmp_path: P
         run(folder, rows, tmp_path / "out", "threshold", max_model_len=9)
 
 
+@pytest.mark.slow
 def test_the_start_up_check_finds_another_head(older: Path, tmp_path: Path) -> None:
     """The reference is kept by the files' times: those of a copy with another head are older."""
     out, folder = tmp_path / "out", tmp_path / "copy"

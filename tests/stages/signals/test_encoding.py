@@ -199,6 +199,15 @@ def test_rounding_of_sticks_is_unbiased_and_within_one_level() -> None:
     assert np.abs(bias).max() < 5 * np.diff(STICK_LEVELS).max() / np.sqrt(4_000)
 
 
+def test_sticks_are_rounded_between_the_levels_that_a_search_finds() -> None:
+    edges = np.concatenate([STICK_LEVELS, np.nextafter(STICK_LEVELS, 0), np.linspace(0, 1, 4097)])
+    fractions = np.concatenate([edges, np.random.default_rng(0).random(20_000) ** 4])
+    below = np.minimum(np.searchsorted(STICK_LEVELS, fractions, side="right") - 1, 62)
+    never, always = np.ones(len(fractions)), np.full(len(fractions), -1.0)
+    np.testing.assert_array_equal(quantise_sticks(fractions, never), below)
+    np.testing.assert_array_equal(quantise_sticks(fractions, always), below + 1)
+
+
 def test_the_draws_are_pinned_on_every_machine() -> None:
     digest = hashlib.sha256(uniforms(123456789, 100, 17).tobytes()).hexdigest()
     assert digest[:16] == "e1ce0fb65a7845ae"

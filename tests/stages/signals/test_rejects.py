@@ -49,6 +49,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.slow
 def test_documents_longer_than_the_models_window_are_rejected_and_the_rest_keep_their_rows(
     teacher: Teacher, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_top_k_keeps_the_largest_and_all_the_rest_in_one_number(
         np.testing.assert_allclose(probs_PK.sum(1) + rest_P, 1.0, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_exact_gives_every_logit_back_with_the_head_it_saved(
     teacher: Teacher, tmp_path: Path
 ) -> None:
@@ -201,6 +202,7 @@ def many_draws(
     return probs_PV, rows
 
 
+@pytest.mark.slow
 def test_threshold_weights_are_unbiased_over_seeds(teacher: Teacher, engine: Engine) -> None:
     """The mean of S draws of sum_v w_v g_v, for a fixed random g, comes to sum_v p_v g_v.
 

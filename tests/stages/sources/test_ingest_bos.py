@@ -108,6 +108,7 @@ def test_a_tokenizer_that_puts_nothing_first_keeps_bytes_and_names(
     assert fingerprint(with_bos) != fingerprint(tiny_model)
 
 
+@pytest.mark.slow
 def test_a_teachers_numbers_are_those_of_text_with_a_bos(
     with_bos: Path, texts: list[str], tmp_path: Path
 ) -> None:

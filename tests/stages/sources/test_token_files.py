@@ -166,6 +166,7 @@ def test_equal_rows_are_one_wherever_they_lie(tiny_model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.slow
 def test_a_plan_reads_headers_alone(
     form: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

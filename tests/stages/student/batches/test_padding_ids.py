@@ -151,6 +151,7 @@ def test_top_k_is_the_buckets_of_the_distribution_without_them(rows: int) -> Non
 
 @pytest.mark.parametrize("encoding", ["threshold", "threshold_tau"])
 @pytest.mark.parametrize("rows", STUDENT_ROWS)
+@pytest.mark.slow
 def test_threshold_shares_out_what_it_drops(rows: int, encoding: EncodingName) -> None:
     """Over many draws the mean is the cross-entropy to the distribution without padding ids."""
     logits_NV, logits = teacher_logits(-1.0), student_logprobs(rows)

@@ -174,6 +174,7 @@ def stop_at_three(event: dict[str, Any]) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_the_body_stays_and_a_stopped_run_goes_on(
     data: MendData, models: MendModels, tmp_path: Path
 ) -> None:

@@ -186,6 +186,7 @@ def test_the_student_learns_the_teachers_order(data: EpisodeData, tmp_path: Path
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(
     data: EpisodeData, tmp_path: Path, reduction: Any
 ) -> None:
@@ -207,6 +208,7 @@ def stop_at_four(event: dict[str, Any]) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses(data: EpisodeData, tmp_path: Path) -> None:
     whole = run(data, tmp_path / "whole", heldout=False)
     with pytest.raises(Stopped):

@@ -29,6 +29,7 @@ def config_of(**values: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.slow
 def test_eager_attention_gives_the_numbers_of_sdpa(
     data: CachedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:

@@ -59,6 +59,7 @@ def expected_stop(found: dict[int, float]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.slow
 def test_a_run_stops_and_keeps_its_best_weights(
     data: CachedData, tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_run_stops_and_keeps_its_best_weights(
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_without_a_stop_the_best_weights_are_kept_too(data: CachedData, tmp_path: Path) -> None:
     settings = {"early_stopping": {"patience": 50, "every": 2}, "max_steps": 21}
     result = run(data, tmp_path / "out", TrainConfig.model_validate(CONFIG.model_dump() | settings))
@@ -101,6 +103,7 @@ class Stopped(Exception):
     """What a test throws from ``on_event`` to stop a run."""
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_after_its_stop_is_not_trained_further(
     data: CachedData, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_the_student_learns_the_teachers_choices(data: EpisodeData, tmp_path: Pa
     assert sum(divergence[-4:]) < 0.7 * sum(divergence[:4])
 
 
+@pytest.mark.slow
 def test_in_context_tuning_needs_no_teacher_table(data: EpisodeData, tmp_path: Path) -> None:
     result = run(data, tmp_path / "out", TUNING, data=[data.root / "episodes"], heldout=True)
     assert result.metrics["after"]["cross_entropy"] < result.metrics["before"]["cross_entropy"]
@@ -91,6 +92,7 @@ def test_in_context_tuning_needs_no_teacher_table(data: EpisodeData, tmp_path: P
 
 
 @pytest.mark.parametrize("objective", [PLAIN, IclDistillationConfig()])
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(
     data: EpisodeData, tmp_path: Path, objective: IclDistillationConfig
 ) -> None:
@@ -102,6 +104,7 @@ def test_accumulated_batches_are_one_batch(
     assert losses(parts) == pytest.approx(losses(whole), rel=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(data: EpisodeData, tmp_path: Path) -> None:
     wide = run(data, tmp_path / "wide", IclDistillationConfig())
     narrow = run(data, tmp_path / "narrow", IclDistillationConfig(), settings={"dtype": "bfloat16"})
@@ -118,6 +121,7 @@ def stop_at_four(event: dict[str, Any]) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses(data: EpisodeData, tmp_path: Path) -> None:
     """Alpha and the deal of texts too go on where they were."""
     whole = run(data, tmp_path / "whole", IclDistillationConfig())

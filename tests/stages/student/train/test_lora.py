@@ -210,6 +210,7 @@ def recipe(tiny_model: Path, paragraphs: list[str], tmp_path: Path) -> TinyRecip
     return recipe
 
 
+@pytest.mark.slow
 def test_later_steps_use_an_adapter_with_its_base(recipe: TinyRecipe) -> None:
     recipe.run()
     steps = {step.name: step for step in recipe.plan()}

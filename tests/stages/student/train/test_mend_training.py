@@ -100,6 +100,7 @@ def keys_of(rows: Sequence[Any]) -> dict[str, Any]:
     return {"keys": [row["sample_id"] for row in rows]}
 
 
+@pytest.mark.slow
 def test_the_loss_curve_from_the_cache_is_the_live_one(data: MendData, tmp_path: Path) -> None:
     """Both run the reader; only the teacher's pass is cached, in 11 significant bits."""
     cached = losses(run(data, tmp_path / "cached"))

@@ -43,6 +43,7 @@ def stop_at_seven(event: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.slow
 def test_an_optimizer_holds_what_the_guide_says(
     data: CachedData, tmp_path: Path, optimizer: str
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_shorter_student_trains_on_what_tokens_have(
 
 
 @pytest.mark.parametrize("encoding", ["exact", "threshold"])
+@pytest.mark.slow
 def test_a_distiller_learns_what_tokens_have(encoding: str, tmp_path: Path) -> None:
     """Its reader is the teacher with the padding, its own matrix has none; queries alone count."""
     cache = make_mend_data(tmp_path / "mend", [encoding], ["episodes"], teacher_rows=TALL)

@@ -90,6 +90,7 @@ def assert_told(folder: Path, result: TrainResult) -> None:
         assert found[f"eval/{name}"] == pytest.approx(ends, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_what_is_logged(data: CachedData, tmp_path: Path) -> None:
     result = run(data, tmp_path / "out")
     assert_told(tmp_path / "out" / "tensorboard", result)
@@ -117,6 +118,7 @@ def stop_at_six(event: dict[str, Any]) -> None:
         raise Stopped
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_log(data: CachedData, tmp_path: Path) -> None:
     """Steps 4 and 5, after the last whole checkpoint, are made and told again."""
     with pytest.raises(Stopped):
@@ -156,6 +158,7 @@ def recipe(tiny_model: Path, paragraphs: list[str], tmp_path: Path) -> TinyRecip
     return make_recipe(tmp_path, tiny_model, paragraphs[:12], more_steps=steps)
 
 
+@pytest.mark.slow
 def test_a_recipe_says_who_is_told_and_keeps_its_names(
     recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

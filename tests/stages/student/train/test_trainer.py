@@ -193,6 +193,7 @@ def stop_after(step: int) -> Any:
     return on_event
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses(data: CachedData, tmp_path: Path) -> None:
     """Stopped at 7, last checkpoint at 6, inside the second epoch of 5 steps: equal bit for bit."""
     config = CONFIG.model_copy(update={"max_steps": 10})
