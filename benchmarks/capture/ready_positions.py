@@ -135,7 +135,9 @@ def handed_over(ready: Ready) -> Iterator[None]:
         entropies_P = columns["entropies_N"][at]
         return Measured(places_P1, entropies_P, entropies_P, next_logprobs_P, entropies_P)
 
-    def sample_of(measured: Measured, offsets_P: Tensor, *, k: int, tau: None) -> ThresholdSample:
+    def sample_of(
+        measured: Measured, offsets_P: Tensor, *, k: int, tau: float | None = None
+    ) -> ThresholdSample:
         at = _at(measured.exp_PV)
         ids_PK, num_head_P = columns["token_ids_NK"][at], columns["num_head_N"][at]
         num_entries_P = torch.full_like(num_head_P, k)
