@@ -77,6 +77,18 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def bars_table(bars: Sequence[Bar]) -> str:
+    """Return the bars as a markdown table, which says of each whether it holds."""
+    return markdown_table([bar | {"ok": "yes" if bar["ok"] else "**no**"} for bar in bars])
+
+
+def machine() -> str:
+    """Return the processors of this machine, for a page's head."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{sum(line.startswith('processor') for line in lines)} x {next(models, '?')}"
+
+
 def _folder(text: str) -> Path:
     return Path(text).expanduser().absolute()
 

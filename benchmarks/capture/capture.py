@@ -22,7 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, at_least, benchmark_parser, finish, markdown_table
+from benchmarks.bars import (
+    Bar,
+    at_least,
+    bars_table,
+    benchmark_parser,
+    finish,
+    machine,
+    markdown_table,
+)
 from benchmarks.capture.capture_workers import (
     DICTS,
     FLAT,
@@ -98,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             length=length,
             repetitions=repetitions,
             threads=_threads(),
-            machine=_machine(),
+            machine=machine(),
             k=K,
             ceiling=(1.0 - HEAD_SHARE) * ratio(passes, PLAIN, FLAT_IDS),
             rows=markdown_table(rows),
-            bars=markdown_table([{**bar, "ok": "yes" if bar["ok"] else "no"} for bar in bars]),
+            bars=bars_table(bars),
         )
         options.docs.mkdir(parents=True, exist_ok=True)
         (options.docs / "capture.md").write_text(text, encoding="utf-8")
@@ -183,14 +191,6 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?"
-    )
-    return f"{sum(line.startswith('processor') for line in lines)} x {model}"
 
 
 if __name__ == "__main__":

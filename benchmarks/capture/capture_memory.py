@@ -14,15 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.bars import Bar, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import Bar, at_most, bars_table, benchmark_parser, finish, markdown_table
 from benchmarks.capture.capture_workers import ENVIRONMENT, OURS, Task, capture_ways, memory_mb
 from benchmarks.storage.real_positions import MODEL, load_domain, missing_asset
 from stages.models.engines.engine import EngineKind, open_engine
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = TEXT.format(
             counts=", ".join(f"{name}: {count}" for name, count in counts.items()),
             rows=markdown_table(rows),
-            bars=markdown_table([{**bar, "ok": "yes" if bar["ok"] else "no"} for bar in bars]),
+            bars=bars_table(bars),
         )
         options.docs.mkdir(parents=True, exist_ok=True)
         (options.docs / "capture_memory.md").write_text(text, encoding="utf-8")
@@ -130,20 +130,11 @@ def save_wide_model(folder: Path, tokenizer: Path) -> None:
 
 def measured(kind: EngineKind, task: Task) -> Row:
     """Return what a process of its own says of its memory."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_capture, args=(theirs, kind, task))
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv()  # an EOFError where the process died, which has said why
-        assert isinstance(found, dict)
-        return found
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        return alone.submit(_capture, kind, task).result()
 
 
-def _capture(connection: Connection, kind: EngineKind, task: Task) -> None:
+def _capture(kind: EngineKind, task: Task) -> Row:
     os.environ.update(ENVIRONMENT)
     if kind == "vllm":
         import vllm  # noqa: F401
@@ -153,14 +144,12 @@ def _capture(connection: Connection, kind: EngineKind, task: Task) -> None:
         way, clock = capture_ways(engine, task, None)[OURS], time.perf_counter()
         way()
         rate = task.prompts_RT.size / (time.perf_counter() - clock)
-    connection.send(
-        {
-            "libraries": round(libraries),
-            "started": round(started),
-            "peak": round(memory_mb("VmHWM")),
-            "tokens/s": round(rate, 1),
-        }
-    )
+    return {
+        "libraries": round(libraries),
+        "started": round(started),
+        "peak": round(memory_mb("VmHWM")),
+        "tokens/s": round(rate, 1),
+    }
 
 
 def judge(rows: Sequence[Row]) -> list[Bar]:

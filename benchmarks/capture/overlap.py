@@ -23,7 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.bars import Bar, Row, at_least, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import (
+    Bar,
+    Row,
+    at_least,
+    at_most,
+    bars_table,
+    benchmark_parser,
+    finish,
+    machine,
+    markdown_table,
+)
 from benchmarks.capture.ready_positions import (
     VOCAB_SIZE,
     AnyArray,
@@ -118,9 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shards=shards,
             tokens=per_shard * ROW_TOKENS,
             repetitions=repetitions,
-            machine=_machine(),
+            machine=machine(),
             rows=markdown_table(rows),
-            bars=markdown_table([{**bar, "ok": "yes" if bar["ok"] else "no"} for bar in bars]),
+            bars=bars_table(bars),
             bytes_more=values["bytes of a shard, over before"] - 1,
         )
         options.docs.mkdir(parents=True, exist_ok=True)
@@ -271,14 +281,6 @@ def judge(rows: Sequence[Row]) -> list[Bar]:
             BYTES,
         ),
     ]
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?"
-    )
-    return f"{sum(line.startswith('processor') for line in lines)} x {model}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.bars import markdown_table
+from benchmarks.bars import bars_table, markdown_table
 
 ABOUT = """# On a GPU
 
@@ -68,8 +68,7 @@ def page(found: Mapping[str, Any] | None) -> str:
         rows = [row for row in found["rows"] if row["part"] == part]
         told = [{name: row[name] for name in row if name != "part"} for row in rows]
         tables.append(f"### {part.capitalize()}\n\n{markdown_table(told)}")
-    bars = [bar | {"ok": "yes" if bar["ok"] else "**no**"} for bar in found["bars"]]
-    tables.append(f"### Bars\n\n{markdown_table(bars)}")
+    tables.append(f"### Bars\n\n{bars_table(found['bars'])}")
     if found["notes"]:
         tables.append("### Not measured\n\n" + "\n".join(f"- {note}" for note in found["notes"]))
     state = f"The figures below are of one run ({card})."

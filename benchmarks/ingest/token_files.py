@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from benchmarks.bars import Bar, at_least, benchmark_parser, finish, markdown_table
+from benchmarks.bars import Bar, at_least, bars_table, benchmark_parser, finish, markdown_table
 from benchmarks.ingest.ingest_memory import demo_words, document
 from benchmarks.scaling.scaling import bare_rate, rounds_of
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repetitions=repetitions,
             shards=num_shards,
             shard_tokens=shard_rows * ROW_TOKENS,
-            bars=markdown_table([{k: v for k, v in bar.items() if k != "ok"} for bar in bars]),
+            bars=bars_table(bars),
             speeds=markdown_table(speeds),
             scaling=markdown_table(scaling),
         )

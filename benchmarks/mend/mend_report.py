@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, markdown_table
+from benchmarks.bars import Bar, bars_table, markdown_table
 from benchmarks.mend.query_pass import KEPT, MAKING, TEXT, VECTORS
 
 Rows = Sequence[Mapping[str, Any]]
@@ -105,7 +105,7 @@ def write_docs(
         most=most,
         kept_text=most * one * KEPT_BYTES / 1e6,
         kept_vectors=shape.vectors * KEPT_BYTES / 1e6,
-        bars=markdown_table([bar | {"ok": "yes" if bar["ok"] else "**no**"} for bar in bars]),
+        bars=bars_table(bars),
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mend.md").write_text(page)

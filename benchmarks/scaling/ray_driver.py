@@ -7,17 +7,15 @@ run waits for it. Processor seconds of all its threads, Ray's among them.
 """
 
 import asyncio
-import logging
-import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling.burn_stage import VOCAB_SIZE, BurnStage
+from benchmarks.scaling.scale_costs import step_tasks
 from benchmarks.scaling.simulated_crew import record_of, unheard
-from benchmarks.scaling.synthetic_shards import synthetic_shards
 from pipeline.executors.dispatch import Limits, dispatch
-from pipeline.executors.shard_task import StepTasks
 from pipeline.executors.worker import Job, Versions
 from schemas.storage.records import ShardRecord
 from stages.stage import StageContext
@@ -25,12 +23,12 @@ from stages.stage import StageContext
 
 def ray_driver_cost(workers: int, num_rounds: int) -> float:
     """Return the driver's processor seconds a shard; each worker does ``num_rounds`` of them."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    from pipeline.executors.ray_cluster.connection import head_of
+    from pipeline.executors.ray_cluster.connection import connected, head_of
     from pipeline.executors.ray_cluster.shards import _ActorCrew, _Member
     from pipeline.executors.ray_cluster.worker_size import WorkerSize
+
+    # isort: split
+    import ray
 
     class Crowd(_ActorCrew):
         """Workers that are all one actor."""
@@ -47,30 +45,18 @@ def ray_driver_cost(workers: int, num_rounds: int) -> float:
         def end(self, worker: int) -> None:
             del self._members[worker]
 
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    ray.init(address="local", num_cpus=1, include_dashboard=False, **quiet)
-    try:
-        folder, num_shards = Path("out"), workers * num_rounds
-        context = StageContext(folder, VOCAB_SIZE)
+    with tempfile.TemporaryDirectory() as name, connected(None, Path(name), num_cpus=1):
+        context = StageContext(Path(name), VOCAB_SIZE)
         crew = Crowd(BurnStage(rounds=0), context, WorkerSize(0, 0, 0), 300.0, head_of(None))
         everybody = ray.remote(num_cpus=0, max_concurrency=2 * workers)(_Everybody)
         crew.actor = everybody.remote(workers)
-        tasks = StepTasks(
-            folder,
-            range(num_shards),
-            Path("in"),
-            synthetic_shards(num_shards),
-            0.0,
-            {"fingerprint": "f" * 64},
-        )
+        tasks = step_tasks(workers * num_rounds)
         records = dispatch(crew, tasks, Limits(workers, 3, None), warned=unheard)
         for _ in range(workers):  # the first round has the start of the workers in it
             next(records)
         started = time.process_time()
         num_counted = sum(1 for _ in records)
         return (time.process_time() - started) / num_counted
-    finally:
-        ray.shutdown()
 
 
 class _Everybody:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from benchmarks.bars import Bar, markdown_table
+from benchmarks.bars import Bar, bars_table, markdown_table
 from benchmarks.scaling.scale_costs import Driver
 from benchmarks.scaling.scale_results import PARTS, Measured, Result
 from benchmarks.scaling.shard_times import ShardTimes
@@ -180,7 +180,7 @@ def page(found: Measured, bars: Sequence[Bar]) -> str:
         memory_shards=found.memory_shards,
         changes=markdown_table(changes(found, shards, disk)),
         list_read=found.listed["read and check, s"] * shards / found.listed["shards"],
-        bars=markdown_table([{k: v for k, v in bar.items() if k != "ok"} for bar in bars]),
+        bars=bars_table(bars),
     )
 
 

@@ -21,7 +21,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import (
+    Bar,
+    at_least,
+    at_most,
+    bars_table,
+    benchmark_parser,
+    finish,
+    markdown_table,
+)
 from benchmarks.scaling.burn_stage import VOCAB_SIZE, BurnStage, burn, make_tasks
 from pipeline.executors.dispatch import Limits
 from pipeline.executors.local.shards import run_local
@@ -75,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=seconds,
             shards=num_shards,
             repetitions=repetitions,
-            bars=markdown_table([{k: v for k, v in bar.items() if k != "ok"} for bar in bars]),
+            bars=bars_table(bars),
             rows=markdown_table(rows),
             start=f"{_start(runs, 'ray'):.1f}",
             start_local=f"{_start(runs, 'local'):.1f}",

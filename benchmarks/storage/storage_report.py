@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.bars import Bar, markdown_table
+from benchmarks.bars import Bar, bars_table, markdown_table
 
 matplotlib.use("Agg")
 
@@ -112,7 +112,7 @@ def write_docs(folder: Path, rows: Rows, bars: Sequence[Bar], tokens: int) -> No
         tokens=tokens,
         distinct=next(r["entries"] for r in distilled if r["scheme"] == "RS-KD 50 draws"),
         containers=_containers(distilled),
-        bars=markdown_table([{**bar, "ok": "yes" if bar["ok"] else "no"} for bar in bars]),
+        bars=bars_table(bars),
         ratios=markdown_table([_ratio(row) for row in rows if row["domain"] == "ratio"]),
         distilled=_table(distilled),
         close=_table([row for row in overall if row["student"] == "close"]),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bars import Bar, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import Bar, at_most, bars_table, benchmark_parser, finish, markdown_table
 from benchmarks.training.cached_tables import (
     QUICK_LAYERS,
     QUICK_SIZE,
@@ -239,7 +239,7 @@ def write_docs(
         before_kl=before["kl_to_teacher"],
         before_ce=before["cross_entropy"],
         table=markdown_table(rows),
-        bar=markdown_table([bar | {"ok": "yes" if bar["ok"] else "**no**"}]),
+        bar=bars_table([bar]),
         top_k_ce=_compared(scores, renormalised, "cross_entropy"),
         top_k_kl=_compared(scores, renormalised, "kl_to_teacher"),
         ours=OURS,

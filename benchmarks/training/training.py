@@ -29,7 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import (
+    Bar,
+    at_least,
+    at_most,
+    bars_table,
+    benchmark_parser,
+    finish,
+    markdown_table,
+)
 from benchmarks.training.cached_tables import (
     QUICK_LAYERS,
     QUICK_SIZE,
@@ -272,7 +280,7 @@ def write_docs(
         layers=settings.layers,
         cpus=os.cpu_count(),
         table=markdown_table(rows),
-        bars=markdown_table([bar | {"ok": "yes" if bar["ok"] else "**no**"} for bar in bars]),
+        bars=bars_table(bars),
         ratio=3 * (ceiling - 1),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,7 @@ from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
-from schemas.storage.shards import (
-    read_shard,
-    with_split,
-    write_shard,
-)
+from schemas.storage.shards import read_shard, with_split, write_shard
 from schemas.table import BoundTable
 from stages.file_map import Piece
 from stages.stage import Rejected

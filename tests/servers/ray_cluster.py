@@ -118,7 +118,8 @@ def kill_machine(node: subprocess.Popen[bytes]) -> None:
     """SIGKILL a node and all that runs on it, as a machine ends that loses its power."""
     everyone = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     for process in everyone:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended with one before it
+            process.kill()
     psutil.wait_procs(everyone)  # killed: the kernel ends them
 
 
