@@ -31,7 +31,7 @@ from stages.signals.scoring.logits import logprobs_of
 from stages.sources.episodes.stage import EpisodesStage
 
 FULL, QUICK = (8, 1), (1, 1)  # episodes, repetitions
-MIN_GAIN, MAX_DIFFERENCE = 3.0, 1e-3
+MIN_GAIN, MAX_DIFFERENCE = 3.5, 1e-3
 ENGINES: tuple[EngineKind, ...] = ("vllm", "transformers")
 SPELLED_OUT = {
     "world": "international affairs",
@@ -55,8 +55,9 @@ shard begins with, "apart" how many otherwise.
 
 With labels of one token all four candidates are read off one state. With longer ones the
 transformers engine runs the prompt once and the candidates on its keys and values; vLLM skips whole
-blocks of its prefix cache (32 tokens here, 16 on a GPU), so the end of the prompt is run again for
-each candidate.
+blocks of its prefix cache (32 tokens here, which its attention on a CPU does not go below; 16 on a
+GPU), so the end of the prompt is run again for each candidate. Where a skipped block holds the
+prompt's last state, that of the sequence which filled it is taken.
 """
 
 

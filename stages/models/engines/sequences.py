@@ -106,7 +106,7 @@ def prefix_groups(
     for index in prefix_order(sequences):
         own = len(sequences[index]) - counts[index]
         if group:
-            common = min(shared, own, _common_prefix(sequences[group[0]], sequences[index]))
+            common = min(shared, own, common_prefix(sequences[group[0]], sequences[index]))
             longest = max(len(sequences[member]) for member in [*group, index]) - common
             saves = len(group) * common > (len(group) - 1) * shared
             if saves and (len(group) + 1) * longest <= max_tokens:
@@ -118,7 +118,8 @@ def prefix_groups(
         yield PrefixGroup(group, shared if len(group) > 1 else 0)
 
 
-def _common_prefix(a_T: TokenIds, b_T: TokenIds) -> int:
+def common_prefix(a_T: TokenIds, b_T: TokenIds) -> int:
+    """Return with how many tokens both begin."""
     length = min(len(a_T), len(b_T))
     differs = np.flatnonzero(a_T[:length] != b_T[:length])
     return int(differs[0]) if len(differs) else length

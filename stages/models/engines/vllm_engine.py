@@ -29,7 +29,13 @@ from stages.models.checkpoints.adapters import served_rank
 from stages.models.checkpoints.own_code import is_trusted
 from stages.models.checkpoints.rotary_scaling import fixed_window, is_longrope
 from stages.models.engines.memory import UntouchedZeros, give_back
-from stages.models.engines.sequences import TokenIds, check_sequences, prefix_order, windows
+from stages.models.engines.sequences import (
+    TokenIds,
+    check_sequences,
+    common_prefix,
+    prefix_order,
+    windows,
+)
 from stages.models.spec import EngineOptions, HeadCheck
 
 _TASK = "token_embed"
@@ -99,9 +105,11 @@ class VllmEngine:
         """Return [n, D] for the last n positions of each sequence, in ordinary memory.
 
         vLLM gives back the positions it computed, and skips whole blocks that its prefix cache
-        holds. Where such a block holds a wanted position (it ends in the block's last tokens), that
-        sequence is computed again without the cache. The cache is emptied first: what it holds
-        from earlier work would move the last bits of a re-run.
+        holds. Where such a block holds a wanted position (it ends in the block's last tokens), its
+        state is that of the sequence which filled the block, the one before in the order of token
+        ids; only a block that is older than that has its sequence computed again without the
+        cache. The cache is emptied first: what it holds from earlier work would move the last bits
+        of a re-run.
         """
         check_sequences(sequences, max_length=self.max_length, vocab_size=self.head.vocab_size)
         self._require_alive()
@@ -118,14 +126,23 @@ class VllmEngine:
         return [results[index] for index in range(len(sequences))]
 
     def _tails(self, sequences: Sequence[TokenIds], order: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the states of each sequence up to its last, with those of skipped blocks."""
         bytes_per_token = self.head.weight_VD.shape[1] * self.head.dtype.itemsize
         ordered = [sequences[index] for index in order]
+        before: tuple[TokenIds, Tensor] | None = None
         for window in windows(ordered, bytes_per_token=bytes_per_token):
             prompts = [{"prompt_token_ids": ids_T.tolist()} for ids_T in window]
-            for prompt, output in zip(prompts, self._encode(prompts, self._may_share), strict=True):
+            outputs = self._encode(prompts, self._may_share)
+            for ids_T, prompt, output in zip(window, prompts, outputs, strict=True):
                 if list(output.prompt_token_ids) != prompt["prompt_token_ids"]:
                     raise EngineError("vLLM gave results of another prompt: they cannot be trusted")
-                yield output.outputs.data
+                hidden_TD = output.outputs.data
+                num_skipped = len(ids_T) - len(hidden_TD)
+                if before is not None and 0 < num_skipped <= common_prefix(before[0], ids_T):
+                    first = len(before[0]) - len(before[1])  # that it has a state of itself
+                    hidden_TD = torch.cat([before[1][: max(0, num_skipped - first)], hidden_TD])
+                yield hidden_TD
+                before = ids_T, hidden_TD
 
     def close(self) -> None:
         """Stop vLLM and free its memory; another engine may start in this process."""

@@ -17,7 +17,7 @@ class CandidateScoresStage(SignalStage):
     A generation episode, which has no candidates, gets one score: its answer's.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (EPISODES,)
 
     stage: Literal["candidate_scores"]

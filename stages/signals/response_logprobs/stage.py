@@ -16,7 +16,7 @@ from stages.stage import Estimate, SignalStage, StageContext
 class ResponseLogprobsStage(SignalStage):
     """Score every response of the rows of step ``input`` with ``model``."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (PREFERENCE_PAIRS, RESPONSES)
 
     stage: Literal["response_logprobs"]

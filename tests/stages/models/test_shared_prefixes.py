@@ -1,5 +1,6 @@
 """Last states of sequences with text in common: the same numbers, and less of it computed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def families() -> tuple[list[TokenIds], list[int]]:
     ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])],
 )
 def test_last_states_are_those_of_whole_sequences(
-    kind: str, tiny_model: Path, tmp_path: Path
+    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences, counts = families()
     options = EngineOptions(cache_dir=tmp_path, device="cpu", kv_cache_memory_bytes=64 << 20)
@@ -50,8 +51,16 @@ def test_last_states_are_those_of_whole_sequences(
         options=options,
         share_prefixes=True,
     ) as engine:
+        run_again: list[TokenIds] = []  # whole, for the state of a block that was skipped
+
+        def record(given: Sequence[TokenIds]) -> list[torch.Tensor]:
+            run_again.extend(given)
+            return []
+
+        monkeypatch.setattr(engine, "hidden_states", record)
         last = engine.last_hidden_states(sequences, counts)
         again = engine.last_hidden_states(sequences, counts)
+    assert run_again == []
     assert [len(hidden_ND) for hidden_ND in last] == counts
     for got_ND, expected_ND, again_ND in zip(last, whole, again, strict=True):
         torch.testing.assert_close(got_ND, expected_ND, rtol=0, atol=TOLERANCE)
