@@ -133,7 +133,8 @@ def handed_over(ready: Ready) -> Iterator[None]:
         at = _at(places_P1)
         next_logprobs_P = columns["next_logprobs_N"][at]
         entropies_P = columns["entropies_N"][at]
-        return Measured(places_P1, entropies_P, entropies_P, next_logprobs_P, entropies_P)
+        unused = places_P1
+        return Measured(places_P1, unused, unused, entropies_P, next_logprobs_P, entropies_P)
 
     def sample_of(
         measured: Measured, offsets_P: Tensor, *, k: int, tau: float | None = None

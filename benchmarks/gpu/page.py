@@ -49,8 +49,8 @@ run: of a training step all of it, of a loss what comes beside hidden states, he
 NOT_RUN = """**It was not run yet**: no GPU was at hand, so there is no figure here. What can be
 counted without one (November 2026):
 
-- The encoding will miss its goal: its operations pass over memory as often as 15 reads of float32
-  logits, or 34 of bfloat16 ones, where 3 are asked. One pass that keeps the maximum, the sum and
+- The encoding will miss its goal: its operations pass over memory as often as 11 reads of float32
+  logits, or 24 of bfloat16 ones, where 3 are asked. One pass that keeps the maximum, the sum and
   the sum of p log p of each piece of the vocabulary would leave the rest to a hundredth of it.
 - Of the losses nothing speaks against their goals. Three products, 15 TFLOP in all, are the same
   for everybody; in chunks of 1 GiB `chunked_loss` reads and writes 100 GB with them for

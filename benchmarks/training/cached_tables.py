@@ -19,6 +19,8 @@ MODEL = "models/smollm2-135m-instruct"
 TEXT = "text/c4_demo.jsonl"
 ENCODINGS: dict[str, dict[str, Any]] = {
     "threshold": {"kind": "threshold", "k": 16},
+    "tau-0.04": {"kind": "threshold", "tau": 0.04},
+    "tau-0.025": {"kind": "threshold", "tau": 0.025},
     "exact": {"kind": "exact"},
 }
 

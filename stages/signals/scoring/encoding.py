@@ -3,12 +3,13 @@
 What each encoding keeps, and why ``threshold`` is unbiased, is in ``schemas.distribution``; this
 file is the half that sees all V logits. No step loops over positions.
 
-Cost: one exponential and about eight light passes over [P, V]. The vocabulary is seen in pieces of
-up to 64 ids: the K largest lie in the K pieces with the largest maxima, and a running sum is needed
-over pieces and inside the few that are drawn from, not over all V. On a CPU a pass costs several
-times as much once [P, V] has left the cache, so positions are taken ``cache_slices`` at a time: for
-SmolLM2-135M, on one core, 0.2 ms of processor time a position, where whole sequences, a top-k and a
-running sum over all V took 0.7 ms (November 2026).
+Cost: one exponential and four light passes over [P, V]. The vocabulary is seen in pieces of up to
+64 ids, of which the largest and the sum are found once: the K largest tokens lie in the K pieces
+with the largest maxima, a running sum is needed over pieces and inside the few that are drawn from,
+and where entries are taken out the sums of their pieces alone are made again. On a CPU a pass costs
+several times as much once [P, V] has left the cache, so positions are taken ``cache_slices`` at a
+time: whole sequences, a top-k and a running sum over all V took 0.7 ms of processor time a position
+of SmolLM2-135M on one core, these passes less than 0.2 ms (November 2026).
 
 The tail is sampled in token id order. Ids of a byte-pair vocabulary rise with rarity, so a
 systematic sample in that order is stratified by frequency: on 600 positions of SmolLM2-135M
@@ -31,6 +32,7 @@ _PIECE = 64
 _NEARLY_ONE = (
     1.0 - 1e-5
 )  # p this close below tau joins the head, so a tail entry is never drawn twice
+_LEAST_LOGIT = -200.0  # below the largest: e^-200 is 0 in float32
 _SLACK = 1e-6  # of a number of entries, which rounding alone may lift above a whole one
 
 
@@ -44,10 +46,14 @@ def cache_slices(logits_PV: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Unnormalised probabilities and what every row of the table carries about them."""
+    """Unnormalised probabilities and what every row of the table carries about them.
+
+    Of each piece of the vocabulary, the largest and the sum of ``exp_PV``.
+    """
 
     exp_PV: Tensor
-    max_P: Tensor
+    largest_PN: Tensor
+    sums_PN: Tensor
     total_P: Tensor
     next_token_logprobs_P: Tensor
     entropies_P: Tensor
@@ -63,19 +69,24 @@ def measure(logits_PV: Tensor, next_token_ids_P: Tensor) -> Measured:
 
     Logits of -inf are probability zero. The entropy is log Z - sum p z.
     """
-    max_P = logits_PV.amax(dim=-1)
-    logits_PV.sub_(max_P[:, None]).clamp_(min=-200.0)  # e^-200 is 0 in float32
-    next_logits_P = logits_PV.gather(1, next_token_ids_P[:, None])[:, 0]
+    largest_PN = _pieces(logits_PV).amax(dim=-1)
+    max_P1 = largest_PN.amax(dim=-1, keepdim=True)
+    logits_PV.sub_(max_P1)
+    next_logits_P = logits_PV.gather(1, next_token_ids_P[:, None])[:, 0].clamp_(min=_LEAST_LOGIT)
     exp_PV = logits_PV.exp()
-    total_P = exp_PV.sum(dim=-1)
+    sums_PN = _pieces(exp_PV).sum(dim=-1)
+    total_P = sums_PN.sum(dim=-1, dtype=torch.float64).float()
+    mean_logit_P = logits_PV.mul_(exp_PV).sum(dim=-1)
+    if not torch.isfinite(mean_logit_P).all():  # 0 * -inf; a NaN of exp_PV is in the total, too
+        mean_logit_P = logits_PV.nan_to_num_(nan=0.0).sum(dim=-1)
     log_total_P = total_P.log()
-    mean_logit_P = torch.linalg.vecdot(exp_PV, logits_PV) / total_P
     return Measured(
         exp_PV=exp_PV,
-        max_P=max_P,
+        largest_PN=(largest_PN - max_P1).exp(),
+        sums_PN=sums_PN,
         total_P=total_P,
         next_token_logprobs_P=next_logits_P - log_total_P,
-        entropies_P=(log_total_P - mean_logit_P).clamp_(min=0.0),
+        entropies_P=(log_total_P - mean_logit_P / total_P).clamp_(min=0.0),
     )
 
 
@@ -104,9 +115,9 @@ def threshold_sample(
     position of probability 1 - 1e-7 keeps its true remainder.
     """
     exp_PV = measured.exp_PV
-    top_PK, ids_PK = _largest(exp_PV, k)
+    top_PK, ids_PK = _largest(exp_PV, measured.largest_PN, k)
     exp_PV.scatter_(1, ids_PK, 0.0)
-    beyond_P = _pieces(exp_PV).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+    beyond_P = _summed_again(exp_PV, measured.sums_PN, ids_PK).sum(dim=-1, dtype=torch.float64)
     entry_K = torch.arange(k, device=exp_PV.device)
     left_PK = beyond_P[:, None] + top_PK.double().flip(1).cumsum(1).flip(1)
     num_entries_P = torch.full_like(ids_PK[:, 0], k)
@@ -118,7 +129,8 @@ def threshold_sample(
     in_head_PK = in_head_PK.cumprod(1).bool()
     num_head_P = in_head_PK.sum(1)
     exp_PV.scatter_(1, ids_PK, torch.where(in_head_PK, 0.0, top_PK))
-    tail_ids_PK = _systematic(exp_PV, num_entries_P - num_head_P, offsets_P, k)
+    sums_PN = _summed_again(exp_PV, measured.sums_PN, ids_PK)
+    tail_ids_PK = _systematic(exp_PV, sums_PN, num_entries_P - num_head_P, offsets_P, k)
     slot_PK = (entry_K - num_head_P[:, None]).clamp(min=0)
     fractions_PK = torch.where(left_PK > 0, top_PK / left_PK, 0.0)
     if tau is not None:  # nothing is left for a tail of no entries
@@ -146,13 +158,15 @@ def _num_entries(top_PK: Tensor, left_PK: Tensor, beyond_P: Tensor, tau: float) 
     return (num_sure_P + num_drawn_P).clamp(min=1, max=top_PK.shape[1])
 
 
-def _systematic(mass_PV: Tensor, num_drawn_P: Tensor, offsets_P: Tensor, k: int) -> Tensor:
+def _systematic(
+    mass_PV: Tensor, sums_PN: Tensor, num_drawn_P: Tensor, offsets_P: Tensor, k: int
+) -> Tensor:
     """Return [P, k] ids whose first ``num_drawn_P`` are one draw each per equal share of mass.
 
     A point of the running mass is found by its piece, then by its place inside the piece.
     """
     mass_PNB = _pieces(mass_PV)
-    running_PN = mass_PNB.sum(dim=-1).double().cumsum(dim=-1)
+    running_PN = sums_PN.double().cumsum(dim=-1)
     share_P1 = running_PN[:, -1:] / num_drawn_P[:, None].clamp(min=1)
     points_PK = (offsets_P[:, None] + torch.arange(k, device=mass_PV.device)) * share_P1
     pieces_PK = _first_above(running_PN, points_PK)
@@ -173,18 +187,26 @@ def _first_above(running: Tensor, points: Tensor) -> Tensor:
     return found.clamp_(max=running.shape[-1] - 1)
 
 
-def _largest(values_PV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _largest(values_PV: Tensor, largest_PN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest values of each position, by falling value, and their ids."""
     values_PNB = _pieces(values_PV)
     num_pieces, size = values_PNB.shape[1:]
     if num_pieces <= 2 * k:
         found = values_PV.topk(k, dim=-1)
         return found.values, found.indices
-    pieces_PK = values_PNB.amax(dim=-1).topk(k, dim=-1).indices
+    pieces_PK = largest_PN.topk(k, dim=-1).indices
     among_PKB = values_PNB.gather(1, pieces_PK[:, :, None].expand(-1, -1, size))
     largest_PK, places_PK = among_PKB.flatten(1).topk(k, dim=-1)
     ids_PK = pieces_PK.gather(1, places_PK // size) * size + places_PK % size
     return largest_PK, ids_PK
+
+
+def _summed_again(values_PV: Tensor, sums_PN: Tensor, ids_PK: Tensor) -> Tensor:
+    """Return the sums of pieces after the values at ``ids_PK`` have changed."""
+    values_PNB = _pieces(values_PV)
+    pieces_PK = ids_PK // values_PNB.shape[2]
+    changed_PKB = values_PNB.gather(1, pieces_PK[:, :, None].expand(-1, -1, values_PNB.shape[2]))
+    return sums_PN.scatter(1, pieces_PK, changed_PKB.sum(dim=-1))
 
 
 def _pieces(values_PV: Tensor) -> Tensor:
@@ -209,11 +231,12 @@ def top_k(measured: Measured, *, k: int) -> TopK:
     The rest is summed from the entries themselves: one minus the kept mass would lose it to
     rounding (a peer's residual goes negative that way).
     """
-    top_PK, ids_PK = _largest(measured.exp_PV, k)
+    top_PK, ids_PK = _largest(measured.exp_PV, measured.largest_PN, k)
     measured.exp_PV.scatter_(1, ids_PK, 0.0)
+    rest_P = _summed_again(measured.exp_PV, measured.sums_PN, ids_PK).sum(dim=-1)
     log_total_P = measured.total_P.log()
     return TopK(
         token_ids_PK=ids_PK,
         logprobs_PK=top_PK.log() - log_total_P[:, None],
-        rest_logprobs_P=measured.exp_PV.sum(dim=-1).log() - log_total_P,
+        rest_logprobs_P=rest_P.log() - log_total_P,
     )

@@ -94,7 +94,7 @@ class TeacherLogitsStage(SignalStage):
     ``seed`` moves every random draw; equal seeds give equal draws on any number of workers.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (
         DOCUMENTS,
         EPISODES,
