@@ -69,5 +69,5 @@ def other_taus(folder: Folder, names: Sequence[str]) -> Iterator[str]:
     for start in range(0, len(names), _RECORDS_AT_ONCE):
         block = names[start : start + _RECORDS_AT_ONCE]
         for name, record in zip(block, all_notes(folder, block), strict=True):
-            if record is not None and (found := record["notes"].get("tau")) != tau:
+            if record is not None and (found := record.get("notes", {}).get("tau")) != tau:
                 yield f"{folder / name}.arrow was made with tau {found}, {CALIBRATION} says {tau}"
