@@ -62,7 +62,8 @@ class StageContext:
     """What a worker is given beside the configuration: places and widths, nothing hashed.
 
     ``folder`` is the output table's folder, for files that lie beside its shards, ``input_table``
-    the name of the table that is read. What ``open`` puts in ``notes`` goes into each record.
+    the name of the table that is read and ``input_folder`` where it lies. What ``open`` puts in
+    ``notes`` goes into each record.
     """
 
     folder: Folder
@@ -70,6 +71,7 @@ class StageContext:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     engine: EngineOptions = field(default_factory=EngineOptions)
     input_table: str = ""
+    input_folder: Folder | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -272,9 +274,10 @@ class TableStage(Stage):
         """Foretell the size of the output for a finished input."""
 
     def write_side_files(self, context: StageContext) -> None:
-        """Make ``side_files`` of the models alone, whatever lies there; raises what ``open`` does.
+        """Make ``side_files`` where no shard is left to make; raises what ``open`` does.
 
-        The table's manifest names them, so none that an earlier run left is taken unseen.
+        The table's manifest names them. What follows from the models alone is made again, whatever
+        lies there; what the shards were made by stays as it is.
         """
         if self.side_files:
             _admit(context)

@@ -20,6 +20,7 @@ from schemas.table import Table
 from stages.models.checkpoints.checkpoint import CHECKPOINT
 from stages.models.checkpoints.tokenizer import open_tokenizer
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
 
 
 def inspect_rows(
@@ -41,10 +42,12 @@ def inspect_rows(
     manifest = read_manifest(folder)
     table = known_table(manifest, folder)
     look = Look(_decoder(tokenizer), positions, top)
+    calibration = read_calibration(folder) if CALIBRATION in manifest.files else None
     console.print(
         f"{manifest.table} {manifest.variant} version {manifest.version}, "
         f"{manifest.num_rows} rows, vocabulary {manifest.vocab_size}, "
-        f"fingerprint {manifest.fingerprint[:12]}",
+        f"fingerprint {manifest.fingerprint[:12]}"
+        + (f", {calibration}" if calibration is not None else ""),
         highlight=False,
         soft_wrap=True,
     )

@@ -20,6 +20,7 @@ from schemas.storage.records import ShardRecord
 from schemas.storage.shards import read_shard, rows_of_batch
 from schemas.table import Table
 from stages.models.checkpoints.checkpoint import CHECKPOINT, damaged_files, read_record
+from stages.signals.teacher_logits.calibration import CALIBRATION, other_taus
 
 
 def verify_folders(folders: Sequence[Folder], console: Console) -> list[str]:
@@ -73,11 +74,16 @@ def verify_folder(folder: Folder) -> list[str]:
     except TeacherCacheError as error:
         return [str(error)]
     looked_at = _Table(folder, manifest, table)
-    return [
-        line
-        for shard in manifest.shards
-        for line in _shard_problems(folder / shard.file, shard, looked_at)
-    ]
+    problems = _other_taus(folder, manifest)
+    for shard in manifest.shards:
+        problems.extend(_shard_problems(folder / shard.file, shard, looked_at))
+    return problems
+
+
+def _other_taus(folder: Folder, manifest: Manifest) -> list[str]:
+    if CALIBRATION not in manifest.files:
+        return []
+    return list(other_taus(folder, [shard.name for shard in manifest.shards]))
 
 
 class _Table:
@@ -92,6 +98,8 @@ class _Table:
 def _problems_in_store(folder: ObjectPath, manifest: Manifest, table: Table[Any]) -> list[str]:
     """Fetch each shard once, whatever copies of it this machine has, and look at it here."""
     problems = damaged_shards(folder, replace(manifest, shards=()))
+    if not problems:
+        problems = _other_taus(folder, manifest)
     looked_at = _Table(folder, manifest, table)
     with tempfile.TemporaryDirectory(prefix="teachercache-") as scratch:
         for shard in manifest.shards:

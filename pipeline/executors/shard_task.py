@@ -12,13 +12,11 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from schemas.errors import RejectLimitError, StoreError
-from schemas.storage.files import Folder, sha256_of, write_text
-from schemas.storage.object_path import ObjectPath
+from schemas.errors import RejectLimitError
+from schemas.storage.files import Folder, write_text
 from schemas.storage.records import ShardRecord, read_record, shard_name, write_record
-from schemas.storage.shard_cache import local_file
 from schemas.storage.shard_list import ShardList
-from schemas.storage.shards import read_shard, with_split, write_shard
+from schemas.storage.shards import read_verified, with_split, write_shard
 from schemas.table import BoundTable
 from stages.file_map import Piece
 from stages.stage import Rejected
@@ -156,20 +154,7 @@ def sample_id_at(task: Task, row: int) -> str:
 
 def input_of(task: ShardTask) -> pa.Table:
     """Return the rows of the input shard; raises StoreError where they are not those it had."""
-    return with_split(_read(task), task.split)
-
-
-def _read(task: ShardTask) -> pa.Table:
-    if isinstance(task.input_file, ObjectPath):
-        with local_file(task.input_file, task.input_sha256) as file:
-            return read_shard(file)
-    found = sha256_of(task.input_file) if task.input_file.is_file() else "none"
-    if found != task.input_sha256:
-        raise StoreError(
-            f"input shard {task.input_file} has sha256 {found[:12]}, its manifest says "
-            f"{task.input_sha256[:12]}: run `teachercache verify` and mend that table first"
-        )
-    return read_shard(task.input_file)
+    return with_split(read_verified(task.input_file, task.input_sha256), task.split)
 
 
 @dataclass

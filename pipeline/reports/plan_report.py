@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Recipe
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
-from pipeline.state.step_state import Progress, is_done, progress_of
+from pipeline.state.step_state import Progress, calibration_of, is_done, progress_of
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_list import ShardTotals
 
@@ -73,6 +73,9 @@ def print_status(
             rejects_cell(step),
         )
     console.print(table)
+    for step in steps:
+        if calibration := calibration_of(step):
+            console.print(f"{step.name}: {calibration}", highlight=False, soft_wrap=True)
 
 
 def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:

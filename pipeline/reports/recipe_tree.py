@@ -16,7 +16,7 @@ from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import ModelRef, Recipe
 from pipeline.reports.cells import human_bytes
 from pipeline.state.finished_files import finished_files
-from pipeline.state.step_state import Progress, progress_of
+from pipeline.state.step_state import Progress, calibration_of, progress_of
 from stages.sources.finished_table.stage import FinishedTableStage
 from stages.stage import SourceStage, TableStage
 
@@ -177,6 +177,8 @@ def _making(recipe: Recipe, step: PlannedStep) -> str:
     if isinstance(step.stage, SourceStage | TableStage | FinishedTableStage):
         table = step.stage.table
         said += f" (v{table.version}, {table.variant})" if table.variant else f" (v{table.version})"
+    if calibration := calibration_of(step):
+        said += f", tau {calibration.tau:g}"
     if step.inputs:
         said += f" from {', '.join(source.name for source in step.inputs)}"
     if step.models:

@@ -12,6 +12,8 @@ from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.storage.records import all_notes, count_records, shard_name
 from stages.file_map import FileMapStage
 from stages.models.checkpoints.checkpoint import read_checkpoint
+from stages.signals.teacher_logits.calibration import Calibration, read_calibration
+from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.stage import TableStage
 
 State = Literal["done", "partial", "pending"]
@@ -71,6 +73,12 @@ def progress_of(step: PlannedStep) -> Progress:
     return _unfinished(step)
 
 
+def calibration_of(step: PlannedStep) -> Calibration | None:
+    """Return what was found for a step with ``mean_k``, once it was."""
+    is_asked = isinstance(step.stage, TeacherLogitsStage) and step.stage.mean_k is not None
+    return read_calibration(step.place) if is_asked else None
+
+
 def _unfinished(step: PlannedStep) -> Progress:
     if isinstance(step.stage, FileMapStage):
         return _unfinished_map(step, step.stage)
@@ -101,7 +109,8 @@ def _unfinished(step: PlannedStep) -> Progress:
 
 def _head_bytes(step: PlannedStep) -> int:
     """Return the bytes of the heads that lie beside the shards of an ``exact`` table."""
-    if not isinstance(step.stage, TableStage) or not step.stage.side_files:
+    beside = step.stage.side_files if isinstance(step.stage, TableStage) else ()
+    if not any(name.endswith(".safetensors") for name in beside):
         return 0
     return sum(
         vocab_size_of(model.base) * hidden_size_of(model.base) * (4 if "32" in model.dtype else 2)

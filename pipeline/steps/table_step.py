@@ -23,7 +23,7 @@ from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
 from pipeline.steps.repeated_rows import without_repeated
 from pipeline.steps.reporter import Reporter
-from schemas.errors import RejectLimitError
+from schemas.errors import RejectLimitError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
@@ -34,6 +34,7 @@ from schemas.table import BoundTable
 from stages.file_map import FileMapStage, Piece
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
+from stages.signals.teacher_logits.calibration import CALIBRATION, other_taus, read_calibration
 from stages.stage import SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
@@ -94,6 +95,7 @@ def run_table(
             step.place, bound, shards, made_by=_made_by(step), said=reporter.said
         )
     _require_rows(step, shards)
+    _require_one_tau(step, shards)
     _write_manifest(step, bound, shards, tokenizer, {})
 
 
@@ -105,6 +107,22 @@ def _require_rows(step: PlannedStep, shards: ShardList) -> None:
         raise RejectLimitError(
             f"{step.place}: no row is left, all were rejected ({reasons}): "
             f"shard-*.rejects.jsonl there names them; change the step's settings or its input"
+        )
+
+
+def _require_one_tau(step: PlannedStep, shards: ShardList) -> None:
+    """Refuse shards that were made by several taus, or by another than lies beside them."""
+    assert isinstance(step.stage, SourceStage | TableStage)
+    if CALIBRATION not in _side_files(step.stage):
+        return
+    if read_calibration(step.place) is None:
+        raise StoreError(f"{step.place / CALIBRATION} has gone while shards were made: run again")
+    others = [*other_taus(step.place, [shard.name for shard in shards])]
+    if others:
+        more = f", and {len(others) - 1:,} more" if len(others) > 1 else ""
+        raise StoreError(
+            f"{others[0]}{more}: a table has one tau; delete the .json records of those shards and "
+            f"run again"
         )
 
 
@@ -183,6 +201,7 @@ def _context(
         models=models,
         engine=execution.engine,
         input_table=source.table if isinstance(source, Manifest) else "",
+        input_folder=step.inputs[0].place if step.inputs else None,
     )
 
 

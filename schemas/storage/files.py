@@ -15,6 +15,8 @@ from ..errors import ConfigError, StoreError
 from .object_path import REQUESTS_AT_ONCE, SCHEMES, ObjectPath
 
 _QUEUED = 10_000
+# What file systems say that have no hard links, where two writers may both come first.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -123,6 +125,31 @@ def write_text(path: Folder, text: str) -> None:
         return
     with atomic_file(path) as stream:
         stream.write(text.encode())
+
+
+def write_once(path: Folder, text: str) -> bytes:
+    """Write a small file unless there is one, and return what is there.
+
+    Of several writers at once the first one's stays, and all are given it.
+    """
+    if isinstance(path, ObjectPath):
+        path.create(text.encode())
+        return path.read_bytes()
+    whole = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    write_text(whole, text)
+    try:
+        with suppress(FileExistsError):
+            os.link(whole, path)
+            _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise _write_error(path, error) from error
+        if not path.exists():
+            os.replace(whole, path)
+    finally:
+        with suppress(OSError):  # no run takes it for anything
+            whole.unlink()
+    return path.read_bytes()
 
 
 def _write_error(path: Path, error: OSError) -> StoreError:

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from ..errors import StoreError, first_line
 from ..table import BoundTable
-from .files import Folder, atomic_file
+from .files import Folder, atomic_file, sha256_of
+from .shard_cache import local_file
 
 ROWS_PER_BATCH = 16  # a reader decompresses one batch to reach one row; 16 x 512 tokens is ~300 kB
 _SPLIT = b"split"
@@ -68,6 +69,19 @@ def read_shard(path: Path) -> pa.Table:
             f"cannot read shard {path}: {first_line(error)}; `teachercache verify` says which "
             f"shards are damaged and how to make them anew"
         ) from error
+
+
+def read_verified(place: Folder, sha256: str) -> pa.Table:
+    """Read a shard, here or in a store; raises StoreError where its bytes are not those it had."""
+    with local_file(place, sha256) as file:
+        if isinstance(place, Path):  # what comes from a store is checked on its way
+            found = sha256_of(file) if file.is_file() else "none"
+            if found != sha256:
+                raise StoreError(
+                    f"input shard {place} has sha256 {found[:12]}, its manifest says "
+                    f"{sha256[:12]}: run `teachercache verify` and mend that table first"
+                )
+        return read_shard(file)
 
 
 def with_split(table: pa.Table, split: str) -> pa.Table:

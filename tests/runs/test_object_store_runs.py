@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from pipeline.state import lease_lock
 from pipeline.state.step_lock import LOCK_FILE, step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
-from schemas.storage.files import as_folder
+from schemas.storage.files import as_folder, write_text
 from schemas.storage.manifest import read_manifest
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import local_copy, read_checkpoint
 from stages.models.checkpoints.tokenizer_identity import TEMPLATE_FOLDER, tokenizer_fingerprint
+from stages.signals.teacher_logits.calibration import keep_first, read_calibration
 from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainStage
 from tests.fixtures.machine_speed import slowness
@@ -127,6 +129,33 @@ def test_tables_in_a_store_are_those_on_a_disk(
     assert len(stored.run().made) > 4
     assert tables(stored) == tables(recipe)
     assert set(stored.run().states.values()) == {"done"}
+
+
+@pytest.mark.slow
+def test_a_tau_that_is_found_on_a_store_is_that_of_a_disk_and_stays(
+    root: str, tiny_model: Path, paragraphs: list[str], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model, paragraphs[:30])
+    encoding = "steps.signals.encoding={kind: threshold, mean_k: 9}"
+    recipe.run(encoding)
+    stored = on_store(recipe, root, tmp_path)
+    stored.run(encoding)
+    here, there = (each.step("signals", encoding).place for each in (recipe, stored))
+    found = read_calibration(there)
+    assert found is not None and found == read_calibration(here)
+    assert keep_first(there, replace(found, tau=0.5)) == found == read_calibration(there)
+    assert read_manifest(there).files == read_manifest(here).files
+    assert read_manifest(there).dataset_id == read_manifest(here).dataset_id
+    said = teachercache("verify", str(there))
+    assert said.code == 0, said
+    record = next(iter(read_manifest(there).shards)).name
+    body = json.loads((there / f"{record}.json").read_bytes())
+    body["notes"]["tau"] = 0.5
+    write_text(there / f"{record}.json", json.dumps(body))
+    said = teachercache("verify", str(there))
+    assert (
+        said.code == 1 and f"was made with tau 0.5, calibration.json says {found.tau}" in said.out
+    )
 
 
 @pytest.mark.slow

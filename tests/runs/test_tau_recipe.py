@@ -55,6 +55,6 @@ def test_the_table_says_its_tau_and_reads_as_weights(recipe: TinyRecipe) -> None
 def test_k_beside_tau_is_refused_in_one_line(recipe: TinyRecipe) -> None:
     settings = ("steps.signals.encoding.tau=0.1", "steps.signals.encoding.k=8")
     said = teachercache("plan", recipe.path, *(part for s in settings for part in ("--set", s)))
-    assert said.code == 2 and "k is 8 beside tau or max_k" in said.error
+    assert said.code == 2 and "k is 8 beside tau, mean_k or max_k" in said.error
     fixed = recipe.plan("steps.signals.encoding.k=8")
     assert fixed[1].identity["config"]["encoding"] == {"kind": "threshold", "k": 8}

@@ -122,11 +122,8 @@ def threshold_sample(
     left_PK = beyond_P[:, None] + top_PK.double().flip(1).cumsum(1).flip(1)
     num_entries_P = torch.full_like(ids_PK[:, 0], k)
     if tau is not None:
-        num_entries_P = _num_entries(top_PK, left_PK, beyond_P, tau)
-    spare_PK = num_entries_P[:, None] - entry_K
-    tau_PK = left_PK / spare_PK.clamp(min=1)
-    in_head_PK = (top_PK >= tau_PK * _NEARLY_ONE) & (spare_PK > 0)
-    in_head_PK = in_head_PK.cumprod(1).bool()
+        num_entries_P = num_entries(top_PK, left_PK, beyond_P, tau)
+    in_head_PK = in_head(top_PK, left_PK, num_entries_P)
     num_head_P = in_head_PK.sum(1)
     exp_PV.scatter_(1, ids_PK, torch.where(in_head_PK, 0.0, top_PK))
     sums_PN = _summed_again(exp_PV, measured.sums_PN, ids_PK)
@@ -143,11 +140,13 @@ def threshold_sample(
     )
 
 
-def _num_entries(top_PK: Tensor, left_PK: Tensor, beyond_P: Tensor, tau: float) -> Tensor:
+def num_entries(top_PK: Tensor, left_PK: Tensor, beyond_P: Tensor, tau: float) -> Tensor:
     """Return the smallest k of each position whose threshold is at most ``tau``, at most K.
 
-    The threshold of k falls as k grows, and k entries have ``tau`` itself where ``k = h + r / tau``
-    with h the tokens of at least ``tau`` and r the mass of all others.
+    ``top_PK`` are the largest masses, by falling value, ``left_PK`` (float64) what each of them and
+    all smaller ones sum to, ``beyond_P`` (float64) what those outside the K do. The threshold of k
+    falls as k grows, and k entries have ``tau`` itself where ``k = h + r / tau`` with h the tokens
+    of at least ``tau`` and r the mass of all others.
     """
     share_P1 = tau * left_PK[:, :1]
     num_sure_P = (top_PK >= share_P1 * _NEARLY_ONE).sum(1)
@@ -156,6 +155,14 @@ def _num_entries(top_PK: Tensor, left_PK: Tensor, beyond_P: Tensor, tau: float) 
     rest_P = outside_PK.gather(1, num_sure_P[:, None])[:, 0]
     num_drawn_P = (rest_P / share_P1[:, 0] - _SLACK).ceil().long().clamp(min=0)
     return (num_sure_P + num_drawn_P).clamp(min=1, max=top_PK.shape[1])
+
+
+def in_head(top_PK: Tensor, left_PK: Tensor, num_entries_P: Tensor) -> Tensor:
+    """Return which of the largest masses [P, K] are kept exactly, of so many entries."""
+    spare_PK = num_entries_P[:, None] - torch.arange(top_PK.shape[1], device=top_PK.device)
+    tau_PK = left_PK / spare_PK.clamp(min=1)
+    is_large_PK = (top_PK >= tau_PK * _NEARLY_ONE) & (spare_PK > 0)
+    return is_large_PK.cumprod(1).bool()
 
 
 def _systematic(

@@ -22,10 +22,13 @@ from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import ENCODINGS, THRESHOLD_TAU
 from stages.models.encoder_decoder.kind import is_encoder_decoder
+from stages.signals.teacher_logits.calibration import CALIBRATION
 from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 EXACT_FILES = ("head.safetensors", "head.json")
 MOST = 255  # entries of a position: counts are stored in 8 bits
+# ``mean_k`` becomes tau over the first rows of the input: whole ones, until they come to so many.
+CALIBRATED_OVER = {"positions": 4096, "tokens": 65536}
 
 
 class ThresholdEncoding(StageConfig):
@@ -33,30 +36,45 @@ class ThresholdEncoding(StageConfig):
 
     With ``tau``, one constant of the table, the number of entries follows the position: the most
     probable tokens down to p = tau, and of the others one for each tau of their mass, together at
-    most ``max_k``. With ``k`` every position has as many. Without either, tau is 0.04.
+    most ``max_k``. With ``mean_k`` the tau is found at which positions have so many on average
+    (``teacher_logits.tau``). With ``k`` every position has as many. Without any, tau is 0.04.
     """
 
     kind: Literal["threshold"] = "threshold"
     tau: float | None = Field(default=None, gt=0.0, le=1.0)
     max_k: int | None = Field(default=None, ge=1, le=MOST)
+    mean_k: float | None = Field(default=None, ge=1.0, le=MOST)
     k: int | None = Field(default=None, ge=2, le=MOST)
 
     @model_validator(mode="before")
     @classmethod
     def _tau_unless_k(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.get("k") is None:
-            return {"tau": 0.04, "max_k": 64, **given}
+            rule = {"tau": 0.04} if given.get("mean_k") is None else {}
+            return {**rule, "max_k": 64, **given}
         return given
 
     @model_validator(mode="after")
     def _one_rule(self) -> "ThresholdEncoding":
-        if self.k is not None and (self.tau is not None or self.max_k is not None):
-            raise ValueError(
-                f"k is {self.k} beside tau or max_k: k keeps so many entries of every position, "
-                f"tau lets their number follow the position; give one of them"
-            )
-        if self.k is None and (self.tau is None or self.max_k is None):
+        if self.k is not None:
+            if any(other is not None for other in (self.tau, self.max_k, self.mean_k)):
+                raise ValueError(
+                    f"k is {self.k} beside tau, mean_k or max_k: k keeps so many entries of every "
+                    f"position, the others let their number follow the position; give one of them"
+                )
+            return self
+        if self.max_k is None or (self.tau is None and self.mean_k is None):
             raise ValueError("tau and max_k are numbers: leave them out for their defaults")
+        if self.mean_k is not None and self.tau is not None:
+            raise ValueError(
+                f"mean_k is {self.mean_k:g} beside tau {self.tau:g}: mean_k finds its tau; give "
+                f"one of them"
+            )
+        if self.mean_k is not None and self.mean_k > self.max_k:
+            raise ValueError(
+                f"mean_k is {self.mean_k:g}, above max_k {self.max_k}, which no position exceeds: "
+                f"lower mean_k or raise max_k (up to {MOST})"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -66,9 +84,11 @@ class ThresholdEncoding(StageConfig):
 
     def most(self, vocab_size: int) -> int:
         """Return what no position exceeds: ``sum_v min(1, p_v / tau)`` is at most 1 / tau."""
-        if self.tau is None or self.max_k is None:
+        if self.max_k is None:
             assert self.k is not None
             return self.k
+        if self.tau is None:
+            return min(self.max_k, vocab_size)
         return min(self.max_k, math.ceil(1.0 / self.tau - 1e-6), vocab_size)
 
 
@@ -112,8 +132,24 @@ class TeacherLogitsStage(SignalStage):
     @property
     def table(self) -> Table[Any]:
         """``teacher_logits`` in the variant that the encoding names."""
-        follows = isinstance(self.encoding, ThresholdEncoding) and self.encoding.tau is not None
+        follows = isinstance(self.encoding, ThresholdEncoding) and self.encoding.k is None
         return THRESHOLD_TAU if follows else ENCODINGS[self.encoding.kind]
+
+    @property
+    def mean_k(self) -> float | None:
+        """The mean number of entries that tau is to be found for; None: it is known, or none is."""
+        return self.encoding.mean_k if isinstance(self.encoding, ThresholdEncoding) else None
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what names the step by content: with ``mean_k``, how tau is found, not tau.
+
+        A step has its name before its teacher runs. The tau that was found is in the record of each
+        shard and in a side file, which the manifest names.
+        """
+        body = super().hashed()
+        if self.mean_k is not None:
+            body["config"]["calibrated_over"] = CALIBRATED_OVER
+        return body
 
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse a table that the stage does not read, or an encoder-decoder of this table."""
@@ -127,11 +163,18 @@ class TeacherLogitsStage(SignalStage):
 
     @property
     def side_files(self) -> tuple[str, ...]:
-        """``exact`` needs the head matrix to be read back; it lies once beside the shards."""
-        return EXACT_FILES if self.encoding.kind == "exact" else ()
+        """What lies once beside the shards: the head that ``exact`` is read with, a found tau."""
+        if self.encoding.kind == "exact":
+            return EXACT_FILES
+        return () if self.mean_k is None else (CALIBRATION,)
 
     def bind(self, context: StageContext) -> BoundTable[Any]:
         """Token id width from the vocabulary, K from the encoding, D from the head."""
+        if self.mean_k is not None and self.mean_k > context.vocab_size:
+            raise ConfigError(
+                f"encoding.mean_k is {self.mean_k:g}, the vocabulary has {context.vocab_size} "
+                f"tokens: lower mean_k"
+            )
         if isinstance(self.encoding, ExactEncoding):
             width = context.models[self.model].hidden_size
             return self.table.bind(vocab_size=context.vocab_size, sizes={"D": width})
@@ -151,15 +194,16 @@ class TeacherLogitsStage(SignalStage):
         less.
         Ids compress to about nine tenths of log2(V) bits, head codes (some 0.3 a kept entry) to a
         byte, and the two float16 columns hardly at all. With tau, chat had 0.3 / tau entries a
-        position and web pages 0.55 / tau, of 1.6 bytes each at 49,152 tokens; 0.5 / tau is taken.
+        position and web pages 0.55 / tau, of 1.6 bytes each at 49,152 tokens; 0.5 / tau is taken,
+        and ``mean_k`` as it is.
         """
         id_bytes = 0.9 * math.log2(source.vocab_size) / 8
         match self.encoding:
-            case ThresholdEncoding(k=k, tau=tau, max_k=max_k):
-                if tau is not None and max_k is not None:
-                    per_position = min(0.5 / tau, max_k) * (id_bytes - 0.15) + 3.6
-                else:
-                    per_position = (k or 0) * (id_bytes + 0.3) + 4.5
+            case ThresholdEncoding(k=int(k)):
+                per_position = k * (id_bytes + 0.3) + 4.5
+            case ThresholdEncoding(tau=tau, max_k=max_k, mean_k=mean_k):
+                mean = mean_k or min(0.5 / (tau or 1.0), max_k or MOST)
+                per_position = mean * (id_bytes - 0.15) + 3.6
             case ExactEncoding():
                 per_position = 2.0 * hidden_size * 0.95 + 4.5
             case encoding:

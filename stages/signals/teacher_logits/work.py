@@ -45,8 +45,10 @@ from stages.models.spec import EngineOptions
 from stages.signals.scoring.encoding import cache_slices, measure
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
+from stages.signals.teacher_logits.calibration import read_calibration
 from stages.signals.teacher_logits.encoder import Asked, RowEncoder
 from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
+from stages.signals.teacher_logits.tau import Score, with_tau
 from stages.stage import Later, Rejected, StageContext, Work
 
 Scored = AnyLogits | Rejected | Later
@@ -55,27 +57,39 @@ FLOAT16_MAX = 65504.0
 
 @contextmanager
 def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
-    """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
+    """Start the engine of ``stage.model``; the work scores one shard of token sequences.
+
+    With ``mean_k`` the same engine finds the table's tau first, where no run has yet.
+    """
+    with _started(stage, context) as score:
+        if stage.mean_k is not None:
+            stage = with_tau(stage, context, score)
+        yield partial(score, stage)
+
+
+@contextmanager
+def _started(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Score]:
+    """Start the engine; yield what scores rows of the input for the stage, in any encoding."""
     model = context.models[stage.model]
     if frame_of(read_config(model.path)) is not None:
         with open_encoder_decoder_engine(model, context.engine) as two_halves:
             _note_head(stage, context, two_halves)
-            yield lambda shard: score_halves(stage, two_halves, shard, context.engine)
+            yield lambda asked, rows: score_halves(asked, two_halves, rows, context.engine)
         return
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
         _note_head(stage, context, engine)
 
-        def work(shard: pa.Table) -> Iterable[Scored]:
+        def score(asked: TeacherLogitsStage, rows: pa.Table) -> Iterable[Scored]:
             if of_pairs:
-                return score_pairs(stage, engine, prompted_of(shard), context.engine)
-            if SCORED in shard.schema.names:
-                return score_spans(stage, engine, shard, context.engine)
-            longest = pc.max(pc.list_value_length(shard["input_ids_T"])).as_py() or 0
+                return score_pairs(asked, engine, prompted_of(rows), context.engine)
+            if SCORED in rows.schema.names:
+                return score_spans(asked, engine, rows, context.engine)
+            longest = pc.max(pc.list_value_length(rows["input_ids_T"])).as_py() or 0
             require_room(engine, longest, context.engine)
-            return score_shard(stage, engine, shard)
+            return score_shard(asked, engine, rows)
 
-        yield work
+        yield score
 
 
 def _note_head(
@@ -87,7 +101,12 @@ def _note_head(
 
 
 def write_side_files(stage: TeacherLogitsStage, context: StageContext) -> None:
-    """Write the head that an ``exact`` table is read back with."""
+    """Write the head that an ``exact`` table is read back with; see that a found tau is there."""
+    if stage.mean_k is not None:
+        if read_calibration(context.folder) is None:
+            with open_work(stage, context):
+                pass
+        return
     head_of(context.models[stage.model], device="cpu").save(context.folder)
 
 

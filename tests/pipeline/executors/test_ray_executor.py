@@ -148,6 +148,18 @@ def test_ray_writes_the_bytes_of_one_process(
     assert not events.warnings
 
 
+def test_workers_on_ray_take_the_tau_that_one_process_finds(
+    again: TinyRecipe, cluster: Cluster, tmp_path: Path
+) -> None:
+    encoding = "steps.signals.encoding={kind: threshold, mean_k: 9}"
+    alone = again.copy(tmp_path / "alone")
+    alone.run(encoding)
+    on_ray = ("execution.executor=ray", f"execution.address={cluster.address}")
+    again.run(encoding, *on_ray, "execution.workers=2")
+    here, there = (table_bytes(each.step("signals", encoding).folder) for each in (again, alone))
+    assert "calibration.json" in here and here == there
+
+
 def test_through_a_client_the_bytes_are_the_same(
     shards: Shards, undisturbed: dict[str, bytes], cluster: Cluster
 ) -> None:

@@ -205,8 +205,8 @@ def test_settings_name_one_rule_and_tables_of_k_keep_their_fingerprints() -> Non
     assert ThresholdEncoding(k=16).model_dump() == {"kind": "threshold", "k": 16}
     assert ThresholdEncoding(tau=0.1).max_k == 64
     for wrong, said in (
-        ({"k": 16, "tau": 0.1}, "k is 16 beside tau or max_k"),
-        ({"k": 16, "max_k": 20}, "k is 16 beside tau or max_k"),
+        ({"k": 16, "tau": 0.1}, "k is 16 beside tau, mean_k or max_k"),
+        ({"k": 16, "max_k": 20}, "k is 16 beside tau, mean_k or max_k"),
         ({"tau": None}, "leave them out for their defaults"),
         ({"tau": 0.0}, "greater than 0"),
         ({"tau": 1.5}, "less than or equal to 1"),
