@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from schemas.packing.coder import coding_library
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
@@ -56,6 +57,8 @@ FLOAT16_MAX = 65504.0
 @contextmanager
 def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work]:
     """Start the engine of ``stage.model``; the work scores one shard of token sequences."""
+    if stage.bind(context).packed:
+        coding_library()  # rather than after the first shard
     model = context.models[stage.model]
     if frame_of(read_config(model.path)) is not None:
         with open_encoder_decoder_engine(model, context.engine) as two_halves:
