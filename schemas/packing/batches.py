@@ -91,10 +91,7 @@ def pack(batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if not batches:
         return
     schema = batches[0].schema
-    vocab_size = int(schema.metadata[b"vocab_size"])
-    flat = [_flat(batch) for batch in batches]
-    unused = {name: min(unused_bits(columns[name]) for columns in flat) for name in FLOATS}
-    priors = Priors(_counted(flat, vocab_size, unused), vocab_size)
+    flat, unused, priors = counted(batches)
     stored = _stored(schema, priors, unused)
     for batch, columns in zip(batches, flat, strict=True):
         packer = Packer(priors)
@@ -110,25 +107,30 @@ def pack(batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         stored = b""
 
 
-def _flat(batch: pa.RecordBatch) -> dict[str, Array]:
-    names = (*_PER_POSITION, *_COUNTED_BY)
-    columns = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in names}
-    columns["tail_ids_E"] = tail_ids(columns)
-    return columns
+def counted(
+    batches: Sequence[pa.RecordBatch],
+) -> tuple[list[dict[str, Array]], dict[str, int], Priors]:
+    """Return the flat columns of each record batch of a shard, unused bits of floats, and priors.
 
-
-def _counted(
-    flat: Sequence[Mapping[str, Array]], vocab_size: int, unused: Mapping[str, int]
-) -> dict[str, Array]:
-    """Count ids first: the leaves that sampled ids lie in are made of their counts."""
-    counts = Counts()
+    Ids are counted first: the leaves that sampled ids lie in are made of their counts.
+    """
+    vocab_size = int(batches[0].schema.metadata[b"vocab_size"])
+    flat, counts = [_flat(batch) for batch in batches], Counts()
+    unused = {name: min(unused_bits(columns[name]) for columns in flat) for name in FLOATS}
     for columns in flat:
         ids_E = columns["tail_ids_E"]
         counts.add("tail_id", np.zeros(len(ids_E), np.int64), ids_E)
     order = Priors(counts.rounded(), vocab_size).order
     for columns in flat:
         walk(Counter(counts), len(columns["num_head_P"]), unused, columns, order)
-    return counts.rounded()
+    return flat, unused, Priors(counts.rounded(), vocab_size)
+
+
+def _flat(batch: pa.RecordBatch) -> dict[str, Array]:
+    names = (*_PER_POSITION, *_COUNTED_BY)
+    columns = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in names}
+    columns["tail_ids_E"] = tail_ids(columns)
+    return columns
 
 
 def _stored(schema: pa.Schema, priors: Priors, unused: Mapping[str, int]) -> bytes:
@@ -220,7 +222,7 @@ def _checksum(batch: pa.RecordBatch) -> bytes:
     crc = 0
     for name in (*_PER_POSITION, *_COUNTED_BY):
         values = batch.column(name).values.to_numpy(zero_copy_only=False)
-        crc = zlib.crc32(np.ascontiguousarray(values), crc)
+        crc = zlib.crc32(np.ascontiguousarray(values).data, crc)
     return crc.to_bytes(4, "little")
 
 

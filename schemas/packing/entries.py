@@ -87,7 +87,7 @@ def _codes(coder: Coder, heads_P: Array, starts_P: Array, given_H: Array | None)
         contexts = (np.minimum(heads_P[going] - entry, 3) - 1) * 33 + before // 2
         at = starts_P[going] + entry
         made = coder.coded(
-            "codes", contexts.astype(np.uint16), None if given_H is None else given_H[at]
+            "codes", contexts.astype(np.uint8), None if given_H is None else given_H[at]
         )
         codes_H[at] = made
         goes_on = heads_P[going] > entry + 1
@@ -100,7 +100,7 @@ def _float16(
 ) -> Array:
     bits_P = None if given_P is None else given_P.view(np.uint16).astype(np.int64)
     high_P = coder.coded(
-        name, contexts_P.astype(np.uint16), None if bits_P is None else bits_P >> _LOW_BITS
+        name, contexts_P.astype(np.uint8), None if bits_P is None else bits_P >> _LOW_BITS
     )
     num_even = _LOW_BITS - unused
     low_P = np.zeros(len(contexts_P), np.int64)
