@@ -90,7 +90,7 @@ SmolLM2-135M-Instruct, {tokens} tokens each of web pages, an encyclopaedia and c
 *Bytes a token* are of every file of the documents table and the signals. The priors are shared out
 over the tokens of this shard; over the 524,288 of a shard of the default size they take less, and
 fit less closely: with priors of 120 other rows in the place of their own, the symbols of these rows
-took 18.6 bytes a position, not 18.0.
+took 18.6 bytes a position, not 18.1.
 Reading is timed on one core, from the file to Arrow columns, once a shard is opened and the models
 of its symbols are made, in processor time: each record batch the best of 50 times, as the machine
 had other work. Passes over all of them, the best of nine, gave 444,000 and 446,000 tokens a second
@@ -119,8 +119,8 @@ number of tail entries, and a head code is known better from the one before it.
 Probes on the same rows, with priors of 120 others (they are not part of the script).
 
 - More contexts: head codes under the whole code before them, log-probs under 561 contexts in the
-  place of 153. 0.4 % fewer bytes, a fifth more time: a call of the coder that makes few symbols is
-  most of what it costs.
+  place of 153. 0.4 % fewer bytes, about a fifth more time: a call of the coder that makes few
+  symbols is most of what it costs.
 - 128 leaves of tail ids in the place of 64: 0.2 % fewer bytes for one more round.
 - Eight priors of tail ids, each for a kind of position (a mixture fitted by EM, its index stored):
   0.7 bytes a token less. But the fit takes passes over all rows of a shard, and each shard would
