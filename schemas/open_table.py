@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .errors import ConfigError, SchemaMismatch, StoreError
+from .packing.batches import Batches, open_batches
 from .row_checks import contradiction_in
 from .storage.files import Folder
 from .storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
@@ -205,7 +206,7 @@ class OpenTable:
     def _open(self, shard: ShardRecord) -> "_Reader":
         place = self.folder / shard.file
         if isinstance(place, Path):
-            return _Reader(pa.ipc.open_file(pa.memory_map(str(place))))
+            return _Reader(open_batches(pa.memory_map(str(place))))
         held = hold(place, shard.sha256, spare_from_s=self.opened_at_s)
         if held is None:
             info = place.info()
@@ -215,8 +216,8 @@ class OpenTable:
                     f"`teachercache verify` and mend that table first"
                 )
             source = pa.PythonFile(ObjectStream(place, shard.num_bytes), mode="r")
-            return _Reader(pa.ipc.open_file(source))
-        return _Reader(pa.ipc.open_file(pa.memory_map(str(held.path))), held)
+            return _Reader(open_batches(source))
+        return _Reader(open_batches(pa.memory_map(str(held.path))), held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,7 @@ class _Batch:
 class _Reader:
     """An open shard, and the copy that it reads where that is one of an object."""
 
-    batches: pa.ipc.RecordBatchFileReader
+    batches: Batches
     held: HeldFile | None = None
 
     def close(self) -> None:

@@ -96,9 +96,15 @@ class Table(Generic[Row]):
         hints = get_type_hints(row, include_extras=True)
         self.columns = {field.name: _column_of(hints[field.name]) for field in fields(row)}  # type: ignore[arg-type]
 
-    def bind(self, *, vocab_size: int, sizes: Mapping[str, int] | None = None) -> "BoundTable[Row]":
-        """Fix the token id width and the fixed dimensions (such as ``K``) for writing."""
-        return BoundTable(self, vocab_size, dict(sizes or {}))
+    def bind(
+        self, *, vocab_size: int, sizes: Mapping[str, int] | None = None, packed: bool = False
+    ) -> "BoundTable[Row]":
+        """Fix the token id width and the fixed dimensions (such as ``K``) for writing.
+
+        Shards of ``packed`` tables, ``threshold_tau`` alone, are entropy coded
+        (``schemas.packing``).
+        """
+        return BoundTable(self, vocab_size, dict(sizes or {}), packed=packed)
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[Row]:
         """Yield the rows of ``batch``; raises SchemaMismatch where its columns are not ours."""
@@ -120,11 +126,14 @@ class Table(Generic[Row]):
 class BoundTable(Generic[Row]):
     """A table ready to be written: every Arrow type is known."""
 
-    def __init__(self, table: Table[Row], vocab_size: int, sizes: dict[str, int]) -> None:
+    def __init__(
+        self, table: Table[Row], vocab_size: int, sizes: dict[str, int], *, packed: bool = False
+    ) -> None:
         """Derive the Arrow schema; ``sizes`` maps a fixed dimension letter to its size."""
         self.table = table
         self.vocab_size = vocab_size
         self.sizes = sizes
+        self.packed = packed
         metadata = {"table": table.name, "version": str(table.version), "variant": table.variant}
         self.schema = pa.schema(
             [self._field(name, column) for name, column in table.columns.items()],

@@ -57,7 +57,8 @@ reading of its README; its Parquet files (pyarrow's defaults) take {containers} 
 
 `threshold 16` keeps 16 entries of every position. `tau 0.04` (the default) keeps of each position
 the fewest whose own threshold is at most 0.04: few where the teacher is sure, up to 25 where it is
-not. Tail ids are stored by rising id, as gaps whose low and high bytes lie apart. Against k = 16
+not. Tail ids are stored by rising id, as gaps whose low and high bytes lie apart; the
+[packed layout](packed.md) stores the same rows in fewer bytes. Against k = 16
 noise moves from flat positions to sure ones: rms errors and gradients fall, while the mean absolute
 error of a position's loss is a little higher.
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from ..errors import StoreError, first_line
+from ..packing.batches import open_batches, pack, packed_schema
 from ..table import BoundTable
 from .files import Folder, atomic_file, sha256_of
 from .shard_cache import local_file
@@ -39,23 +40,26 @@ def write_shard(
 ) -> ShardFile:
     """Write ``rows`` to ``path`` atomically; raises StoreError when the disk refuses.
 
-    They are compressed at the table's own level where no other is given.
+    They are compressed at the table's own level where no other is given. Rows of a packed table
+    are in memory all at once, as record batches: their bytes depend on all of them.
     """
     level = table.table.zstd_level if zstd_level is None else zstd_level
     options = pa.ipc.IpcWriteOptions(
         compression=pa.Codec("zstd", compression_level=level),
         use_threads=False,  # to hand a buffer over takes a third of the processor time again
     )
+    schema = packed_schema(table.schema) if table.packed else table.schema
     num_rows = 0
     with atomic_file(path) as stream:
         hashing = _HashingStream(stream)
         with (
             pa.BufferedOutputStream(pa.PythonFile(hashing, mode="w"), _WRITTEN_AT_ONCE) as sink,
-            pa.ipc.new_file(sink, table.schema, options=options) as out,
+            pa.ipc.new_file(sink, schema, options=options) as out,
         ):
-            for group in _groups(rows, ROWS_PER_BATCH):
-                out.write_batch(table.to_batch(group))
-                num_rows += len(group)
+            batches: Iterable[pa.RecordBatch] = map(table.to_batch, _groups(rows, ROWS_PER_BATCH))
+            for batch in pack([*batches]) if table.packed else batches:
+                out.write_batch(batch)
+                num_rows += batch.num_rows
     return ShardFile(num_rows, hashing.num_bytes, hashing.digest.hexdigest())
 
 
@@ -63,7 +67,7 @@ def read_shard(path: Path) -> pa.Table:
     """Read a whole shard; raises StoreError when the file is missing or torn."""
     try:
         with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+            return open_batches(source).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
             f"cannot read shard {path}: {first_line(error)}; `teachercache verify` says which "

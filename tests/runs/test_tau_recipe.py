@@ -13,6 +13,7 @@ from schemas.storage.manifest import MANIFEST, read_manifest
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+ENCODING = "steps.signals.encoding"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,23 @@ def test_the_table_says_its_tau_and_reads_as_weights(recipe: TinyRecipe) -> None
         ids_PK, weights_PK = weighted_tokens(rows[index])
         assert ids_PK.max() < manifest.vocab_size and ids_PK.shape[1] <= 25
         np.testing.assert_allclose(weights_PK.sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_the_packed_layout_has_the_rows_of_the_plain_one(
+    recipe: TinyRecipe, tmp_path: Path
+) -> None:
+    packed = "steps.signals.encoding.layout=packed"
+    other = recipe.copy(tmp_path)
+    other.run(packed)
+    plain, there = recipe.step("signals").folder, other.step("signals", packed).folder
+    assert plain.name != there.name and teachercache("verify", there).code == 0
+    documents = recipe.step("documents").folder
+    here, packed_rows = (open_dataset([documents, folder]) for folder in (plain, there))
+    for index in range(len(here)):
+        for name, values in here[index].items():
+            np.testing.assert_array_equal(values, packed_rows[index][name])
+    said = teachercache("plan", recipe.path, "--set", packed, "--set", f"{ENCODING}.k=8")
+    assert said.code == 2 and "layout packed stores entries by tau, and k is 8" in said.error
 
 
 def test_k_beside_tau_is_refused_in_one_line(recipe: TinyRecipe) -> None:

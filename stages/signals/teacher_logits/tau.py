@@ -55,8 +55,8 @@ def with_tau(stage: TeacherLogitsStage, context: StageContext, score: Score) -> 
     if found is None:
         found = keep_first(context.folder, _calibrated(stage, context, score))
     context.notes["tau"] = found.tau
-    encoding = ThresholdEncoding(tau=found.tau, max_k=stage.encoding.max_k)
-    return stage.model_copy(update={"encoding": encoding})
+    known = {"tau": found.tau, "mean_k": None}
+    return stage.model_copy(update={"encoding": stage.encoding.model_copy(update=known)})
 
 
 def _calibrated(stage: TeacherLogitsStage, context: StageContext, score: Score) -> Calibration:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from schemas.packing.coder import coding_library
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
@@ -61,6 +62,8 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
 
     With ``mean_k`` the same engine finds the table's tau first, where no run has yet.
     """
+    if stage.bind(context).packed:
+        coding_library()  # rather than after the first shard
     with _started(stage, context) as score:
         if stage.mean_k is not None:
             stage = with_tau(stage, context, score)

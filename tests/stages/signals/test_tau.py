@@ -3,6 +3,8 @@
 Dimensions: P = positions, V = vocabulary, K = the most entries of a position, R = repetitions.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ from schemas.distribution import (
     uniforms,
     weighted_tokens,
 )
+from schemas.errors import StoreError
 from stages.signals.scoring.encoding import ThresholdSample, measure, threshold_sample
 from stages.signals.teacher_logits.encoder import Asked, RowEncoder, with_weight
 from stages.signals.teacher_logits.stage import TeacherLogitsStage, ThresholdEncoding
+from stages.stage import StageContext
 from tests.fixtures.tiny_teacher import sampled_of
 
 Array = npt.NDArray[Any]
@@ -214,3 +218,15 @@ def test_settings_name_one_rule_and_tables_of_k_keep_their_fingerprints() -> Non
     ):
         with pytest.raises(ValidationError, match=said):
             ThresholdEncoding.model_validate(wrong)
+
+
+def test_without_the_coder_of_the_packed_layout_no_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding = {"kind": "threshold", "layout": "packed"}
+    body = {"stage": "teacher_logits", "input": "-", "model": "-", "encoding": encoding}
+    stage = TeacherLogitsStage.model_validate(body)
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    context = StageContext(tmp_path, 100)  # names no model: none is looked for
+    with pytest.raises(StoreError, match="coder is not installed"), stage.open(context):
+        raise AssertionError("opened")

@@ -1,0 +1,1 @@
+"""The ``packed`` layout of ``threshold`` entries: record batches <-> entropy-coded ones."""
