@@ -20,7 +20,8 @@ be bound to a vocabulary size (and to K) before it can be written; reading needs
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Final, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -139,6 +140,7 @@ class BoundTable(Generic[Row]):
             [self._field(name, column) for name, column in table.columns.items()],
             metadata=metadata | {"vocab_size": str(vocab_size)},
         )
+        self._types = [(field.name, field.type) for field in self.schema]
 
     def _field(self, name: str, column: Column) -> pa.Field:
         dtype = column.dtype
@@ -158,7 +160,7 @@ class BoundTable(Generic[Row]):
         """Encode rows; a value that does not fit its column raises ValueError, never wraps."""
         kept = list(rows)
         arrays = [
-            _encode([getattr(row, field.name) for row in kept], field.type) for field in self.schema
+            _encode([getattr(row, name) for row in kept], dtype) for name, dtype in self._types
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
@@ -173,30 +175,38 @@ def _column_of(hint: Any) -> Column:
 def _encode(values: list[Any], dtype: pa.DataType) -> pa.Array:
     if not pa.types.is_list(dtype):
         return pa.array(values, type=dtype)
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
     item = dtype.value_type
-    arrays = [np.asarray(value) for value in values]
-    flat = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.zeros(0)
+    flat = np.concatenate(values, axis=None) if values else np.zeros(0)
     child = _narrow(flat, item.value_type if pa.types.is_fixed_size_list(item) else item)
     if pa.types.is_fixed_size_list(item):
-        for array in arrays:
-            if array.ndim != 2 or array.shape[1] != item.list_size:
-                raise ValueError(f"got shape {array.shape}, expected [*, {item.list_size}]")
+        for shape in map(np.shape, values):
+            if len(shape) != 2 or shape[1] != item.list_size:
+                raise ValueError(f"got shape {shape}, expected [*, {item.list_size}]")
         child = pa.FixedSizeListArray.from_arrays(child, type=item)
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), child, type=dtype)
+    offsets = np.array([*accumulate(map(len, values), initial=0)], np.int32)
+    buffers = [None, pa.py_buffer(offsets)]
+    return pa.Array.from_buffers(dtype, len(values), buffers, null_count=0, children=[child])
 
 
 def _narrow(flat_N: npt.NDArray[Any], dtype: pa.DataType) -> pa.Array:
-    target = np.dtype(dtype.to_pandas_dtype())
-    if target.kind in "ui" and flat_N.size:
-        limits = np.iinfo(target)
+    target, limits = _held_by(dtype)
+    if limits and flat_N.size:
         low = 0 if flat_N.dtype.kind == "u" else int(flat_N.min())
         high = int(flat_N.max())
-        if low < limits.min or high > limits.max:
+        if low < limits[0] or high > limits[1]:
             raise ValueError(f"values {low}..{high} do not fit {target}: ids would wrap")
     narrowed_N = np.ascontiguousarray(flat_N, dtype=target)
-    return pa.Array.from_buffers(dtype, len(narrowed_N), [None, pa.py_buffer(narrowed_N)])
+    buffers = [None, pa.py_buffer(narrowed_N)]
+    return pa.Array.from_buffers(dtype, len(narrowed_N), buffers, null_count=0)
+
+
+@cache
+def _held_by(dtype: pa.DataType) -> tuple[np.dtype[Any], tuple[int, int] | None]:
+    """Return the numpy type of a column's values, and of integers the least and the most."""
+    target = np.dtype(dtype.to_pandas_dtype())
+    if target.kind not in "ui":
+        return target, None
+    return target, (int(np.iinfo(target).min), int(np.iinfo(target).max))
 
 
 def _decode(array: pa.Array, column: Column) -> list[Any]:

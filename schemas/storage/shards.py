@@ -9,6 +9,7 @@ nothing that varies between runs (time, host, process) is inside the file.
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,13 +105,8 @@ def rows_of_batch(num_rows: int, batch: int) -> int:
 
 
 def _groups(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+    source = iter(rows)
+    while group := list(islice(source, size)):
         yield group
 
 

@@ -140,6 +140,31 @@ def _put_first(processor: dict[str, Any]) -> list[str]:
     return [processor["cls"][0]] if "cls" in processor else []
 
 
+def stated_end(folder: Path, *, length: int) -> int | None:
+    """Return the id of the end-of-sequence token, where the files leave nothing to be opened for.
+
+    That is where every settings file that names the token names the same, and it has one id in all
+    lists of added tokens; rows of ``length`` tokens are within the maximum that the settings state.
+    None where a class, code of the folder's own or transformers' defaults would have a say.
+    """
+    if not (folder / TOKENIZER_JSON).is_file():
+        return None
+    files = [folder / name for name in (*_SETTINGS_FILES, _CONFIG)]
+    bodies = [_read_json(path) for path in files if path.is_file()]
+    settings = _settings(folder)
+    longest = settings.get("model_max_length")
+    if any("auto_map" in body for body in bodies) or longest is None or length > longest:
+        return None
+    named = [_token(body["eos_token"]) for body in bodies if "eos_token" in body]
+    if not named or named[0] is None or named != named[:1] * len(named):
+        return None
+    added = _read_json(folder / TOKENIZER_JSON).get("added_tokens") or ()
+    again = settings.get("added_tokens_decoder") or {}
+    ids = [token["id"] for token in added if token["content"] == named[0]]
+    ids += [int(key) for key, token in again.items() if ids and _token(token) == named[0]]
+    return int(ids[0]) if len(set(ids)) == 1 else None
+
+
 def num_token_ids(folder: Path) -> int | None:
     """Return how many ids the tokenizer's tokens take: the largest one and one more.
 

@@ -18,6 +18,7 @@ from schemas.errors import ConfigError
 from stages.models.checkpoints.chat_template import ChatTemplate
 from stages.models.checkpoints.rotary_scaling import ONE_SET, fixed_window
 from stages.models.checkpoints.tokenizer import open_tokenizer
+from stages.models.checkpoints.tokenizer_identity import stated_end
 
 IdArray = npt.NDArray[np.uint32]
 _BREAK = "\n"
@@ -151,6 +152,22 @@ class TextTokenizer:
                 f"beside it; use one that ends in a newline"
             )
         return np.array([i for i, _, _ in inside], np.uint32)
+
+
+def packing_end(folder: Path, *, length: int) -> int:
+    """Return the id that parts documents in rows of ``length``; raises as ``require`` does.
+
+    The tokenizer is opened only where the folder's files do not state the id: ids alone are packed,
+    and opening one costs as much as reading millions of them.
+    """
+    if folder.is_dir() and length <= model_limits(folder, 0)[1]:
+        stated = stated_end(folder, length=length)
+        if stated is not None:
+            return stated
+    tokenizer = TextTokenizer(folder)
+    tokenizer.require(length=length, eos=True)
+    assert tokenizer.eos_id is not None
+    return tokenizer.eos_id
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

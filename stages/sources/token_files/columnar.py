@@ -12,7 +12,7 @@ from schemas.errors import ConfigError
 from stages.sources.token_files.stage import ColumnFiles
 from stages.sources.token_files.token_file import Array, Record, readable, unreadable
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256  # of parquet: what is decoded stays in a core's own memory until it is read
 IGNORED = -100  # a label that stands for none
 _FILE_MAGIC = b"ARROW1\x00\x00"  # an IPC file is this, then a stream, then a footer
 
@@ -75,7 +75,7 @@ class ColumnFile:
                     yield batch.select(self.columns)
 
     def _records(self, batch: pa.RecordBatch) -> Iterator[Record]:
-        ids = list(_lists(batch.column(self.source.column)))
+        ids = list(_lists(batch.column(self.source.column), are_ids=True))
         said = self.source.mask or self.source.labels
         others = [None] * len(ids) if said is None else list(_lists(batch.column(said)))
         for ids_T, other_T in zip(ids, others, strict=True):
@@ -105,8 +105,12 @@ def _chained(first: pa.RecordBatch, others: Iterator[pa.RecordBatch]) -> Iterato
     yield from others
 
 
-def _lists(column: pa.Array) -> Iterator[Any]:
-    """Yield each list as an array; ``missing`` or ``null_in`` for one without a value."""
+def _lists(column: pa.Array, *, are_ids: bool = False) -> Iterator[Any]:
+    """Yield each list as an array; ``missing`` or ``null_in`` for one without a value.
+
+    Of a signed type, ids are given as unsigned ones where none of ``column`` is negative: a look at
+    all of them costs less than one at each list.
+    """
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     values, offsets = column.values, column.offsets.to_numpy()
@@ -116,6 +120,10 @@ def _lists(column: pa.Array) -> Iterator[Any]:
         nulls = values.is_null().to_numpy(zero_copy_only=False)
         values = values.fill_null(0)
     flat = values.to_numpy(zero_copy_only=False)
+    if are_ids and flat.dtype.kind == "i":
+        used = flat[offsets[0] : offsets[-1]]
+        if len(used) and used.min() >= 0:
+            flat = flat.view(f"u{flat.itemsize}")
     for row, (begin, end) in enumerate(
         zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     ):

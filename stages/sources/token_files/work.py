@@ -25,7 +25,7 @@ from schemas.tables.conversations import Conversation
 from schemas.tables.documents import Document
 from stages.file_map import Piece, PieceWork
 from stages.sources.reading.rejects import MalformedRecord, UnusableRecord
-from stages.sources.reading.tokens import TextTokenizer
+from stages.sources.reading.tokens import packing_end
 from stages.sources.token_files.layout import HELDOUT, FileRange, opened, stamps_of
 from stages.sources.token_files.stage import TokenFilesStage
 from stages.sources.token_files.token_file import Array, Record
@@ -38,12 +38,9 @@ ALL_TRAIN = "f" * 24  # stands for a hash that nobody asks for
 
 @contextmanager
 def open_work(stage: TokenFilesStage, context: StageContext) -> Iterator[PieceWork]:
-    """Yield the work; only ``pack`` needs the tokenizer itself, for its end-of-sequence token."""
-    eos_id = None
-    if stage.mode == "pack":
-        tokenizer = TextTokenizer(Path(stage.tokenizer))
-        tokenizer.require(length=stage.length, eos=True)
-        eos_id = tokenizer.eos_id
+    """Yield the work; only ``pack`` asks for something of the tokenizer, what ends a text."""
+    is_packed = stage.mode == "pack"
+    eos_id = packing_end(Path(stage.tokenizer), length=stage.length) if is_packed else None
     yield partial(make_rows, stage, context.vocab_size, eos_id)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from schemas.errors import ConfigError
 from stages.models.checkpoints.tokenizer_identity import (
     copy_tokenizer,
+    stated_end,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
 )
@@ -124,3 +125,42 @@ def test_the_chat_template_counts_wherever_it_lies(folder: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no tokenizer: no tokenizer\.json"):
         tokenizer_fingerprint(tmp_path)
+
+
+def test_a_stated_end_is_the_one_that_transformers_finds(folder: Path) -> None:
+    opened = AutoTokenizer.from_pretrained(folder)
+    assert opened.eos_token_id is not None
+    assert stated_end(folder, length=16) == opened.eos_token_id
+    spelled = {"__type": "AddedToken", "content": "<end>"}
+    edited(folder, "tokenizer_config.json", lambda b: b.update(eos_token=spelled))
+    assert stated_end(folder, length=16) == AutoTokenizer.from_pretrained(folder).eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("tokenizer_config.json", lambda b: b.pop("eos_token")),
+        ("tokenizer_config.json", lambda b: b.update(eos_token=None)),
+        ("tokenizer_config.json", lambda b: b.update(eos_token="w1")),  # no added token
+        ("tokenizer_config.json", lambda b: b.update(auto_map={"AutoTokenizer": ["a.B", None]})),
+        ("tokenizer_config.json", lambda b: b.update(model_max_length=15)),
+        ("tokenizer_config.json", lambda b: b.pop("model_max_length")),
+        (
+            "tokenizer_config.json",
+            lambda b: b.update(added_tokens_decoder={"9": {"content": "<end>"}}),
+        ),
+        ("tokenizer.json", lambda b: b.update(added_tokens=[])),
+        ("config.json", lambda b: b.update(auto_map={"AutoTokenizer": ["a.B", None]})),
+    ],
+)
+def test_an_end_is_not_stated_where_anything_else_has_a_say(
+    folder: Path, name: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    assert stated_end(folder, length=16) is not None
+    edited(folder, name, edit)
+    assert stated_end(folder, length=16) is None
+
+
+def test_an_end_is_not_stated_where_two_files_name_two(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "w1"}')
+    assert stated_end(folder, length=16) is None
