@@ -1,11 +1,11 @@
-"""Commands about what is cached: verify, inspect, export, import."""
+"""Commands about what is cached: verify, ls, inspect, export, import."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, console, quiet_libraries
+from pipeline.cli.app import AsJson, app, console, quiet_libraries
 from schemas.storage.files import as_folder
 
 
@@ -28,6 +28,26 @@ def verify(
     problems = verify_folders(roots, console)
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def ls(
+    place: Annotated[
+        str, typer.Argument(metavar="ROOT|RECIPE", help="A root, or a recipe for its root.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show what lies in a root: tables and checkpoints, sizes, states, what each is made of."""
+    from pipeline.cache.listing import print_listing
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.recipe_file import load_recipe
+
+    root = as_folder(place)
+    if not (isinstance(root, Path) and root.is_file()):
+        print_listing(console, root, [], as_json=as_json)
+        return
+    recipe = load_recipe(root)
+    print_listing(console, recipe.execution.root, make_plan(recipe), as_json=as_json)
 
 
 @app.command()

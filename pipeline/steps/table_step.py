@@ -242,7 +242,8 @@ def _made_by(step: PlannedStep) -> dict[str, Any]:
         {"engine": model.engine, "dtype": model.dtype, "identity": fingerprint_of(model.identity)}
         for model in step.models.values()
     ]
-    return {"fingerprint": step.fingerprint, "models": models}
+    names = {"recipe": step.recipe, "step": step.name}
+    return {"fingerprint": step.fingerprint, "models": models, **names}
 
 
 def _write_manifest(

@@ -61,6 +61,7 @@ COMMANDS = {
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
+    "ls": {"--json"},
     "export": {"--data", "--to", "--split", "--k"},
     "publish": {"--private", "--license", "--teacher"},
     "fetch": {"--revision"},
