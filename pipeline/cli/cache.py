@@ -1,4 +1,4 @@
-"""Commands about what is cached: verify, ls, inspect, export, import."""
+"""Commands about what is cached: verify, ls, gc, inspect, export, import."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +48,27 @@ def ls(
         return
     recipe = load_recipe(root)
     print_listing(console, recipe.execution.root, make_plan(recipe), as_json=as_json)
+
+
+@app.command()
+def gc(
+    root: Annotated[str, typer.Argument(help="The root to clean: a folder or a place in a store.")],
+    keep: Annotated[
+        list[Path],
+        typer.Option(metavar="RECIPE", help="A recipe whose steps are kept. Repeatable."),
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove it; without, it is only shown.")
+    ] = False,
+) -> None:
+    """Show what no given recipe needs of a root, and with --delete remove it."""
+    from pipeline.cache.garbage import collect
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.recipe_file import load_recipe
+
+    recipes = [load_recipe(path) for path in keep]
+    plans = [(recipe, make_plan(recipe)) for recipe in recipes]
+    collect(console, as_folder(root), plans, delete=delete)
 
 
 @app.command()

@@ -62,6 +62,7 @@ COMMANDS = {
     "status": {"--set", "--json"},
     "verify": set(),
     "ls": {"--json"},
+    "gc": {"--keep", "--delete"},
     "export": {"--data", "--to", "--split", "--k"},
     "publish": {"--private", "--license", "--teacher"},
     "fetch": {"--revision"},

@@ -159,13 +159,13 @@ def test_a_root_in_a_store_is_listed_the_same(
     copied: TinyRecipe, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_endpoint(monkeypatch, server.url)
-    root = server.new_root()
+    root, client = server.new_root(), server.client
     bucket, prefix = root.removeprefix("s3://").split("/")
     for path in copied.root.rglob("*"):
         if path.is_file():
             key = f"{prefix}/{path.relative_to(copied.root)}"
-            server.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
-    server.client.put_object(Bucket=bucket, Key="cached/documents/0123456789ab/x", Body=b"")
+            client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    client.put_object(Bucket=bucket, Key="cached/documents/0123456789ab/x", Body=b"")
     here, there = listed(copied.root), listed(root)
     for entries in (here, there):
         for entry in entries.values():
