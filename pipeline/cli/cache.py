@@ -1,4 +1,4 @@
-"""Commands about what is cached: verify, ls, gc, inspect, export, import."""
+"""Commands about what is cached: verify, ls, gc, diff, inspect, export, import."""
 
 from pathlib import Path
 from typing import Annotated
@@ -69,6 +69,18 @@ def gc(
     recipes = [load_recipe(path) for path in keep]
     plans = [(recipe, make_plan(recipe)) for recipe in recipes]
     collect(console, as_folder(root), plans, delete=delete)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A finished table folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+) -> None:
+    """Show what differs between two tables: settings, rows and values. Exit code 1: a row does."""
+    from pipeline.cache.diff import print_difference
+
+    if print_difference(console, as_folder(a), as_folder(b)):
+        raise typer.Exit(1)
 
 
 @app.command()

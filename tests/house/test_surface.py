@@ -63,6 +63,7 @@ COMMANDS = {
     "verify": set(),
     "ls": {"--json"},
     "gc": {"--keep", "--delete"},
+    "diff": set(),
     "export": {"--data", "--to", "--split", "--k"},
     "publish": {"--private", "--license", "--teacher"},
     "fetch": {"--revision"},
