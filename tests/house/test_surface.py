@@ -58,6 +58,7 @@ COMMANDS = {
     "plan": {"--set", "--json"},
     "show": {"--set"},
     "run": {"--step", "--shards", "--set"},
+    "repair": {"--step", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),

@@ -183,6 +183,7 @@ def test_a_recipe_of_another_root_is_refused(copied: TinyRecipe, tmp_path: Path)
     assert stamps(copied.root) == before
 
 
+@pytest.mark.slow
 def test_a_root_in_a_store_is_cleaned_the_same(
     copied: TinyRecipe, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

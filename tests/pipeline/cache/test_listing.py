@@ -155,6 +155,7 @@ def test_a_place_without_any_is_one_line(tmp_path: Path) -> None:
     assert said.code == 2 and "holds no table and no checkpoint" in said.error
 
 
+@pytest.mark.slow
 def test_a_root_in_a_store_is_listed_the_same(
     copied: TinyRecipe, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
