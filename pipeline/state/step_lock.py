@@ -180,7 +180,7 @@ def _holder(stream: IO[str]) -> str:
 def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / name).open("a+")
+        stream = open(folder / name, "a+", opener=_not_a_link)  # noqa: SIM115
     except OSError as error:
         raise StoreError(
             f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
@@ -188,6 +188,11 @@ def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
         ) from error
     _opened.add(stream)
     return stream
+
+
+def _not_a_link(path: str, flags: int) -> int:
+    """Open a file, but none elsewhere that a link leads to: a holder's name is written there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def remove_torn_files(folder: Folder, stems: Collection[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipeline.state.step_lock import shards_lock, step_lock
+from schemas.errors import StoreError
 from tests.fixtures.tiny_recipe import TinyRecipe, stamps, teachercache
 from tests.servers.s3_server import Server, running_server, use_endpoint
 
@@ -205,3 +206,33 @@ def test_a_root_in_a_store_is_cleaned_the_same(
     assert teachercache("gc", root, "--keep", kept.path, "--delete").code == 0
     stays = ("cached/", *(f"{prefix}/{p}/" for p in places(copied, "documents", "signals")))
     assert server.objects(root) == {k: v for k, v in before.items() if k.startswith(stays)}
+
+
+@pytest.mark.parametrize("name", ["../../../outside/weights", "/etc/hostname", "a/../../b", "."])
+def test_names_that_lead_out_of_a_folder_are_taken_for_damage(
+    copied: TinyRecipe, name: str
+) -> None:
+    """By whatever reads a manifest or a checkpoint's record, before it looks at any file."""
+    student, states = copied.step("student").folder, copied.step("states").folder
+    for record in (student / "checkpoint.json", states / "manifest.json"):
+        body = json.loads(record.read_text())
+        body["files"] = {name: "0" * 64}
+        record.write_text(json.dumps(body))
+    problem = f"it names '{name}', which is no file below its folder"
+    for command in (("verify", student), ("verify", states)):
+        said = teachercache(*command)
+        assert said.code == 1 and problem in said.out
+    said = teachercache("repair", copied.path)
+    assert said.code == 1 and problem in said.error
+    assert teachercache("ls", copied.root).out.count(problem) == 2
+
+
+def test_a_lock_that_is_a_link_is_not_followed(copied: TinyRecipe, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    lock = copied.step("signals").folder / ".lock"
+    lock.unlink()
+    lock.symlink_to(mine)
+    with pytest.raises(StoreError, match="cannot write in"), step_lock(lock.parent):
+        pass
+    assert mine.read_text() == "mine"
