@@ -26,7 +26,7 @@ from stages.models.checkpoints.checkpoint import CHECKPOINT, read_record
 
 GROUPS = (*sorted({table for table, _ in TABLES}), "checkpoints", "evaluations")
 _ADDRESS = re.compile(rf"[0-9a-f]{{{ADDRESS_DIGITS}}}")
-_SHARD = re.compile(r"shard-\d+-of-\d+\.(arrow|json)")
+_SHARD = re.compile(r"shard-\d+-of-\d+\.(arrow|json|rejects\.jsonl)")
 _TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{12}")  # as ``schemas.storage.files`` names them
 
 State = Literal["complete", "unfinished", "damaged"]
@@ -52,7 +52,7 @@ class Files:
         elif match := _SHARD.fullmatch(name):
             if match[1] == "json":
                 self.first_record = min(self.first_record or name, name)
-            else:
+            elif match[1] == "arrow":
                 self.num_shards += 1
                 self.shard_bytes += num_bytes
         else:

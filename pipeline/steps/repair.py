@@ -15,6 +15,7 @@ from pipeline.state.step_lock import remove_torn_files, step_lock
 from pipeline.state.step_state import Progress, finished_manifest, is_done
 from pipeline.steps.repeated_rows import without_repeated
 from pipeline.steps.reporter import Reporter
+from pipeline.steps.run import step_named
 from pipeline.steps.table_step import made_by, make_again
 from schemas.errors import StoreError
 from schemas.open_table import known_table
@@ -65,7 +66,8 @@ def repair_step(
 ) -> Repaired | None:
     """Make what is damaged of one step's table again; None for a step without a finished table.
 
-    Raises StoreError where the input is damaged too, or where what is made again has other rows.
+    Raises StoreError where the input is damaged too or has gone, or where what is made again has
+    other rows.
     """
     if not step.writes_table or finished_manifest(step) is None:
         return None
@@ -82,6 +84,7 @@ def repair_step(
                 f"{step.place / names[0]} is damaged ({len(names)} files in all), and step "
                 f"'{step.name}' only reads that table: repair it by the recipe that makes it"
             )
+        step_named(plan, step.name)  # refuses one whose input or model is not there
         remove_torn_files(step.place)
         why = f"{len(names)} damaged or missing files (first: {names[0]})"
         reporter.step_started(step, Progress("partial", why))

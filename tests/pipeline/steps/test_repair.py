@@ -142,6 +142,14 @@ def test_a_damaged_input_comes_first(copied: TinyRecipe) -> None:
         assert table_bytes(copied.step(name).folder) == files
 
 
+def test_an_input_that_has_gone_is_one_line(copied: TinyRecipe) -> None:
+    flip_a_byte(shard(copied, "signals", 1))
+    (copied.step("documents").folder / "manifest.json").unlink()
+    for step in ((), ("--step", "signals")):
+        said = teachercache("repair", copied.path, *step)
+        assert said.code == 1 and "'documents', which 'signals' reads, is not fini" in said.error
+
+
 def test_other_bytes_of_the_same_rows_make_a_new_manifest_and_name_what_is_stale(
     copied: TinyRecipe,
 ) -> None:
