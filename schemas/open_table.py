@@ -248,8 +248,9 @@ def open_table(folder: Folder, *, split: str | None, verify: bool) -> OpenTable:
     here = isinstance(folder, Path)
     if verify and here and (problems := damaged_shards(folder, manifest)):
         raise StoreError(
-            f"{problems[0]} ({len(problems)} in all): delete {folder / MANIFEST} and run the "
-            f"recipe again to make what is damaged anew (the rest is kept)"
+            f"{problems[0]} ({len(problems)} in all): `teachercache repair` of its recipe makes "
+            f"what is damaged anew, or delete {folder / MANIFEST} and run the recipe again (the "
+            f"rest is kept)"
         )
     shards = [shard for shard in manifest.shards if split in (None, shard.split) and shard.num_rows]
     if not shards:

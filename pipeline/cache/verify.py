@@ -35,8 +35,8 @@ def verify_folders(folders: Sequence[Folder], console: Console) -> list[str]:
             console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
     if problems:
         console.print(
-            f"to mend a table, delete its {MANIFEST} and run its recipe again (shards that verify "
-            f"are kept); to mend a checkpoint, delete its folder and run again",
+            "to mend a table, `teachercache repair` its recipe (what verifies is kept); to mend a "
+            "checkpoint, delete its folder and run again",
             highlight=False,
             soft_wrap=True,
         )

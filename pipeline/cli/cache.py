@@ -1,11 +1,11 @@
-"""Commands about what is cached: verify, inspect, export, import."""
+"""Commands about what is cached: verify, ls, gc, diff, inspect, export, import."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app, console, quiet_libraries
+from pipeline.cli.app import AsJson, app, console, quiet_libraries
 from schemas.storage.files import as_folder
 
 
@@ -27,6 +27,59 @@ def verify(
     ]
     problems = verify_folders(roots, console)
     if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ls(
+    place: Annotated[
+        str, typer.Argument(metavar="ROOT|RECIPE", help="A root, or a recipe for its root.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show what lies in a root: tables and checkpoints, sizes, states, what each is made of."""
+    from pipeline.cache.listing import print_listing
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.recipe_file import load_recipe
+
+    root = as_folder(place)
+    if not (isinstance(root, Path) and root.is_file()):
+        print_listing(console, root, [], as_json=as_json)
+        return
+    recipe = load_recipe(root)
+    print_listing(console, recipe.execution.root, make_plan(recipe), as_json=as_json)
+
+
+@app.command()
+def gc(
+    root: Annotated[str, typer.Argument(help="The root to clean: a folder or a place in a store.")],
+    keep: Annotated[
+        list[Path],
+        typer.Option(metavar="RECIPE", help="A recipe whose steps are kept. Repeatable."),
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove it; without, it is only shown.")
+    ] = False,
+) -> None:
+    """Show what no given recipe needs of a root, and with --delete remove it."""
+    from pipeline.cache.garbage import collect
+    from pipeline.planning.plan import make_plan
+    from pipeline.planning.recipe_file import load_recipe
+
+    recipes = [load_recipe(path) for path in keep]
+    plans = [(recipe, make_plan(recipe)) for recipe in recipes]
+    collect(console, as_folder(root), plans, delete=delete)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A finished table folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+) -> None:
+    """Show what differs between two tables: settings, rows and values. Exit code 1: a row does."""
+    from pipeline.cache.diff import print_difference
+
+    if print_difference(console, as_folder(a), as_folder(b)):
         raise typer.Exit(1)
 
 

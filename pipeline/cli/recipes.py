@@ -1,4 +1,4 @@
-"""Commands about a recipe: plan, show, run, submit, status, train."""
+"""Commands about a recipe: plan, show, run, repair, submit, status, train."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,6 +95,33 @@ def _shard_range(text: str | None, step: str | None) -> range | None:
     if not (colon and start.isdecimal() and stop.isdecimal()):
         raise ConfigError(f"--shards is '{text}', expected two numbers such as 0:16")
     return range(int(start), int(stop))
+
+
+@app.command()
+def repair(
+    recipe: RecipePath,
+    step: Annotated[str | None, typer.Option(help="The table of this step alone.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Find damaged or missing shards of finished tables by checksum and make exactly those again.
+
+    Their bytes are held to the manifest's checksums. Where an engine gives other last bits now, a
+    new manifest is written, and the finished steps that were made of the old bytes are named.
+    """
+    from pipeline.steps.repair import repair_step
+    from pipeline.steps.run import step_named
+
+    loaded, steps = _plan(recipe, overrides)
+    chosen = steps if step is None else [step_named(steps, step)]
+    quiet_libraries()
+    lines: list[str] = []
+    with reporting() as reporter:
+        for one in chosen:
+            found = repair_step(steps, one, loaded.execution, reporter)
+            if found is not None:
+                lines.extend(found.lines(one.name))
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

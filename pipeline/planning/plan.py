@@ -85,6 +85,7 @@ class PlannedStep:
     inputs: "tuple[PlannedStep, ...]" = ()
     models: Mapping[str, Model] = field(default_factory=dict)
     vocabulary: str = ""  # fingerprint of which ids text has in its rows or for its checkpoint
+    recipe: str = ""  # its name: for people, of what was made
 
     @property
     def folder(self) -> Path:
@@ -169,7 +170,8 @@ def _plan_step(
     if tokenizer is None:
         # A stage that runs no model maps rows to rows with the same ids.
         vocabulary = next(iter(models.values())).vocabulary if models else inputs[0].vocabulary
-    return PlannedStep(name, stage, identity, fingerprint, folder, inputs, models, vocabulary)
+    resolved = (identity, fingerprint, folder, inputs, models, vocabulary)
+    return PlannedStep(name, stage, *resolved, recipe.name)
 
 
 def _finished_step(name: str, stage: FinishedTableStage) -> PlannedStep:

@@ -95,6 +95,28 @@ def shards_lock(
         yield
 
 
+def is_held(folder: Folder) -> bool:
+    """Whether a run holds the step, or some of its shards; nothing is written.
+
+    A run that begins in the moment of looking may be refused. A lease in a file is watched until
+    its holder renews it, or has not for as long as a lease lasts.
+    """
+    if isinstance(folder, ObjectPath):
+        leases = [path for path in folder.find() if path.name.startswith(LOCK_FILE)]
+        return any(is_leased(path) for path in leases)
+    try:
+        with (folder / LOCK_FILE).open("r+") as stream:
+            if not _lock(stream, fcntl.LOCK_EX, folder):
+                return True
+    except (FileNotFoundError, NoLocks):
+        pass
+    except PermissionError as error:
+        raise StoreError(
+            f"cannot see whether a run writes {folder}: {error.strerror} ({LOCK_FILE}); open it"
+        ) from error
+    return any(is_leased(LeaseFile(path)) for path in folder.glob(f"{LEASE_FILE}*"))
+
+
 @contextmanager
 def _shards_lease(
     ours: LeasePlace, whole: LeasePlace, folder: Folder, warned: Callable[[str], None]
@@ -158,7 +180,7 @@ def _holder(stream: IO[str]) -> str:
 def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / name).open("a+")
+        stream = open(folder / name, "a+", opener=_not_a_link)  # noqa: SIM115
     except OSError as error:
         raise StoreError(
             f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
@@ -166,6 +188,11 @@ def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
         ) from error
     _opened.add(stream)
     return stream
+
+
+def _not_a_link(path: str, flags: int) -> int:
+    """Open a file, but none elsewhere that a link leads to: a holder's name is written there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def remove_torn_files(folder: Folder, stems: Collection[str] | None = None) -> None:

@@ -192,5 +192,6 @@ def _refuse_missing_files(step: PlannedStep) -> None:
     if missing:
         raise StoreError(
             f"{step.place} has a manifest but {len(missing)} of its files are gone (first: "
-            f"{missing[0]}): delete its manifest.json and run again to make them anew"
+            f"{missing[0]}): `teachercache repair` makes them anew, or "
+            f"delete its manifest.json and run again"
         )

@@ -23,7 +23,7 @@ from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
 from pipeline.steps.repeated_rows import without_repeated
 from pipeline.steps.reporter import Reporter
-from schemas.errors import RejectLimitError, StoreError
+from schemas.errors import ConfigError, RejectLimitError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
 from schemas.storage.object_path import ObjectPath
@@ -34,12 +34,13 @@ from schemas.table import BoundTable
 from stages.file_map import FileMapStage, Piece
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.models.spec import ModelSpec
-from stages.signals.teacher_logits.calibration import CALIBRATION, other_taus, read_calibration
-from stages.stage import SignalStage, SourceStage, StageContext, TableStage
+from stages.signals.teacher_logits.calibration import CALIBRATION, require_one_tau
+from stages.stage import Prepared, SignalStage, SourceStage, StageContext, TableStage
 
 WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
 MappedStage = TableStage | FileMapStage
+Make = Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]]  # the shards of these indices
 ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
@@ -47,27 +48,36 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
     """Prepare the source, write its shards one after another, then the manifest."""
     work_folder = working_folder(step.place) / WORK_FOLDER
     prepared = stage.prepare(work_folder, on_progress=reporter.said)
-    tokenizer = Path(stage.tokenizer)
-    vocab_size = vocab_size_of(tokenizer)
-    bound = stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
     num_shards = len(prepared.shards)
+    bound = _bound(step, stage)
+    make = _source_maker(step, stage, prepared, work_folder)
+    shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
+    if prepared.rejected:
+        lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
+        write_text(step.place / SOURCE_REJECTS, "".join(lines))
+    fingerprint = tokenizer_fingerprint(Path(stage.tokenizer))
+    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
+    remove_source_work(step)
+
+
+def _bound(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
+    vocab_size = vocab_size_of(Path(stage.tokenizer))
+    return stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
+
+
+def _source_maker(
+    step: PlannedStep, stage: SourceStage, prepared: Prepared, work_folder: Path
+) -> Make:
+    bound, num_shards = _bound(step, stage), len(prepared.shards)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         for index in indices:
             rows = RowCount(stage.read(work_folder, index))
             name, split = shard_name(index, num_shards), prepared.shards[index].split
-            record = write_output(
-                step.place, name, bound, rows, split=split, made_by=_made_by(step)
-            )
+            record = write_output(step.place, name, bound, rows, split=split, made_by=made_by(step))
             yield index, record
 
-    shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
-    if prepared.rejected:
-        lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
-        write_text(step.place / SOURCE_REJECTS, "".join(lines))
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
-    remove_source_work(step)
+    return make
 
 
 def remove_source_work(step: PlannedStep) -> None:
@@ -92,10 +102,11 @@ def run_table(
         assert isinstance(stage, FileMapStage)
         tokenizer = tokenizer_fingerprint(Path(stage.tokenizer))
         shards = without_repeated(
-            step.place, bound, shards, made_by=_made_by(step), said=reporter.said
+            step.place, bound, shards, made_by=made_by(step), said=reporter.said
         )
     _require_rows(step, shards)
-    _require_one_tau(step, shards)
+    if CALIBRATION in _side_files(stage):
+        require_one_tau(step.place, [shard.name for shard in shards])
     _write_manifest(step, bound, shards, tokenizer, {})
 
 
@@ -107,22 +118,6 @@ def _require_rows(step: PlannedStep, shards: ShardList) -> None:
         raise RejectLimitError(
             f"{step.place}: no row is left, all were rejected ({reasons}): "
             f"shard-*.rejects.jsonl there names them; change the step's settings or its input"
-        )
-
-
-def _require_one_tau(step: PlannedStep, shards: ShardList) -> None:
-    """Refuse shards that were made by several taus, or by another than lies beside them."""
-    assert isinstance(step.stage, SourceStage | TableStage)
-    if CALIBRATION not in _side_files(step.stage):
-        return
-    if read_calibration(step.place) is None:
-        raise StoreError(f"{step.place / CALIBRATION} has gone while shards were made: run again")
-    others = [*other_taus(step.place, [shard.name for shard in shards])]
-    if others:
-        more = f", and {len(others) - 1:,} more" if len(others) > 1 else ""
-        raise StoreError(
-            f"{others[0]}{more}: a table has one tau; delete the .json records of those shards and "
-            f"run again"
         )
 
 
@@ -152,8 +147,58 @@ def make_shards(
 
     ``source`` is what ``source_of`` returned.
     """
+    make = _table_maker(step, stage, source, execution, reporter)
+    return _make_missing(step, num_shards_of(source), shards, make, reporter)
+
+
+def make_again(
+    step: PlannedStep,
+    indices: Sequence[int],
+    num_shards: int,
+    execution: Execution,
+    reporter: Reporter,
+) -> dict[int, ShardRecord]:
+    """Make some of the shards of a finished table, over what lies there; the side files if none.
+
+    A source reads all of its files again. Of files cut in pieces, rows that an earlier shard has
+    are not left out yet: ``without_repeated`` does that. Raises StoreError, before anything is
+    written, where the step would come to another number of shards now.
+    """
+    match step.stage:
+        case TableStage() | FileMapStage() as stage:
+            source = source_of(step)
+            make = _table_maker(step, stage, source, execution, reporter)
+            found = num_shards_of(source)
+        case SourceStage() as stage:
+            work_folder = working_folder(step.place) / WORK_FOLDER
+            prepared = stage.prepare(work_folder, on_progress=reporter.said)
+            make = _source_maker(step, stage, prepared, work_folder)
+            found = len(prepared.shards)
+        case _:
+            raise ConfigError(f"step '{step.name}' makes no shards: repair it where it was made")
+    if found != num_shards:
+        raise StoreError(
+            f"{step.place} has {num_shards} shards, the step comes to {found} now: what reads its "
+            f"files has changed; move that folder away and run the recipe for a table of today"
+        )
+    made = {}
+    for index, record in make(indices):
+        made[index] = record
+        reporter.shard_finished(record)
+    if step.kind == "source":
+        remove_source_work(step)
+    return made
+
+
+def _table_maker(
+    step: PlannedStep,
+    stage: MappedStage,
+    source: Manifest | Sequence[Piece],
+    execution: Execution,
+    reporter: Reporter,
+) -> Make:
     context = _context(step, stage, source, execution)
-    made_by = _made_by(step)
+    notes = made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         if not indices:
@@ -168,16 +213,16 @@ def make_shards(
                 input_folder=step.inputs[0].place,
                 input_shards=source.shard_list,
                 max_rejected_fraction=stage.max_rejected_fraction,
-                made_by=made_by,
+                made_by=notes,
             )
         else:
-            tasks = PieceTasks(step.place, indices, source, made_by)
+            tasks = PieceTasks(step.place, indices, source, notes)
         for _, name in stage.named(stage.RUNS):
             reporter.engine_starting(_on(context.models[name], execution.workers))
         for record in _run_shards(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
-    return _make_missing(step, num_shards_of(source), shards, make, reporter)
+    return make
 
 
 def _context(
@@ -209,7 +254,7 @@ def _make_missing(
     step: PlannedStep,
     num_shards: int,
     shards: range,
-    make: Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]],
+    make: Make,
     reporter: Reporter,
 ) -> ShardListBuilder:
     """Make those ``shards`` of ``num_shards`` that an earlier run did not finish.
@@ -255,13 +300,14 @@ def _on(model: ModelSpec, workers: int) -> str:
     return f"{ENGINES[model.engine]} on {model.base}{adapted}{crew}"
 
 
-def _made_by(step: PlannedStep) -> dict[str, Any]:
+def made_by(step: PlannedStep) -> dict[str, Any]:
     """Return what a shard's record says of its origin; the manifest spells the identity out."""
     models = [
         {"engine": model.engine, "dtype": model.dtype, "identity": fingerprint_of(model.identity)}
         for model in step.models.values()
     ]
-    return {"fingerprint": step.fingerprint, "models": models}
+    names = {"recipe": step.recipe, "step": step.name}
+    return {"fingerprint": step.fingerprint, "models": models, **names}
 
 
 def _write_manifest(

@@ -5,10 +5,10 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
 
 from ..errors import ConfigError, StoreError
@@ -45,6 +45,14 @@ def as_folder(place: Folder | str) -> Folder:
     if not parts:
         raise ConfigError(f"'{place}' names no bucket: expected {scheme}://bucket/prefix")
     return ObjectPath(f"{scheme}://{'/'.join(parts)}")
+
+
+def require_below(names: Iterable[str]) -> None:
+    """Raise ValueError for a name, as a folder's record gives it, that leads out of the folder."""
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"it names '{name}', which is no file below its folder")
 
 
 def read_if_there(path: Folder) -> bytes | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SchemaMismatch, StoreError
-from .files import Folder, read_if_there, sha256_of, write_text
+from .files import Folder, read_if_there, require_below, sha256_of, write_text
 from .records import ShardRecord
 from .shard_list import ShardList, ShardTotals
 
@@ -148,6 +148,7 @@ def manifest_if_there(folder: Folder) -> Manifest | None:
                 f"run the recipe again (finished shards are kept), or use the other version"
             )
         body.setdefault("vocabulary", "")
+        require_below(body["files"])
         shards = ShardList.in_folder(folder, ShardTotals(**body["totals"]))
         return Manifest(shards=shards, **{name: body[name] for name in _OWN_FIELDS})
     except (ValueError, TypeError, KeyError, AttributeError) as error:

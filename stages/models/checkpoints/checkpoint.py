@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StoreError
-from schemas.storage.files import Folder, read_if_there, sha256_of, write_text
+from schemas.storage.files import Folder, read_if_there, require_below, sha256_of, write_text
 from schemas.storage.shard_cache import local_files
 from stages.models.checkpoints.tokenizer_identity import TEMPLATE_FOLDER
 
@@ -104,6 +104,7 @@ def read_record(folder: Folder) -> CheckpointRecord:
 def _parsed(folder: Folder, text: bytes) -> CheckpointRecord:
     try:
         body = json.loads(text)
+        require_below(body.get("files", ()))
         return CheckpointRecord(history=tuple(body.pop("history")), **body)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(

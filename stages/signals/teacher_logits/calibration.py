@@ -71,3 +71,16 @@ def other_taus(folder: Folder, names: Sequence[str]) -> Iterator[str]:
         for name, record in zip(block, all_notes(folder, block), strict=True):
             if record is not None and (found := record.get("notes", {}).get("tau")) != tau:
                 yield f"{folder / name}.arrow was made with tau {found}, {CALIBRATION} says {tau}"
+
+
+def require_one_tau(folder: Folder, names: Sequence[str]) -> None:
+    """Refuse shards that were made by several taus, or by another than lies beside them."""
+    if read_calibration(folder) is None:
+        raise StoreError(f"{folder / CALIBRATION} has gone while shards were made: run again")
+    others = [*other_taus(folder, names)]
+    if others:
+        more = f", and {len(others) - 1:,} more" if len(others) > 1 else ""
+        raise StoreError(
+            f"{others[0]}{more}: a table has one tau; delete the .json records of those shards and "
+            f"run again"
+        )
