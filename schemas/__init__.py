@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .advantage_values import advantage_values
     from .dataset import CachedDataset, open_dataset
     from .distribution import unpack_threshold, unpack_top_k, weighted_tokens
     from .sample_id import sample_id_of
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         SUPPORTS,
         ExactAdvantages,
         ReleasedAdvantages,
+        TauAdvantages,
         ThresholdAdvantages,
         UnionAdvantages,
     )
@@ -55,11 +57,13 @@ __all__ = [
     "Responses",
     "ShardRecord",
     "SubsetPreferences",
+    "TauAdvantages",
     "TauLogits",
     "ThresholdAdvantages",
     "ThresholdLogits",
     "TopKLogits",
     "UnionAdvantages",
+    "advantage_values",
     "open_dataset",
     "read_manifest",
     "sample_id_of",
@@ -75,6 +79,7 @@ __all__ = [
 
 # Loaded when they are first asked for: a command that only prints its help reads no table.
 _MODULES = {
+    "advantage_values": ("advantage_values",),
     "dataset": ("CachedDataset", "open_dataset"),
     "distribution": ("unpack_threshold", "unpack_top_k", "weighted_tokens"),
     "sample_id": ("sample_id_of",),
@@ -85,6 +90,7 @@ _MODULES = {
         "SUPPORTS",
         "ExactAdvantages",
         "ReleasedAdvantages",
+        "TauAdvantages",
         "ThresholdAdvantages",
         "UnionAdvantages",
     ),

@@ -115,23 +115,29 @@ def unpack_threshold_tau(columns: Mapping[str, AnyArray]) -> tuple[AnyArray, F32
     return ids_PK, _weights(num_entries_P, k, columns["num_head_P"], columns["head_codes_H"])
 
 
-def split_gaps(ids_PK: AnyArray, is_tail_PK: AnyArray) -> tuple[U8Array, AnyArray]:
-    """Return tail ids, which rise at each position, as gaps: their low bytes [E] and the rest [E].
+def split_gaps(ids_PK: AnyArray, is_kept_PK: AnyArray) -> tuple[U8Array, AnyArray]:
+    """Return kept ids, which rise at each position, as gaps: their low bytes [E] and the rest [E].
 
-    A position's first gap is its first tail id.
+    A position's first gap is its first kept id.
     """
-    first_PK = is_tail_PK & (np.cumsum(is_tail_PK, axis=1) == 1)
-    ids_E, is_first_E = ids_PK[is_tail_PK].astype(np.int64), first_PK[is_tail_PK]
+    first_PK = is_kept_PK & (np.cumsum(is_kept_PK, axis=1) == 1)
+    ids_E, is_first_E = ids_PK[is_kept_PK].astype(np.int64), first_PK[is_kept_PK]
     gaps_E = np.where(is_first_E, ids_E, np.diff(ids_E, prepend=0))
     if (gaps_E < 0).any():
-        raise ValueError("tail ids have to rise at each position")
+        raise ValueError("ids have to rise at each position")
     return (gaps_E & 255).astype(np.uint8), gaps_E >> 8
 
 
 def tail_ids(columns: Mapping[str, AnyArray]) -> AnyArray:
-    """Return the tail ids [E] (int64) of ``split_gaps``, all positions end to end."""
-    counts_P = np.asarray(columns["num_tail_P"], np.int64)
-    gaps_E = np.asarray(columns["tail_gaps_high_E"], np.int64) * 256 + columns["tail_gaps_low_E"]
+    """Return the tail ids [E] (int64) of a ``threshold_tau`` row, all positions end to end."""
+    gaps = columns["tail_gaps_low_E"], columns["tail_gaps_high_E"]
+    return ids_of_gaps(columns["num_tail_P"], *gaps)
+
+
+def ids_of_gaps(counts_P: AnyArray, low_E: AnyArray, high_E: AnyArray) -> AnyArray:
+    """Return the ids [E] (int64) that ``split_gaps`` parted, ``counts_P`` of each position."""
+    counts_P = np.asarray(counts_P, np.int64)
+    gaps_E = np.asarray(high_E, np.int64) * 256 + low_E
     running_E = np.cumsum(np.concatenate([[0], gaps_E]))
     starts_P = np.cumsum(counts_P) - counts_P
     return np.asarray(running_E[1:] - np.repeat(running_E[starts_P], counts_P))

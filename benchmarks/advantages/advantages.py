@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.advantages.advantages_report import PAGE
+from benchmarks.advantages.expected_error import expected_square
 from benchmarks.advantages.preference_positions import (
     DPO_STEPS,
     KD_STEPS,
@@ -37,97 +39,50 @@ from benchmarks.advantages.preference_positions import (
     missing_asset,
     read_pairs,
 )
-from benchmarks.bars import Bar, at_most, benchmark_parser, finish, markdown_table
+from benchmarks.bars import Bar, at_most, benchmark_parser, finish, markdown_table, text_table
+from benchmarks.storage.column_bytes import bytes_by_column
 from benchmarks.storage.signal_error import Comparison
+from schemas.advantage_values import advantage_values
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import read_shard, write_shard
 from schemas.tables.responses import Responses
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import open_engine
 from stages.models.spec import EngineOptions, ModelSpec
-from stages.signals.advantages.stage import AdvantagesStage
+from stages.signals.advantages.stage import AdvantagesStage, ThresholdSupport
+from stages.signals.advantages.supports import Scored, StudentTop
 from stages.signals.advantages.work import Asked, score_row
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted
 from stages.stage import Rejected, StageContext
 from stages.student.losses.advantage import CLIP, ExactSupport, SparseSupport, Support
 
-FULL, QUICK = (40, 96, 3), (6, 48, 1)  # prompts, longest responses, seeds of each threshold
+FULL, QUICK = (40, 96, 5), (6, 48, 1)  # prompts, longest responses, seeds of each threshold
 TOP = 16  # likeliest tokens that the student's responses carry
 CHUNK = 64
 MAX_BYTES = 96.0
 PUBLISHED_BYTES = 2 * 816.0
+MAX_TAU_BYTES = 55.0
 BARRED, RELEASED = "threshold, k = 16", "as_released, k = 50"
+DEFAULT = "threshold, tau = 0.002"
+MEASURES = {
+    "mean gradient": "mean gradient's error",
+    "position": "positions' error",
+    "expected of it": "either error, as expected over draws",
+}
 SUPPORTS: dict[str, dict[str, Any]] = {
     "threshold, k = 8": {"kind": "threshold", "k": 8},
     BARRED: {"kind": "threshold", "k": 16},
     "threshold, k = 24": {"kind": "threshold", "k": 24},
+    "threshold, tau = 0.006": {"kind": "threshold", "tau": 0.006},
+    "threshold, tau = 0.003": {"kind": "threshold", "tau": 0.003},
+    DEFAULT: {"kind": "threshold"},
+    "threshold, tau = 0.0014": {"kind": "threshold", "tau": 0.0014},
     "union_top_k, k = 8": {"kind": "union_top_k", "k": 8},
     "union_top_k, k = 16": {"kind": "union_top_k", "k": 16},
     RELEASED: {"kind": "as_released", "k": 50},
     "exact": {"kind": "exact"},
 }
-
-PAGE = """# Advantages: bytes a position, and the gradient they buy
-
-Regenerate with `python benchmarks/advantages/advantages.py --docs docs/measured/` (the figures
-below come from that run). {positions} response positions to {prompts} real prompts that no model
-here was trained on. The aligned teacher is SmolLM2-135M-Instruct after {dpo_steps} steps of DPO on
-real pairs, made by the benchmark, as no aligned teacher of this size comes with the assets; the
-reference is the model itself. The student is 26 of its 30 layers after {kd_steps} steps of
-distillation: far behind its teacher, less sure of itself, and given to repetition. beta is 1. Where
-the student looks, an advantage is {mean_advantage:.3f} nats in size on average; its {top} likeliest
-tokens, which its responses carry, hold {known:.0%} of its mass.
-
-"mean gradient" is the relative error of ADPA's gradient with respect to the student's logits,
-summed over all positions, "cosine" the angle's; "position" the relative error of all positions as
-one long vector. Errors of `threshold` are root mean squares over {seeds} draws. Everything is
-counted in the bytes: whole shard files over response positions, with the schema (some 3.5 kB a
-shard) and the sums.
-
-{bars}
-
-{rows}
-
-- `threshold` has no bias: all of its error is noise, which halves in the mean with four times as
-  many positions. Single positions are noisy, by design. It is the support whose error goes to
-  nothing in a long run, whatever the student has become by then.
-- `union_top_k` gives all tokens that it does not keep one advantage. A position of it is worth far
-  more than one of `threshold`, at fewer bytes, and its bias is small; on some thousands of
-  positions the two are equal in the mean. Where there is little data it is the better choice.
-- `as_released` erases every negative advantage (the published loss clips), which is most of its
-  error; without the clipping ("unclipped") what is left is the floor and the missing tokens. Its
-  bytes are those of our table; as published a teacher takes 816 B a position, of which two are
-  needed.
-- `exact` is two float32 hidden states of {width} numbers each; nothing is approximated.
-
-## What decides the noise of `threshold`
-
-Tokens are drawn with probabilities that rise with `m |A|`
-(`stages/signals/advantages/supports.py`), m the mean of the three distributions with the student's
-unknown rest shared out as the square root of the teachers' mean. An experiment apart (November
-2026) computed the expected error of a position's gradient from those probabilities, on 384 such
-positions, k = 16:
-
-| drawn by | error |
-| --- | --- |
-| m, of the student its known tokens alone | 7.1 |
-| m, the rest shared out as the teachers' mean | 6.2 |
-| m, the rest shared out as its square root | 1.8 |
-| the same times abs(A) | 1.2 |
-| the same times abs(A - c), with A - c stored, c the mean of A over the unknown rest | 1.05 |
-| the student's own distribution times abs(A - c), were it known | 0.34 |
-
-A student that is less sure than its teachers has mass where they have next to none. A token of that
-kind is hardly ever drawn by the teachers' opinion, and counts for thousands when it is: sharing the
-rest out more evenly is what helps most.
-
-A constant c per position, taken off A before weights are made (the gradient of the whole sum does
-not move by it), takes another 15 % off, as much as four more tokens a position. It is left out for
-now: the loss needs c again to be the loss, so it would take a column more in the table. With the
-student's 64 likeliest tokens in the responses in place of 16, the errors are 0.92 (by m abs(A)) and
-0.74 (with c).
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,9 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in SUPPORTS
             for seed in range(num_seeds if "threshold" in name else 1)
         ]
-    size, known = measure(tables, seen)
-    rows = results(tables)
+    found = measure(tables, seen)
+    rows = results(tables, found)
     bars = judge(rows)
+    by_column = columns(tables, (BARRED, DEFAULT))
+    print(text_table(by_column), end="\n\n")
     if options.docs is not None:
         shown = [{"bar": b["name"], "value": b["value"], "target": b["target"]} for b in bars]
         page = PAGE.format(
@@ -164,13 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seeds=num_seeds,
             top=TOP,
             width=seen.student_PD.shape[1],
-            mean_advantage=size,
-            known=known,
+            mean_advantage=found.size,
+            known=found.known,
             bars=markdown_table(shown),
             rows=markdown_table(rows),
+            columns=markdown_table(by_column),
         )
         (options.docs / "advantages.md").write_text(page)
-    return finish(bars, rows, options.json)
+    return finish(bars, [*rows, *by_column], options.json, shown=rows)
 
 
 @dataclass(frozen=True)
@@ -256,10 +214,11 @@ class GradientError:
 
 @dataclass(frozen=True)
 class Written:
-    """A table of one support: bytes a position, and the losses that read it with their errors."""
+    """A table of one support: bytes a position, in all and by column, and losses with errors."""
 
     name: str
     bytes_per_position: float
+    columns: dict[str, float]
     losses: dict[str, Support]
     errors: dict[str, GradientError]
 
@@ -297,51 +256,67 @@ def written(name: str, seed: int, seen: Seen, work: Path) -> Written:
     read = [row for batch in table.to_batches() for row in stage.table.rows(batch)]
     losses = losses_of(SUPPORTS[name]["kind"], read, seen)
     errors = {loss: GradientError() for loss in losses}
-    return Written(name, num_bytes / seen.num_positions, losses, errors)
+    columns = {
+        column: size / seen.num_positions
+        for column, size in bytes_by_column(file, stage.table.zstd_level).items()
+    }
+    return Written(name, num_bytes / seen.num_positions, columns, losses, errors)
 
 
 def losses_of(kind: str, rows: Sequence[Any], seen: Seen) -> dict[str, Support]:
     """Return the product's loss on rows of a table; on the published support, clipped and not."""
 
-    def joined(name: str) -> Any:
-        return np.concatenate([getattr(row, name) for row in rows])
-
     if kind == "exact":
-        teacher_PD, reference_PR = joined("teacher_hidden_PD"), joined("reference_hidden_PR")
-        hidden = torch.from_numpy(teacher_PD), torch.from_numpy(reference_PR)
-        return {"": ExactSupport(hidden[0], hidden[1], seen.heads, 1.0)}
-    rest_P = torch.zeros(seen.num_positions)
-    if kind == "union_top_k":
-        counts_P, rest = joined("num_entries_P").astype(np.int64), joined("rest_advantages_P")
-        filled_PK = np.arange(counts_P.max()) < counts_P[:, None]
-        ids_PK, values_PK = (
-            np.zeros(filled_PK.shape, np.int64),
-            np.zeros(filled_PK.shape, np.float32),
-        )
-        ids_PK[filled_PK] = joined("token_ids_E")
-        values_PK[filled_PK] = joined("advantages_E") - np.repeat(rest, counts_P)
-        return {"": _sparse(ids_PK, values_PK, torch.from_numpy(rest.astype(np.float32)))}
-    ids_PK, values_PK = joined("token_ids_PK"), joined("advantages_PK").astype(np.float32)
-    if kind == "threshold":
-        inclusions_PK = np.exp(joined("log_inclusions_PK").astype(np.float32))
-        return {"": _sparse(ids_PK, values_PK / inclusions_PK, rest_P)}
-    return {
-        ", clipped": _sparse(ids_PK, values_PK.clip(*CLIP), rest_P),
-        ", unclipped": _sparse(ids_PK, values_PK, rest_P),
-    }
-
-
-def _sparse(ids_PK: Any, values_PK: Any, rest_P: Tensor) -> SparseSupport:
-    return SparseSupport(
-        torch.from_numpy(ids_PK.astype(np.int64)), torch.from_numpy(values_PK), rest_P
+        names = "teacher_hidden_PD", "reference_hidden_PR"
+        hidden = [np.concatenate([getattr(row, name) for row in rows]) for name in names]
+        states = torch.from_numpy(hidden[0]), torch.from_numpy(hidden[1])
+        return {"": ExactSupport(*states, seen.heads, 1.0)}
+    found = [advantage_values(asdict(row)) for row in rows]
+    width = max(ids_PK.shape[1] for ids_PK, _, _ in found)
+    ids_PK, values_PK = (
+        np.concatenate([np.pad(part[i], ((0, 0), (0, width - part[i].shape[1]))) for part in found])
+        for i in (0, 1)
     )
+    rest_P = np.concatenate([rest_P for _, _, rest_P in found])
+    if kind == "as_released":
+        return {
+            ", clipped": _sparse(ids_PK, values_PK.clip(*CLIP), rest_P),
+            ", unclipped": _sparse(ids_PK, values_PK, rest_P),
+        }
+    return {"": _sparse(ids_PK, values_PK, rest_P)}
 
 
-def measure(tables: Sequence[Written], seen: Seen) -> tuple[float, float]:
-    """Fill in all errors; return the mean |A| where the student looks, and its known mass."""
+def _sparse(ids_PK: Any, values_PK: Any, rest_P: Any) -> SparseSupport:
+    return SparseSupport(*(torch.from_numpy(part) for part in (ids_PK, values_PK, rest_P)))
+
+
+@dataclass
+class Positions:
+    """What is true of all positions, whatever is kept of them; means over positions.
+
+    ``size`` is of |A| where the student looks, ``known`` the student's mass that its responses
+    carry; ``expected`` the expected square of a draw's error by support, summed over positions.
+    """
+
+    size: float = 0.0
+    known: float = 0.0
+    gradient_square: float = 0.0
+    gradient_V: Tensor = field(default_factory=lambda: torch.zeros(()))
+    expected: dict[str, float] = field(default_factory=dict)
+
+    def expected_errors(self, name: str) -> tuple[float | None, float | None]:
+        """Return the expected relative error of the sum and of positions, where a draw has one."""
+        if name not in self.expected:
+            return None, None
+        squares = float(self.gradient_V.double().square().sum()), self.gradient_square
+        of_sum, of_positions = (math.sqrt(self.expected[name] / square) for square in squares)
+        return of_sum, of_positions
+
+
+def measure(tables: Sequence[Written], seen: Seen) -> Positions:
+    """Fill in all errors."""
     torch.set_flush_denormal(True)  # squares of tiny shares, which a CPU is slow on
-    truth = ExactSupport(*seen.teachers_PD, seen.heads, 1.0)
-    size = known = 0.0
+    truth, found = ExactSupport(*seen.teachers_PD, seen.heads, 1.0), Positions()
     for start in range(0, seen.num_positions, CHUNK):
         at = slice(start, min(start + CHUNK, seen.num_positions))
         logprobs_CV = seen.student_logprobs(at)
@@ -350,14 +325,29 @@ def measure(tables: Sequence[Written], seen: Seen) -> tuple[float, float]:
             for name, loss in table.losses.items():
                 error_CV = _gradient(loss, logprobs_CV, at).sub_(gradient_CV)
                 table.errors[name].add(error_CV, gradient_CV)
-        probs_CV = logprobs_CV.exp()
-        teacher_CV, reference_CV = (
-            head.logits(hidden_PD[at]).log_softmax(1)
-            for head, hidden_PD in zip(seen.heads, seen.teachers_PD, strict=True)
-        )
-        size += float((probs_CV * (teacher_CV - reference_CV).abs()).sum())
-        known += float(probs_CV.topk(TOP, dim=1).values.sum())
-    return size / seen.num_positions, known / seen.num_positions
+        found.gradient_square += float(gradient_CV.double().square().sum())
+        found.gradient_V = found.gradient_V + gradient_CV.sum(0)
+        _look_at(found, seen, at, logprobs_CV)
+    return found
+
+
+def _look_at(found: Positions, seen: Seen, at: slice, logprobs_CV: Tensor) -> None:
+    probs_CV = logprobs_CV.exp()
+    teacher_CV, reference_CV = (
+        head.logits(hidden_PD[at]).log_softmax(1)
+        for head, hidden_PD in zip(seen.heads, seen.teachers_PD, strict=True)
+    )
+    size_C = (probs_CV * (teacher_CV - reference_CV).abs()).sum(1)
+    found.size += float(size_C.sum()) / seen.num_positions
+    top = logprobs_CV.topk(TOP, dim=1)
+    found.known += float(top.values.exp().sum()) / seen.num_positions
+    scored = Scored(teacher_CV, reference_CV, torch.zeros(len(size_C), dtype=torch.long), 1.0)
+    student = StudentTop(top.indices, top.values.half().float())
+    for name, support in SUPPORTS.items():
+        if support["kind"] == "threshold":
+            settings = ThresholdSupport.model_validate(support)
+            square = expected_square(settings, scored, student, probs_CV)
+            found.expected[name] = found.expected.get(name, 0.0) + square
 
 
 def _gradient(loss: Support, logprobs_CV: Tensor, at: slice) -> Tensor:
@@ -367,11 +357,12 @@ def _gradient(loss: Support, logprobs_CV: Tensor, at: slice) -> Tensor:
     return result_CV
 
 
-def results(tables: Sequence[Written]) -> list[dict[str, Any]]:
+def results(tables: Sequence[Written], found: Positions) -> list[dict[str, Any]]:
     """Return a row for each support and loss, draws taken together."""
     rows = []
     for name in SUPPORTS:
         of_name = [table for table in tables if table.name == name]
+        expected = found.expected_errors(name)
         for loss in of_name[0].losses:
             errors = [table.errors[loss] for table in of_name]
             rows.append(
@@ -380,11 +371,22 @@ def results(tables: Sequence[Written]) -> list[dict[str, Any]]:
                     "B/position": float(np.mean([t.bytes_per_position for t in of_name])),
                     "as published": PUBLISHED_BYTES if name == RELEASED else None,
                     "mean gradient": _rms([e.total.relative_error for e in errors]),
+                    "expected": expected[0],
                     "cosine": float(np.mean([e.total.cosine for e in errors])),
                     "position": _rms([e.positions.relative_error for e in errors]),
+                    "expected of it": expected[1],
                 }
             )
     return rows
+
+
+def columns(tables: Sequence[Written], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row for each column of these supports: its bytes a position after compression."""
+    return [
+        {"support": name, "column": column, "B/position": size}
+        for name in names
+        for column, size in next(table for table in tables if table.name == name).columns.items()
+    ]
 
 
 def _rms(values: Sequence[float]) -> float:
@@ -394,10 +396,15 @@ def _rms(values: Sequence[float]) -> float:
 def judge(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     found = {row["support"]: row for row in rows}
     ours, released = found[BARRED], found[f"{RELEASED}, clipped"]
-    ratio = ours["mean gradient"] / released["mean gradient"]
+    default, ratio = found[DEFAULT], ours["mean gradient"] / released["mean gradient"]
     return [
         at_most(f"{BARRED}: B/position of both teachers", ours["B/position"], MAX_BYTES),
         at_most(f"{BARRED}: mean gradient's error, released = 1", ratio, 1.0),
+        at_most(f"{DEFAULT}: B/position of both teachers", default["B/position"], MAX_TAU_BYTES),
+        *(
+            at_most(f"{DEFAULT}: {said}, k = 16 = 1", default[name] / ours[name], 1.0)
+            for name, said in MEASURES.items()
+        ),
     ]
 
 

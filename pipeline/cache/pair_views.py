@@ -1,15 +1,18 @@
 """Rows of preference alignment as a person reads them: pairs, responses, scores, advantages."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from schemas.advantage_values import advantage_values
 from schemas.tables.advantages import (
     AnyAdvantages,
     ExactAdvantages,
+    TauAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
@@ -63,17 +66,23 @@ def response_logprobs_table(row: ResponseLogprobs) -> RichTable:
 def advantages_table(
     row: AnyAdvantages, *, positions: int, top: int, decode: Decode
 ) -> tuple[str, RichTable]:
-    """Return a line on whole responses, and the largest advantages of each position."""
+    """Return a line on whole responses, and the largest advantages of each position.
+
+    Of ``threshold_tau`` the A of a token that was drawn is not known apart from its chance.
+    """
     scores = zip(row.teacher_logprobs_N.tolist(), row.reference_logprobs_N.tolist(), strict=True)
     whole = "  ".join(
         f"response {n}: aligned {aligned:.3f}, reference {reference:.3f}"
         for n, (aligned, reference) in enumerate(scores)
     )
-    view = RichTable("position", "A of its token", "kept tokens by size of A")
+    size = "(A - rest) / chance" if isinstance(row, TauAdvantages) else "A"
+    view = RichTable("position", "A of its token", f"kept tokens by size of {size}")
     entries = _entries(row)
     for j in range(min(positions, row.num_positions)):
         kept = sorted(entries[j], key=lambda entry: -abs(entry[1]))[:top]
         words = "  ".join(f"{decode([token])!r} {value:+.3f}{note}" for token, value, note in kept)
+        if isinstance(row, TauAdvantages):
+            words = f"rest {float(row.rest_advantages_P[j]):+.3f}  {words}"
         text = Text(words or "hidden states only (exact support)")
         view.add_row(str(j), f"{float(row.token_advantages_P[j]):+.3f}", text)
     return f"log p in nats: {whole}", view
@@ -84,6 +93,10 @@ def _entries(row: AnyAdvantages) -> list[list[tuple[int, float, str]]]:
     match row:
         case ExactAdvantages():
             return [[] for _ in range(row.num_positions)]
+        case TauAdvantages():
+            ids_PK, values_PK, _ = advantage_values(asdict(row))
+            kept = zip(row.num_entries_P.tolist(), ids_PK.tolist(), values_PK.tolist(), strict=True)
+            return [[(i, v, "") for i, v in zip(*each, strict=True)][:n] for n, *each in kept]
         case UnionAdvantages():
             ends = np.cumsum(np.asarray(row.num_entries_P, np.int64))[:-1]
             ids, values = (np.split(part, ends) for part in (row.token_ids_E, row.advantages_E))

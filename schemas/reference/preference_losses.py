@@ -66,9 +66,10 @@ def expected_advantage(
 ) -> F64Array:
     """Return ``sum_i pi(a_i) value_i + rest`` [P], over what the cache keeps of A.
 
-    Support ``threshold``: values are ``advantages_PK * exp(-log_inclusions_PK)``, an unbiased
-    estimate. ``union_top_k``: the kept A less the rest's, and ``rest_advantages_P`` as the rest.
-    ``as_released``: A clipped to [1e-8, 1 - 1e-8]. A token that is there twice counts twice.
+    ``schemas.advantage_values.advantage_values`` returns ids, values and rest of any sparse
+    support. Of ``threshold`` values are A over the chance of being kept, with tau less a constant
+    that is the rest: an unbiased estimate. ``union_top_k``: the kept A less the rest's.
+    ``as_released``: A, to be clipped to [1e-8, 1 - 1e-8]. A token that is there twice counts twice.
     """
     ids_PK = np.asarray(token_ids_PK, np.int64)
     shares_PK = np.exp(np.take_along_axis(log_softmax(logits_PV), ids_PK, axis=1))

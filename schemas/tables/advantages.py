@@ -4,13 +4,16 @@ At every position of a student's response, ``A(a) = beta (log p_aligned(a) - log
 over next tokens a, in nats (ADPA, arXiv 2502.17927). Differences are taken in float32 before they
 are narrowed: log-probs stored in half precision and subtracted later lose their sign. Entry j of a
 row is about token j of the responses end to end, given the prompt and the tokens of that response
-before it. Four supports:
+before it. Five variants:
 
 - ``exact``: both models' final hidden states; their heads lie once beside the shards.
 - ``threshold``: K tokens drawn with probabilities that rise with ``m |A|``, m the mean of the
   distributions of aligned teacher, reference and student (``schemas.distribution`` says how), each
   with the log of its probability of being drawn, so that ``sum_k pi(a_k) A(a_k) / inclusion_k`` is
   an unbiased estimate of the sum over the vocabulary. A is rounded to 7 significant bits.
+- ``threshold_tau``: the same with one threshold for the whole table, so that the number of tokens
+  follows the position, less a constant of each position, and with ``A / inclusion`` in one byte:
+  ``schemas.advantage_values`` says how.
 - ``union_top_k``: the likeliest tokens of all three, exact, and one advantage for all others
   together: beta times the log of the ratio of what the two models leave over.
 - ``as_released``: the published code's top K, with its floor in the place of missing values.
@@ -27,8 +30,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..ragged import id_twice
-from ..table import CAPTURE_ZSTD_LEVEL, MOST_LOGPROB, TOKEN_ID, Column, Table
+from ..distribution import ids_of_gaps
+from ..ragged import id_twice, surely_counted
+from ..table import CAPTURE_ZSTD_LEVEL, MOST_LOGPROB, TOKEN_ID, TOKEN_ID_HIGH, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -126,6 +130,74 @@ class ThresholdAdvantages(_Scored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TauAdvantages(_Scored):
+    """Drawn tokens, as many as the position asks for, each with A over its chance, less a rest."""
+
+    sample_id: SampleId
+    num_entries_P: Annotated[Array, Column(pa.uint8(), "kept tokens of each position", dims="P")]
+    id_gaps_low_E: Annotated[
+        Array,
+        Column(pa.uint8(), "their ids by rising id: each less the one before, mod 256", dims="E"),
+    ]
+    id_gaps_high_E: Annotated[
+        Array, Column(TOKEN_ID_HIGH, "the same, divided by 256 and rounded down", dims="E")
+    ]
+    value_codes_E: Annotated[
+        Array,
+        Column(
+            pa.uint8(),
+            "of c: (A - rest) / inclusion is 2^((c >> 1) / 3 - 18) nats, negative where c is odd",
+            dims="E",
+        ),
+    ]
+    rest_advantages_P: Annotated[
+        Array, Column(pa.float16(), "what is taken off every A", dims="P", unit="nats")
+    ]
+    token_advantages_P: TokenAdvantages
+    teacher_logprobs_N: TeacherLogprobs
+    reference_logprobs_N: ReferenceLogprobs
+
+    def __post_init__(self) -> None:
+        """Check that lengths agree and ids are distinct; raises ValueError naming the sample."""
+        _check_positions(self, len(self.num_entries_P), len(self.rest_advantages_P))
+        row = {name: [getattr(self, name)] for name in ("num_entries_P", *_ENTRIES)}
+        if not _entries_agree(row):
+            raise ValueError(f"sample {self.sample_id}: entries do not match their counts")
+        if (twice := id_twice(*_ids_of(row))) is not None:
+            raise ValueError(f"sample {self.sample_id}: id {twice} is kept twice at one position")
+
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        return (
+            _positions_agree(columns, "num_entries_P", "rest_advantages_P")
+            and _entries_agree(columns)
+            and id_twice(*_ids_of(columns)) is None
+        )
+
+    @staticmethod
+    def largest_id(columns: Columns) -> int:
+        """Return the largest token id of a record batch, which no column tells alone."""
+        return int(_ids_of(columns)[1].max(initial=0))
+
+
+_ENTRIES = ("id_gaps_low_E", "id_gaps_high_E", "value_codes_E")
+
+
+def _entries_agree(columns: Columns) -> bool:
+    """Whether rows have as many entries as they count."""
+    counts = columns["num_entries_P"]
+    return all(surely_counted(counts, columns[name]) for name in _ENTRIES)
+
+
+def _ids_of(columns: Columns) -> tuple[Array, Array]:
+    """Return the position of each entry, and its id."""
+    names = ("num_entries_P", *_ENTRIES[:2])
+    counts_P, *gaps = (np.concatenate(columns[name]) for name in names)
+    return np.repeat(np.arange(len(counts_P)), counts_P), ids_of_gaps(counts_P, *gaps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnionAdvantages(_Scored):
     """The likeliest tokens of three models, exact, and one advantage for all others together."""
 
@@ -178,7 +250,9 @@ class ReleasedAdvantages(_Scored):
         return _positions_agree(columns, "token_ids_PK", "advantages_PK")
 
 
-AnyAdvantages = ExactAdvantages | ThresholdAdvantages | UnionAdvantages | ReleasedAdvantages
+AnyAdvantages = (
+    ExactAdvantages | ThresholdAdvantages | TauAdvantages | UnionAdvantages | ReleasedAdvantages
+)
 
 
 def _check_positions(row: AnyAdvantages, *lengths: int) -> None:
@@ -214,6 +288,13 @@ THRESHOLD = Table(
     variant="threshold",
     zstd_level=CAPTURE_ZSTD_LEVEL,
 )
+THRESHOLD_TAU = Table(
+    TauAdvantages,
+    name=_NAME,
+    version=_VERSION,
+    variant="threshold_tau",
+    zstd_level=CAPTURE_ZSTD_LEVEL,
+)
 UNION_TOP_K = Table(
     UnionAdvantages,
     name=_NAME,
@@ -229,5 +310,5 @@ AS_RELEASED = Table(
     zstd_level=CAPTURE_ZSTD_LEVEL,
 )
 SUPPORTS: dict[str, Table[Any]] = {
-    table.variant: table for table in (EXACT, THRESHOLD, UNION_TOP_K, AS_RELEASED)
+    table.variant: table for table in (EXACT, THRESHOLD, THRESHOLD_TAU, UNION_TOP_K, AS_RELEASED)
 }

@@ -122,13 +122,13 @@ def test_the_examples_run_from_pairs_to_a_table(tmp_path: Path) -> None:
     row = joined[0]
     assert len(row["response_ids_A"]) == len(row["token_advantages_P"])
     assert np.abs(row["token_advantages_P"]).max() > 0
-    assert read_manifest(tables[2]).variant == "threshold"
+    assert read_manifest(tables[2]).variant == "threshold_tau"
 
     shown = {
         "pairs": "<|im_start|>assistant",
         "sft_responses": "finish reason",
         "sft_logprobs": "log p (nats)",
-        "sft_advantages": "kept tokens by size of A",
+        "sft_advantages": "A - rest",
         "sft_advantages_released": "aligned",
         "pair_signals": "the teacher's tokens",
     }

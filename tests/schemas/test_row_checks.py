@@ -119,6 +119,14 @@ def some_row(name: str, variant: str, index: int) -> Values:
             **advantages, "teacher_hidden_PD": hidden_PD, "reference_hidden_PR": hidden_PD,
         },
         ("advantages", "threshold"): {**advantages, **kept, "log_inclusions_PK": fall_PK},
+        ("advantages", "threshold_tau"): {
+            **advantages,
+            "num_entries_P": np.full(P, 2),
+            "id_gaps_low_E": low_E,
+            "id_gaps_high_E": high_E,
+            "value_codes_E": rng.integers(0, 256, 2 * P),
+            "rest_advantages_P": rng.normal(size=P),
+        },
         ("advantages", "union_top_k"): {
             **advantages,
             "num_entries_P": np.full(P, 2),
@@ -212,6 +220,13 @@ def no_gap(row: Values) -> Values:
     low_E, high_E = (np.array(row[name]) for name in ("tail_gaps_low_E", "tail_gaps_high_E"))
     low_E[5] = high_E[5] = 0
     return {"tail_gaps_low_E": low_E, "tail_gaps_high_E": high_E}
+
+
+def no_id_gap(row: Values) -> Values:
+    """Repeat the first kept id of position 2."""
+    low_E, high_E = (np.array(row[name]) for name in ("id_gaps_low_E", "id_gaps_high_E"))
+    low_E[5] = high_E[5] = 0
+    return {"id_gaps_low_E": low_E, "id_gaps_high_E": high_E}
 
 
 def no_entry(row: Values) -> Values:
@@ -319,6 +334,10 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("responses", "", plant_twice("top_ids_AK"), "top_ids_AK holds id"),
     ("advantages", "threshold", plant_twice("token_ids_PK"), "twice at one position"),
     ("advantages", "as_released", plant_twice("token_ids_PK"), "twice at one position"),
+    ("advantages", "threshold_tau", plant("num_entries_P", 3), "do not match their counts"),
+    ("advantages", "threshold_tau", plant("id_gaps_high_E", 2), "a sampled id is"),
+    ("advantages", "threshold_tau", no_id_gap, "is kept twice at one position"),
+    ("advantages", "threshold_tau", plant("rest_advantages_P", np.nan), "holds nan"),
     ("advantages", "union_top_k", plant_twice("token_ids_E"), "twice at one position"),
     ("advantages", "union_top_k", plant("num_entries_P", 3), "11 entries are counted, not stored"),
     ("advantages", "union_top_k", plant("rest_advantages_P", np.nan), "holds nan"),

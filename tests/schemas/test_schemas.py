@@ -18,6 +18,7 @@ from schemas.table import BoundTable
 from schemas.tables.advantages import (
     SUPPORTS,
     ReleasedAdvantages,
+    TauAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
@@ -63,6 +64,7 @@ BOUND: dict[str, BoundTable[Any]] = {
         f"advantages_{name}": table.bind(vocab_size=49_152, sizes=SIZES)
         for name, table in SUPPORTS.items()
     },
+    "advantages_threshold_tau_large_vocabulary": SUPPORTS["threshold_tau"].bind(vocab_size=151_936),
 }
 
 
@@ -300,6 +302,17 @@ def test_rows_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Pa
                 token_ids_PK=TWO_BY_FOUR,
                 advantages_PK=(TWO_BY_FOUR - 3.5).astype(np.float16),
                 log_inclusions_PK=-TWO_BY_FOUR.astype(np.float16),
+                **SCORED,
+            ),
+        ),
+        "advantages_threshold_tau": (
+            SUPPORTS["threshold_tau"],
+            TauAdvantages(
+                num_entries_P=np.array([0, 2], np.uint8),
+                id_gaps_low_E=np.array([255, 1], np.uint8),
+                id_gaps_high_E=np.array([190, 0], np.uint8),
+                value_codes_E=np.array([0, 255], np.uint8),
+                rest_advantages_P=np.array([0.5, -0.5], np.float16),
                 **SCORED,
             ),
         ),

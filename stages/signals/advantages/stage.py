@@ -9,23 +9,55 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
-from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS
+from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS, THRESHOLD_TAU
 from schemas.tables.responses import RESPONSES
 from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
+MOST = 255  # tokens of a position: their numbers are stored in 8 bits
 _HEAD_FILES = ("head.safetensors", "head.json")
 
 
 class ThresholdSupport(StageConfig):
-    """``k`` tokens a position, drawn so that sums over them are unbiased (the default)."""
+    """Tokens drawn so that sums over them are unbiased (the default): see ``drawing``.
+
+    With ``tau``, one constant of the table in nats before beta, the number of tokens follows the
+    position: where ``m |A - c|`` is at least tau a token is sure, of the others there is about one
+    for each tau of their sum, and together at most ``max_k``. With ``k`` every position has as
+    many. Without either, tau is 0.002.
+    """
 
     kind: Literal["threshold"] = "threshold"
-    k: int = Field(default=16, ge=2)
+    tau: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    max_k: int | None = Field(default=None, ge=1, le=MOST)
+    k: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tau_unless_k(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("k") is None:
+            return {"tau": 0.002, "max_k": 64, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "ThresholdSupport":
+        if self.k is not None and (self.tau is not None or self.max_k is not None):
+            raise ValueError(
+                f"k is {self.k} beside tau or max_k: k keeps so many tokens of every position, "
+                f"tau lets their number follow the position; give one of them"
+            )
+        if self.k is None and (self.tau is None or self.max_k is None):
+            raise ValueError("tau and max_k are numbers: leave them out for their defaults")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the rule that is not used."""
+        return {name: value for name, value in dump(self).items() if value is not None}
 
 
 class UnionTopKSupport(StageConfig):
@@ -63,7 +95,7 @@ class AdvantagesStage(SignalStage):
     ``allow_equal_models``.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = (RESPONSES,)
     NOT_HASHED: ClassVar[tuple[str, ...]] = (
         *SignalStage.NOT_HASHED,
@@ -91,7 +123,8 @@ class AdvantagesStage(SignalStage):
     @property
     def table(self) -> Table[Any]:
         """``advantages`` in the variant that the support names."""
-        return SUPPORTS[self.support.kind]
+        follows = isinstance(self.support, ThresholdSupport) and self.support.tau is not None
+        return THRESHOLD_TAU if follows else SUPPORTS[self.support.kind]
 
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse a reference that is the aligned teacher itself, too."""
@@ -118,6 +151,8 @@ class AdvantagesStage(SignalStage):
             sizes = {"D": teacher.hidden_size, "R": reference.hidden_size}
             return self.table.bind(vocab_size=context.vocab_size, sizes=sizes)
         k = self.support.k
+        if k is None:
+            return self.table.bind(vocab_size=context.vocab_size)
         if k > context.vocab_size:
             raise ConfigError(
                 f"support.k is {k}, the vocabulary has {context.vocab_size} tokens: lower k"
@@ -128,11 +163,15 @@ class AdvantagesStage(SignalStage):
         """One position a response token; real responses came within a tenth of the bytes.
 
         The reference is taken to be as wide as the aligned teacher. Of the union's 3 k tokens a
-        third were distinct.
+        third were distinct. With tau, a teacher that had drifted from its reference by 0.1 nats
+        where the student looks had ``0.21 tau^-0.65`` tokens a position; one that drifted further
+        has more.
         """
         id_bytes = 0.9 * math.log2(source.vocab_size) / 8
         match self.support:
-            case ThresholdSupport(k=k):
+            case ThresholdSupport(tau=float(tau), max_k=int(max_k)):
+                per_position = min(0.21 * tau**-0.65, max_k) * (id_bytes + 0.4) + 6.0
+            case ThresholdSupport(k=int(k)):
                 per_position = k * (id_bytes + 2.5) + 4.0
             case UnionTopKSupport(k=k):
                 per_position = k * (id_bytes + 1.8) + 7.0

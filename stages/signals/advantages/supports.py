@@ -97,7 +97,7 @@ def threshold_support(
 ) -> ThresholdKept:
     """Draw ``k`` tokens a position; ``offsets_P`` in [0, 1) is the one uniform of the draw."""
     advantages_PV = scored.advantages()
-    weights_PV = mean_distribution(scored, student)
+    weights_PV, _ = mean_distribution(scored, student)
     weights_PV *= advantages_PV.abs().clamp_(min=_LEAST_ADVANTAGE * scored.beta)
     sample = threshold_sample(measure(weights_PV.log(), scored.token_ids_P), offsets_P, k=k)
     ids_PK = sample.token_ids_PK
@@ -113,8 +113,11 @@ def threshold_support(
     )
 
 
-def mean_distribution(scored: Scored, student: StudentTop) -> Tensor:
-    """Return the mean of the three distributions [P, V], the student's completed by a guess."""
+def mean_distribution(scored: Scored, student: StudentTop) -> tuple[Tensor, Tensor]:
+    """Return the mean of the three distributions [P, V], and the guess that completes the student.
+
+    The guess [P, V] holds what the student gives to the tokens of which it is not known.
+    """
     known_PS = student.token_ids_PS < scored.aligned_PV.shape[1]
     ids_PS = student.token_ids_PS * known_PS
     mass_PS = torch.where(known_PS, student.logprobs_PS.exp(), 0.0)
@@ -123,7 +126,7 @@ def mean_distribution(scored: Scored, student: StudentTop) -> Tensor:
     unknown_P1 = (1.0 - mass_PS.sum(dim=1, keepdim=True)).clamp(min=0.0)
     guess_PV *= unknown_P1 / guess_PV.sum(dim=1, keepdim=True).clamp(min=_TINY)
     sum_PV.add_(guess_PV).scatter_add_(1, ids_PS, mass_PS)
-    return sum_PV.div_(3.0)
+    return sum_PV.div_(3.0), guess_PV
 
 
 def union_support(scored: Scored, student: StudentTop, *, k: int) -> UnionKept:

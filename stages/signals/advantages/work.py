@@ -27,7 +27,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from schemas.distribution import round_mantissa, uniforms
+from schemas.advantage_values import LEVEL_SIZES, value_codes
+from schemas.distribution import round_mantissa, split_gaps, uniforms
 from schemas.errors import ConfigError
 from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
 from schemas.tables.responses import RESPONSES, Responses
@@ -36,6 +37,7 @@ from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.models.engines.engine import Engine
 from stages.models.engines.engine_pair import EnginePair, ModelPair, head_of, open_engine_pair
 from stages.models.spec import EngineOptions
+from stages.signals.advantages.drawing import DrawnKept, drawn_support
 from stages.signals.advantages.stage import (
     AdvantagesStage,
     ExactSupport,
@@ -66,7 +68,7 @@ from stages.stage import Rejected, StageContext, Work
 
 AnyArray = npt.NDArray[Any]
 BlockPair = tuple[LogitBlocks, LogitBlocks]
-Kept = ThresholdKept | UnionKept | ReleasedKept
+Kept = ThresholdKept | DrawnKept | UnionKept | ReleasedKept
 
 _HIDDEN = ("teacher_hidden_PD", "reference_hidden_PR")
 
@@ -108,7 +110,7 @@ def _shared_ids(stage: AdvantagesStage, models: ModelPair) -> int | None:
             f"{sizes[1]}, the tokenizer uses {used} ids: an advantage needs both, use the "
             f"checkpoint that '{stage.model}' was aligned from"
         )
-    k = getattr(stage.support, "k", 0)
+    k = getattr(stage.support, "k", None) or 0
     if k > used:
         raise ConfigError(f"support.k is {k}, the tokenizer has {used} tokens: lower k")
     return used
@@ -192,32 +194,51 @@ class _Keeper:
         )
         seed = f"{stage.seed}:{row.sample_id}".encode()
         key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
-        draws_P = uniforms(key, len(row.response_ids_A), 1)[:, 0]
-        self.offsets_P = torch.from_numpy(draws_P.copy()).to(device)
+        # One for the draw; with tau one a token too, for rounding its value.
+        most = getattr(stage.support, "max_k", None) or 0
+        self.uniforms_PN = uniforms(key, len(row.response_ids_A), 1 + most)
+        self.offsets_P = torch.from_numpy(self.uniforms_PN[:, 0].copy()).to(device)
 
     def add(self, scored: Scored, at: slice) -> None:
         """Keep what is asked for of the block of positions ``at``."""
         self._keep("teacher_logprobs_P", scored.of_generated(scored.aligned_PV))
         self._keep("reference_logprobs_P", scored.of_generated(scored.reference_PV))
         support = self._support(scored, at)
-        if support is not None:
+        if isinstance(support, DrawnKept):
+            self._keep_drawn(support, at)
+        elif support is not None:
             for column in fields(support):
                 self._keep(column.name, getattr(support, column.name))
 
     def _support(self, scored: Scored, at: slice) -> Kept | None:
         student = StudentTop(self.student.token_ids_PS[at], self.student.logprobs_PS[at])
         match self.stage.support:
-            case ThresholdSupport(k=k):
+            case ThresholdSupport(tau=float(tau), max_k=int(max_k)):
+                return drawn_support(scored, student, self.offsets_P[at], tau=tau, max_k=max_k)
+            case ThresholdSupport(k=int(k)):
                 return threshold_support(scored, student, self.offsets_P[at], k=k)
             case UnionTopKSupport(k=k):
                 return union_support(scored, student, k=k)
             case ReleasedSupport(k=k):
                 return released_support(scored, k=k)
-            case ExactSupport():
+            case _:
                 return None
 
+    def _keep_drawn(self, kept: DrawnKept, at: slice) -> None:
+        is_kept_PK = kept.is_kept_PK.cpu().numpy()
+        low_E, high_E = split_gaps(kept.token_ids_PK.cpu().numpy(), is_kept_PK)
+        self._add("num_entries_P", is_kept_PK.sum(axis=1))
+        self._add("id_gaps_low_E", low_E)
+        self._add("id_gaps_high_E", high_E)
+        self._add("values_E", kept.values_PK.cpu().numpy()[is_kept_PK])
+        self._add("uniforms_E", self.uniforms_PN[at, 1:][is_kept_PK])
+        self._keep("rest_advantages_P", kept.rest_advantages_P)
+
     def _keep(self, name: str, values: Tensor) -> None:
-        self.columns.setdefault(name, []).append(values.cpu().numpy())
+        self._add(name, values.cpu().numpy())
+
+    def _add(self, name: str, values: AnyArray) -> None:
+        self.columns.setdefault(name, []).append(values)
 
     def row(self) -> AnyAdvantages | Rejected:
         """All blocks as one row of the support's table."""
@@ -230,9 +251,15 @@ class _Keeper:
         sums = [
             sums_of(self.asked.prompted, p.astype(np.float64)) for p in (teacher_P, reference_P)
         ]
+        values_E, uniforms_E = (columns.pop(f"{name}_E", None) for name in ("values", "uniforms"))
         if not all(_fits_float16(values) for values in columns.values()):
             return Rejected(sample_id, "an advantage that float16 cannot hold")
-        if isinstance(self.stage.support, ThresholdSupport):
+        if values_E is not None and uniforms_E is not None:
+            if not np.abs(values_E).max(initial=0.0) <= LEVEL_SIZES[-1]:
+                return Rejected(sample_id, f"a value of more than {LEVEL_SIZES[-1]:.2g} nats")
+            columns["value_codes_E"] = value_codes(values_E, uniforms_E)
+            columns["token_advantages_P"] = round_mantissa(columns["token_advantages_P"])
+        elif isinstance(self.stage.support, ThresholdSupport):
             columns["advantages_PK"] = round_mantissa(columns["advantages_PK"])
         if isinstance(self.stage.support, ExactSupport):
             for name, hidden_PD in zip(_HIDDEN, self.asked.hidden_PD, strict=True):

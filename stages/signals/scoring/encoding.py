@@ -176,6 +176,20 @@ def _systematic(
     running_PN = sums_PN.double().cumsum(dim=-1)
     share_P1 = running_PN[:, -1:] / num_drawn_P[:, None].clamp(min=1)
     points_PK = (offsets_P[:, None] + torch.arange(k, device=mass_PV.device)) * share_P1
+    return _found_at(points_PK, mass_PNB, running_PN)
+
+
+def ids_at(points_PK: Tensor, mass_PV: Tensor) -> Tensor:
+    """Return the ids [P, K] in whose share of the running mass the points lie.
+
+    Sums are float64: of masses that are whole multiples of one number they are exact.
+    """
+    mass_PNB = _pieces(mass_PV)
+    running_PN = mass_PNB.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    return _found_at(points_PK, mass_PNB, running_PN)
+
+
+def _found_at(points_PK: Tensor, mass_PNB: Tensor, running_PN: Tensor) -> Tensor:
     pieces_PK = _first_above(running_PN, points_PK)
     before_PK = functional.pad(running_PN, (1, 0)).gather(1, pieces_PK)
     drawn_PKB = mass_PNB.gather(1, pieces_PK[:, :, None].expand(-1, -1, mass_PNB.shape[2]))

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from schemas.advantage_values import advantage_values
 from schemas.dataset import CachedDataset
 from schemas.errors import StoreError
 from schemas.tables.episodes import split_candidates
@@ -191,16 +192,17 @@ class AdpaCollator:
             hidden = [joined(rows, name, np.float32) for name in columns]
             states = zip(("teacher_hidden_MD", "reference_hidden_MR"), hidden, strict=True)
             return {"beta": self.beta, **{name: torch.from_numpy(h) for name, h in states}}
-        if "num_entries_P" in rows[0]:
-            ids_MK, values_MK, rest_M = _union(rows)
-            check_ids(rows, "token_ids_E", self.vocab_size, self.num_token_ids)
-        else:
-            check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
-            ids_MK = joined(rows, "token_ids_PK", np.int64)
-            values_MK = joined(rows, "advantages_PK", np.float32)
-            rest_M = np.zeros(len(ids_MK), np.float32)
-            if "log_inclusions_PK" in rows[0]:
-                values_MK *= np.exp(-joined(rows, "log_inclusions_PK", np.float32))
+        found = [advantage_values(row) for row in rows]
+        read = [
+            {"sample_id": row["sample_id"], "token_ids": ids}
+            for row, (ids, _, _) in zip(rows, found, strict=True)
+        ]
+        check_ids(read, "token_ids", self.vocab_size, self.num_token_ids)
+        width = max(ids_PK.shape[1] for ids_PK, _, _ in found)
+        ids_MK, values_MK = (
+            np.concatenate([_widened(parts[index], width) for parts in found]) for index in (0, 1)
+        )
+        rest_M = np.concatenate([rest_P for _, _, rest_P in found])
         if self.num_token_ids is not None:
             is_padding_MK = ids_MK >= self.num_token_ids
             ids_MK[is_padding_MK] = 0
@@ -221,18 +223,6 @@ def _check_positions(row: Row, responses: Sequence[Row]) -> None:
         )
 
 
-def _union(rows: Sequence[Row]) -> tuple[Array, Array, Array]:
-    """Return ids and values [M, K] padded with zeros, and the advantage of the rest [M].
-
-    As probabilities sum to one, ``sum_k pi_k A_k + pi_rest A_rest`` is ``A_rest`` and
-    ``sum_k pi_k (A_k - A_rest)``: the values are those differences, so padding adds nothing.
-    """
-    counts_M = joined(rows, "num_entries_P", np.int64)
-    rest_M = joined(rows, "rest_advantages_P", np.float32)
-    filled_MK = np.arange(int(counts_M.max())) < counts_M[:, None]
-    ids_MK = np.zeros(filled_MK.shape, np.int64)
-    values_MK = np.zeros(filled_MK.shape, np.float32)
-    ids_MK[filled_MK] = joined(rows, "token_ids_E", np.int64)
-    values_MK[filled_MK] = joined(rows, "advantages_E", np.float32)
-    values_MK -= np.where(filled_MK, rest_M[:, None], 0.0)
-    return ids_MK, values_MK, rest_M
+def _widened(entries_PK: Array, width: int) -> Array:
+    """Pad with zeros, which add nothing."""
+    return np.pad(entries_PK, ((0, 0), (0, width - entries_PK.shape[1])))

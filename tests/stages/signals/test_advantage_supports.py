@@ -141,7 +141,7 @@ def test_tokens_that_the_teachers_do_not_have_are_no_part_of_the_mean() -> None:
     known_here = StudentTop(torch.tensor([[9, 0]]), torch.tensor([[0.7, 0.0]]).log())
     expected_V = completed_mean(aligned_V, reference_V, known_here)
     # A foreign id stands as token 0 with no mass, whose guess is lost: a guess may be any.
-    mean_V = mean_distribution(scored, student)[0].double().numpy()
+    mean_V = mean_distribution(scored, student)[0][0].double().numpy()
     np.testing.assert_allclose(mean_V, expected_V, rtol=1e-5, atol=1e-9)
     kept = threshold_support(scored, student, torch.tensor([0.5]), k=8)
     assert int(kept.token_ids_PK.max()) < len(aligned_V)

@@ -49,13 +49,15 @@ from tests.fixtures.tiny_responses import (
     random_rows,
 )
 
-SUPPORTS = ("exact", "threshold", "union_top_k", "as_released")
-BETA = {"exact": 0.1, "threshold": 0.1, "union_top_k": 0.1, "as_released": 1.0}
+SUPPORTS = ("exact", "threshold", "threshold_tau", "union_top_k", "as_released")
+BETA = {**dict.fromkeys(SUPPORTS, 0.1), "as_released": 1.0}
 K = 6
 
 
 def stage_of(kind: str, **changes: Any) -> AdvantagesStage:
     support = {"kind": kind} if kind == "exact" else {"kind": kind, "k": K}
+    if kind == "threshold_tau":
+        support = {"kind": "threshold", "tau": 0.02}
     body = {"stage": "advantages", "input": "responses", "model": "dpo", "reference": "sft"}
     return AdvantagesStage.model_validate(
         {**body, "beta": BETA[kind], "support": support, **changes}
@@ -135,7 +137,8 @@ def test_what_every_support_carries(
             logprobs_PV[places_P, row.response_ids_A] for logprobs_PV in (aligned_PV, reference_PV)
         )
         expected_P = BETA[kind] * (aligned_P - reference_P)
-        np.testing.assert_allclose(found.token_advantages_P, expected_P, atol=1e-4)
+        rounding = 1 / 128 if kind == "threshold_tau" else 0
+        np.testing.assert_allclose(found.token_advantages_P, expected_P, rounding, atol=1e-4)
         starts_N = np.cumsum([0, *row.response_lengths_N[:-1]])
         for name, logprobs_P in (("teacher", aligned_P), ("reference", reference_P)):
             sums_N = getattr(found, f"{name}_logprobs_N")
@@ -222,13 +225,15 @@ def test_models_changed_over_flip_every_sign(
     made: dict[str, list[Any]], engines: Engines, rows: list[Responses]
 ) -> None:
     """The mean that ``threshold`` draws from is the same, so the very tokens are."""
-    for kind in ("threshold", "union_top_k"):
+    for kind in ("threshold", "threshold_tau", "union_top_k"):
         flipped = scored(stage_of(kind), rows, engines[::-1])
         for a, b in zip(made[kind], flipped, strict=True):
             for name in (field.name for field in fields(a)):
                 ours, theirs = getattr(a, name), getattr(b, name)
                 if "advantages" in name:
                     np.testing.assert_array_equal(ours, -theirs)
+                elif name == "value_codes_E":  # the sign is the lowest bit
+                    np.testing.assert_array_equal(ours, theirs ^ 1)
                 elif name not in ("sample_id", "teacher_logprobs_N", "reference_logprobs_N"):
                     np.testing.assert_array_equal(ours, theirs)
             np.testing.assert_array_equal(a.teacher_logprobs_N, b.reference_logprobs_N)
@@ -237,6 +242,8 @@ def test_models_changed_over_flip_every_sign(
 def test_equal_models_have_no_advantages(engines: Engines, rows: list[Responses]) -> None:
     for row in scored(stage_of("threshold"), rows, (engines[0], engines[0])):
         assert not row.advantages_PK.any() and not row.token_advantages_P.any()
+    for row in scored(stage_of("threshold_tau"), rows, (engines[0], engines[0])):
+        assert not row.num_entries_P.any() and not row.rest_advantages_P.any()
 
 
 @pytest.mark.parametrize("kind", SUPPORTS)
@@ -416,6 +423,8 @@ def test_what_the_plan_is_told(folders: dict[str, Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("support", "measured"),
     [
+        ({"kind": "threshold"}, 31.5),
+        ({"kind": "threshold", "tau": 0.006}, 18.9),
         ({"kind": "threshold", "k": 8}, 39.4),
         ({"kind": "threshold", "k": 16}, 73.4),
         ({"kind": "union_top_k", "k": 16}, 65.2),

@@ -173,7 +173,9 @@ def test_dckd_reads_the_live_teacher_from_the_exact_table(data: PreferenceData) 
     torch.testing.assert_close(found_NV, torch.cat(live), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("support", ["exact", "threshold", "union_top_k", "as_released"])
+@pytest.mark.parametrize(
+    "support", ["exact", "threshold", "threshold_tau", "union_top_k", "as_released"]
+)
 def test_adpa_is_the_expected_advantage_on_the_students_responses(
     data: PreferenceData, student: Any, support: str
 ) -> None:
@@ -221,6 +223,16 @@ def dense_advantages(
                 for model in (wide_model(data.teacher), wide_model(data.reference))
             ]
         return BETA * (parts[0] - parts[1]), rest_P
+    if support == "threshold_tau":
+        entry = 0
+        for p, count in enumerate(row["num_entries_P"].tolist()):
+            rest_P[p], token = float(row["rest_advantages_P"][p]), 0
+            for _ in range(count):
+                token += 256 * int(row["id_gaps_high_E"][entry]) + int(row["id_gaps_low_E"][entry])
+                level, is_negative = divmod(int(row["value_codes_E"][entry]), 2)
+                dense_PV[p, token] += (-1) ** is_negative * 2 ** (level / 3 - 18)
+                entry += 1
+        return dense_PV, rest_P
     if support == "union_top_k":
         start = 0
         for p, count in enumerate(row["num_entries_P"].tolist()):
@@ -331,7 +343,7 @@ def test_signals_of_other_responses_are_refused(data: PreferenceData) -> None:
     row = rows[0] | {"token_advantages_P": rows[0]["token_advantages_P"][1:]}
     with pytest.raises(StoreError, match="advantages at"):
         AdpaCollator.of(dataset, VOCAB_SIZE)([row])
-    with pytest.raises(StoreError, match=r"token_ids_PK holds id \d+, the student has 30"):
+    with pytest.raises(StoreError, match=r"token_ids holds id 302, the student has 300"):
         AdpaCollator(300, 1.0)._advantages([rows[0] | {"token_ids_PK": np.array([[302]])}])
 
 

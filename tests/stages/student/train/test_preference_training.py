@@ -218,7 +218,7 @@ def test_the_students_learn_what_they_are_told(data: PreferenceData, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", ["threshold", "union_top_k"])
+@pytest.mark.parametrize("support", ["threshold", "threshold_tau", "union_top_k"])
 def test_other_supports_point_the_same_way(
     data: PreferenceData, tmp_path: Path, support: str
 ) -> None:
