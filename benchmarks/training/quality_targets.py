@@ -87,6 +87,7 @@ def _weighted(ids_PK: Array, weights_PK: Array, entropies_P: Array) -> Columns:
         "weights_NK": weights_PK.astype(np.float32),
         "num_head_N": np.zeros(len(ids_PK), np.uint8),
         "entropies_N": entropies_P,
+        "dropped_N": np.zeros(len(ids_PK), np.float32),
     }
 
 
@@ -97,6 +98,8 @@ def _with_rest(logits_PV: Tensor, entropies_P: Array) -> Columns:
         "token_ids_NK": kept.token_ids_PK.numpy().astype(np.int32),
         "probs_NK": kept.logprobs_PK.exp().numpy(),
         "rest_N": kept.rest_logprobs_P.exp().numpy(),
+        "entropies_N": entropies_P,
+        "dropped_N": np.zeros(len(logits_PV), np.float32),
     }
 
 
