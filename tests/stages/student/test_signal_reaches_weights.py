@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import weighted_tokens
+from schemas.storage.manifest import read_manifest
 from schemas.tables import TABLES
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.objectives.dckd import DckdConfig
+from stages.student.objectives.kd import KdConfig
 from tests.fixtures.cached_data import VOCAB_SIZE
 from tests.fixtures.changed_entries import CHANGES, places_of
 from tests.fixtures.objective_sources import (
@@ -94,12 +96,28 @@ def share_of(loss: str, row: Any, p: int, counts: dict[str, int]) -> float:
 def test_an_entry_reaches_its_position_and_no_other(
     caches: Caches, loss: str, table: str, variant: str, tmp_path: Path
 ) -> None:
+    """Of documents, where those are rows of tokens that the objective reads."""
+    assert_entries_reach(caches.source(loss, table, variant), loss, table, variant, tmp_path)
+
+
+@pytest.mark.parametrize("rows", KdConfig().reads.rows)
+def test_an_entry_reaches_its_position_in_rows_of_every_kind(
+    caches: Caches, rows: str, tmp_path: Path
+) -> None:
+    """Conversations are scored in spans: positions of a row do not lie side by side."""
+    source = caches.source_of_rows(rows, "exact")
+    assert read_manifest(source.data[0]).table == rows
+    assert_entries_reach(source, "kd", "teacher_logits", "exact", tmp_path)
+
+
+def assert_entries_reach(
+    source: Source, loss: str, table: str, variant: str, tmp_path: Path
+) -> None:
     """Each kind of entry, at the first and at the last position of a row; packed too.
 
     The gradient of a KL is the student's distribution less the stored one, through the head: it
     changes by their difference. ``top_k`` is left out of that: its rest is no distribution.
     """
-    source = caches.source(loss, table, variant)
     before = one_step(loss, source)
     row = row_of(loss, table, before.rows[CHANGED_ROW])
     stored = stored_row(source, table, row["sample_id"])
