@@ -542,11 +542,8 @@ def test_a_finished_root_may_be_copied_either_way(
     local: TinyRecipe, root: str, server: Server, tmp_path: Path
 ) -> None:
     """By a tool that knows nothing of us, and stores no checksum with an object."""
-    bucket = root.split("/")[2]
     files = [path for path in local.root.rglob("*") if path.is_file()]
-    for path in files:
-        key = f"cache/{path.relative_to(local.root)}"
-        server.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    server.put_files(root, local.root, files)
     stored = on_store(local, root, tmp_path)
     assert set(stored.run().states.values()) == {"done"}
     rows = open_dataset([str(stored.step(name).place) for name in ("documents", "signals")])

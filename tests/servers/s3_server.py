@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import boto3
@@ -39,6 +40,13 @@ class Server:
         bucket = f"bucket-{next(self.names)}"
         self.client.create_bucket(Bucket=bucket)
         return f"s3://{bucket}/cache"
+
+    def put_files(self, root: str, folder: Path, files: Iterable[Path]) -> None:
+        """Store files below ``folder`` under ``root``, as a tool does that knows nothing of us."""
+        bucket, prefix = root.removeprefix("s3://").split("/")
+        for path in files:
+            key = f"{prefix}/{path.relative_to(folder)}"
+            self.client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
 
     def uploads(self, root: str) -> list[Any]:
         """The uploads in parts that nobody has finished or ended."""

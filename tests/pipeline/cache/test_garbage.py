@@ -191,10 +191,8 @@ def test_a_root_in_a_store_is_cleaned_the_same(
     use_endpoint(monkeypatch, server.url)
     root, client = server.new_root(), server.client
     bucket, prefix = root.removeprefix("s3://").split("/")
-    for path in copied.root.rglob("*"):
-        if path.is_file() and path.name != ".lock":
-            key = f"{prefix}/{path.relative_to(copied.root)}"
-            client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    files = (path for path in copied.root.rglob("*") if path.is_file() and path.name != ".lock")
+    server.put_files(root, copied.root, files)
     client.put_object(Bucket=bucket, Key="cached/documents/0123456789ab/x", Body=b"")
     kept = copied.only("documents", "signals")
     body = yaml.safe_load(kept.path.read_text())

@@ -160,13 +160,11 @@ def test_a_root_in_a_store_is_listed_the_same(
     copied: TinyRecipe, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_endpoint(monkeypatch, server.url)
-    root, client = server.new_root(), server.client
-    bucket, prefix = root.removeprefix("s3://").split("/")
-    for path in copied.root.rglob("*"):
-        if path.is_file():
-            key = f"{prefix}/{path.relative_to(copied.root)}"
-            client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
-    client.put_object(Bucket=bucket, Key="cached/documents/0123456789ab/x", Body=b"")
+    root = server.new_root()
+    files = (path for path in copied.root.rglob("*") if path.is_file())
+    server.put_files(root, copied.root, files)
+    bucket = root.split("/")[2]
+    server.client.put_object(Bucket=bucket, Key="cached/documents/0123456789ab/x", Body=b"")
     here, there = listed(copied.root), listed(root)
     for entries in (here, there):
         for entry in entries.values():

@@ -19,20 +19,15 @@ from pipeline.planning.recipe_file import load_recipe
 from pipeline.reports.results_report import print_results
 from schemas.storage.manifest import read_manifest, write_manifest
 from tests.fixtures.example_recipes import EXAMPLES, tiny_example
-from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, stamps, teachercache
+from tests.fixtures.tiny_recipe import (
+    EVERY_KIND,
+    TinyRecipe,
+    edit_recipe,
+    make_recipe,
+    stamps,
+    teachercache,
+)
 
-TRAIN = {"stage": "train", "student": "student", "max_steps": 2, "per_device_batch_size": 4}
-MORE_STEPS = {
-    "states": {
-        "stage": "teacher_logits",
-        "input": "documents",
-        "model": "teacher",
-        "encoding": {"kind": "exact"},
-    },
-    "student": {"stage": "student_init", "model": "teacher", "layers": [0]},
-    "distilled": {**TRAIN, "data": ["documents", "signals"], "objective": {"loss": "kd"}},
-    "results": {"stage": "evaluate", "students": ["distilled"], "data": ["documents", "signals"]},
-}
 GUIDES = re.compile(r"^[│├└─ ]*")
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -40,17 +35,12 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def fresh(tiny_model: Path, paragraphs: list[str], tmp_path: Path) -> TinyRecipe:
-    return make_recipe(tmp_path / "fresh", tiny_model, paragraphs[:30], more_steps=MORE_STEPS)
+    return make_recipe(tmp_path / "fresh", tiny_model, paragraphs[:30], more_steps=EVERY_KIND)
 
 
-@pytest.fixture(scope="module")
-def finished(
-    tiny_model: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> TinyRecipe:
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = make_recipe(folder, tiny_model, paragraphs[:30], more_steps=MORE_STEPS)
-    recipe.run()
-    return recipe
+@pytest.fixture
+def finished(every_kind: TinyRecipe) -> TinyRecipe:
+    return every_kind
 
 
 @pytest.fixture
@@ -273,11 +263,10 @@ def test_a_list_of_shards_that_is_garbage_is_one_line_wherever_it_is_read(
 
 
 def test_a_chain_of_forty_steps_is_shown_whole(fresh: TinyRecipe) -> None:
-    steps = {"student": MORE_STEPS["student"]}
+    steps = {"student": EVERY_KIND["student"]}
     names = ["student", *(f"trained_{index:02d}" for index in range(40))]
     for before, name in pairwise(names):
-        more = {"data": ["documents", "signals"], "objective": {"loss": "kd"}}
-        steps[name] = {**TRAIN, **more, "student": before}
+        steps[name] = {**EVERY_KIND["distilled"], "student": before}
     body = yaml.safe_load(fresh.path.read_text())
     kept = {name: body["steps"][name] for name in ("documents", "signals")}
     edit_recipe(fresh, "steps", value=kept | steps)
