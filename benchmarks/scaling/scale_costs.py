@@ -46,7 +46,7 @@ def dispatch_cost(workers: int, num_shards: int) -> float:
     limits = Limits(workers, max_attempts=3, shard_timeout_s=86_400.0)
     tasks = step_tasks(num_shards)
     started = time.process_time()
-    for _ in dispatch(crew, tasks, limits, warned=unheard, clock=clock):
+    for _ in dispatch(crew, tasks, limits, warned=unheard, clock=clock, files=crew):
         pass
     return (time.process_time() - started - crew.own_s) / num_shards
 
@@ -75,7 +75,8 @@ def dispatch_memory(workers: int, num_shards: int) -> float:
     tasks = step_tasks(num_shards)
     limits = Limits(workers, max_attempts=3, shard_timeout_s=None)
     tracemalloc.start()
-    for _ in dispatch(SimulatedCrew(world, clock), tasks, limits, warned=unheard, clock=clock):
+    crew = SimulatedCrew(world, clock)
+    for _ in dispatch(crew, tasks, limits, warned=unheard, clock=clock, files=crew):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -10,6 +10,7 @@ from benchmarks.scaling.simulated_crew import Spent, Store, World
 PARTS = (
     "the teacher",
     "stragglers",
+    "second copies",
     "the object store",
     "waiting for the driver",
     "work of lost workers",
@@ -84,6 +85,7 @@ class Result:
             "million tokens/s": self.num_tokens / self.makespan_s / 1e6,
             "efficiency": self.efficiency,
             **{part: f"{100 * shares[part]:.1f} %" for part in PARTS[1:]},
+            "copies": self.spent.num_copies,
             "workers lost": self.spent.num_lost,
             "requests/s": self.spent.num_requests / self.makespan_s,
         }
@@ -101,6 +103,7 @@ class Measured:
     by_workers: list[Result] = field(default_factory=list)
     by_size: list[Result] = field(default_factory=list)
     by_trouble: list[Result] = field(default_factory=list)
+    by_copies: list[Result] = field(default_factory=list)
     memory: float = 0.0
     memory_shards: int = 0
     listed: dict[str, float] = field(default_factory=dict)

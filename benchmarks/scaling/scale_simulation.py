@@ -6,12 +6,14 @@ GPU's speed, which is assumed, as are lives of workers and the object store's fi
 driver does for a shard is measured here (``ray_driver``).
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
 from benchmarks.scaling.ray_driver import ray_driver_cost
@@ -27,6 +29,7 @@ from benchmarks.scaling.scale_report import write_report
 from benchmarks.scaling.scale_results import Assumed, Measured, Result
 from benchmarks.scaling.shard_times import SMALL, TEACHER, shard_times
 from benchmarks.scaling.simulated_crew import SimulatedCrew, VirtualClock, World, unheard
+from pipeline.executors import stragglers
 from pipeline.executors.dispatch import Limits, dispatch
 
 TOKENS_A_WORKER = 1e9  # so that 1,000 workers have 10^12
@@ -34,6 +37,7 @@ SHARD_TOKENS = 1e6
 WORKERS = (1, 10, 100, 1000)
 SIZES = (1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7)
 TROUBLED_SIZES = (3e6, 1e7)
+COPIED_SHARDS = (20, 100, 1000)  # of a worker
 TROUBLES: dict[str, dict[str, Any]] = {
     "none": {"slow_fraction": 0.0, "mean_life_s": 1e12},
     "5 % of shards 10x slow": {"slow_fraction": 0.05},
@@ -41,6 +45,7 @@ TROUBLES: dict[str, dict[str, Any]] = {
     "workers live 4 h": {"mean_life_s": 4 * 3600.0},
 }
 MOST_SHARDS = 100_000  # of a run that is not about their number
+MAX_HOURS_WITH_COPIES = 0.8
 MIN_EFFICIENCY, MAX_DISPATCH_US, MAX_DRIVER_MS, MAX_BYTES_A_SHARD = 0.85, 100.0, 1.0, 100.0
 
 
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = measure(options.cache, quick=options.quick)
     bars = judge(found)
-    runs = [*found.by_workers, *found.by_size, *found.by_trouble]
+    runs = [*found.by_workers, *found.by_size, *found.by_trouble, *found.by_copies]
     if options.docs:
         write_report(options.docs, found, bars)
     return finish(bars, [{"trouble": run.note, **run.row()} for run in runs], options.json)
@@ -84,6 +89,11 @@ def measure(cache: Path, *, quick: bool) -> Measured:
         for note, changes in TROUBLES.items()
         for size in TROUBLED_SIZES
     ]
+    for a_worker in COPIED_SHARDS:
+        most = min(a_worker * WORKERS[-1], most_anywhere)
+        with patch.object(stragglers, "SLOW", math.inf):
+            found.by_copies.append(run(WORKERS[-1], SHARD_TOKENS, most, "without"))
+        found.by_copies.append(run(WORKERS[-1], SHARD_TOKENS, most, "with"))
     found.memory_shards = num_dispatched
     found.memory = dispatch_memory(WORKERS[-1], num_dispatched)
     found.listed = list_costs(10_000 if quick else 1_000_000)
@@ -96,7 +106,8 @@ def simulate(world: World, workers: int, shard_tokens: float, num_shards: int, n
     clock = VirtualClock()
     crew = SimulatedCrew(world, clock)
     limits = Limits(workers, max_attempts=3, shard_timeout_s=None)
-    for _ in dispatch(crew, step_tasks(num_shards), limits, warned=unheard, clock=clock):
+    tasks = step_tasks(num_shards)
+    for _ in dispatch(crew, tasks, limits, warned=unheard, clock=clock, files=crew):
         pass
     return Result(workers, shard_tokens, num_shards, clock.now, crew.spent, note)
 
@@ -110,6 +121,12 @@ def judge(found: Measured) -> list[Bar]:
             f"efficiency of {long.workers:,} workers, {SHARD_TOKENS:,.0f} tokens a shard",
             long.efficiency,
             MIN_EFFICIENCY,
+        ),
+        at_most(
+            f"hours of {workers:,} workers, {found.by_copies[0].num_shards:,} shards: with second "
+            f"copies over without",
+            found.by_copies[1].makespan_s / found.by_copies[0].makespan_s,
+            MAX_HOURS_WITH_COPIES,
         ),
         at_most(
             f"dispatcher with {workers:,} workers, us a shard",

@@ -4,27 +4,26 @@ One shard at a time goes to each worker that is ready, so a slow shard holds nob
 worker costs only the shard in hand, which another worker does again. A worker is lost when its
 process or its machine dies, when its engine does, or when it exceeds the time for a shard.
 
-A shard that has lost ``max_attempts`` workers is tried in halves, and the halves that lose theirs
-in halves again, down to single rows. A row that alone loses ``max_attempts`` workers is *rejected*,
-and the shard is made of all its other rows, as one unit: their bytes are those of a shard that
-never had the row. They may differ in last bits from what the same rows would have become beside it,
-since the engine's batches are cut otherwise; from run to run they are equal, because the same row
-is found whichever worker dies first.
+A shard that has lost several workers is tried in parts, until the row that ends them is found
+(``attempts``). When nothing else is left to be handed out, shards that take far longer than the
+others are given to a second worker each, and the first result counts (``stragglers``).
 
 Nothing here knows what a worker is: processes of this machine and actors of a Ray cluster are each
 a ``Crew``.
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Protocol
 
-from pipeline.executors.shard_task import ShardTasks, sample_id_at
+from pipeline.executors.attempts import Attempts
+from pipeline.executors.shard_task import ShardTasks
+from pipeline.executors.stragglers import CopiedFiles, FilesOfCopies, Stragglers
 from pipeline.executors.worker import Job
-from schemas.errors import EngineError, RejectLimitError
+from schemas.errors import EngineError
 from schemas.storage.records import ShardRecord
 
 
@@ -94,13 +93,16 @@ def dispatch(
     *,
     warned: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
+    files: CopiedFiles | None = None,
 ) -> Iterator[ShardRecord]:
     """Yield each shard's record as it is finished; with no tasks, open the stage once.
 
     Raises what a worker raised, but for the EngineError of a job: that one is a lost worker.
-    ``clock`` gives seconds that never go back, whatever the time of day is set to.
+    ``clock`` gives seconds that never go back, whatever the time of day is set to, ``files`` are
+    those of second copies.
     """
-    yield from _Dispatcher(crew, limits, warned, _Jobs(limits.max_attempts, tasks), clock).run()
+    jobs, files = Attempts(limits.max_attempts, tasks), files or FilesOfCopies()
+    yield from _Dispatcher(crew, limits, warned, jobs, clock, files).run()
 
 
 @dataclass
@@ -108,8 +110,10 @@ class _Dispatcher:
     crew: Crew
     limits: Limits
     warned: Callable[[str], None]
-    jobs: "_Jobs"
+    jobs: Attempts
     clock: Callable[[], float]
+    files: CopiedFiles
+    stragglers: Stragglers = field(default_factory=Stragglers)
     starting: set[int] = field(default_factory=set)
     idle: deque[int] = field(default_factory=deque)
     busy: dict[int, tuple[Job, float]] = field(default_factory=dict)  # the job, and since when
@@ -120,11 +124,18 @@ class _Dispatcher:
         while self.jobs.num_open or not (self.idle or self.busy):
             self._hand_out()
             for event in self.crew.wait(self._seconds_left()):
-                record = self._take(event)
+                record = self._take(event) if self._knows(event.worker) else None
                 if record is not None:
                     yield record
             self._end_overdue()
             self._start_workers()
+        for worker, (job, _) in list(self.busy.items()):
+            assert job.suffix  # of a shard that is done
+            self._end_copy(worker)
+
+    def _knows(self, worker: int) -> bool:
+        """Whether a worker was not ended since it was heard."""
+        return worker in self.busy or worker in self.starting or worker in self.idle
 
     def _start_workers(self) -> None:
         wanted = min(self.limits.workers, max(1, self.jobs.num_open))
@@ -133,9 +144,20 @@ class _Dispatcher:
 
     def _hand_out(self) -> None:
         while self.idle and (job := self.jobs.take()) is not None:
-            worker = self.idle.popleft()
-            self.busy[worker] = (job, self.clock())
-            self.crew.give(worker, job)
+            self._give(job)
+        slow_s = self.stragglers.slow_s if self.idle else None
+        if slow_s is None:
+            return
+        now = self.clock()
+        slow = [*takewhile(lambda item: now - item[1] >= slow_s, self.busy.values())]
+        for job, _ in slow:
+            if self.idle and self.stragglers.may_copy(job):
+                self._give(self.stragglers.copy_of(job))
+
+    def _give(self, job: Job) -> None:
+        worker = self.idle.popleft()
+        self.busy[worker] = (job, self.clock())
+        self.crew.give(worker, job)
 
     def _take(self, event: Event) -> ShardRecord | None:
         match event:
@@ -144,8 +166,12 @@ class _Dispatcher:
                 self.idle.append(worker)
                 self.failed_starts = 0
             case Done(worker, record):
-                job, _ = self.busy.pop(worker)
+                job, since = self.busy.pop(worker)
                 self.idle.append(worker)
+                if job.suffix:
+                    return self._take_copy(job, record)
+                if record is not None:
+                    self.stragglers.made(self.clock() - since)
                 self.jobs.done(job)
                 return record
             case Failed(worker, error):
@@ -156,11 +182,46 @@ class _Dispatcher:
                 self._lose(worker, why)
         return None
 
+    def _take_copy(self, job: Job, record: ShardRecord | None) -> ShardRecord | None:
+        """Keep a copy whose shard is still in hand, and end the worker that has it."""
+        slower = self._worker_with(job.task.index, copy=False)
+        if slower is None or record is None:
+            self.files.drop(job)
+            return None
+        self.crew.end(slower)
+        first, _ = self.busy.pop(slower)
+        self.files.commit(job, record)
+        self.warned(f"a worker was ended over {first}: a second one was done with it first")
+        self.jobs.done(first)
+        return record
+
+    def _worker_with(self, index: int, *, copy: bool) -> int | None:
+        """Return who has a shard in hand, or its copy."""
+        return next(
+            (
+                worker
+                for worker, (job, _) in self.busy.items()
+                if job.task.index == index and not job.probe and bool(job.suffix) == copy
+            ),
+            None,
+        )
+
+    def _end_copy(self, worker: int) -> None:
+        self.crew.end(worker)
+        job, _ = self.busy.pop(worker)
+        self.files.drop(job)
+
     def _lose(self, worker: int, why: str) -> None:
+        if worker in self.busy and self.busy[worker][0].suffix:
+            self._end_copy(worker)  # the shard itself is in other hands
+            return
         self.crew.end(worker)
         if worker in self.busy:
             job, _ = self.busy.pop(worker)
             self.warned(f"a worker was lost on {job}: {why}")
+            copier = self._worker_with(job.task.index, copy=True)
+            if copier is not None:  # what is tried again is tried by one at a time
+                self._end_copy(copier)
             self.jobs.lost(job, why)
         elif worker in self.idle:
             self.idle.remove(worker)
@@ -176,11 +237,15 @@ class _Dispatcher:
                 )
 
     def _seconds_left(self) -> float | None:
-        limit_s = self.limits.shard_timeout_s
-        if limit_s is None or not self.busy:
-            return None
-        _, first = next(iter(self.busy.values()))  # jobs are in the order they were given
-        return max(0.0, first + limit_s - self.clock())
+        """Return when the first job in hand is overdue, or slow while a worker is idle."""
+        due = []
+        if self.limits.shard_timeout_s is not None and self.busy:
+            _, first = next(iter(self.busy.values()))  # jobs are in the order they were given
+            due.append(first + self.limits.shard_timeout_s)
+        if self.idle and (slow_s := self.stragglers.slow_s) is not None:
+            in_hand = (since for job, since in self.busy.values() if self.stragglers.may_copy(job))
+            due += [first + slow_s for first in islice(in_hand, 1)]
+        return max(0.0, min(due) - self.clock()) if due else None
 
     def _end_overdue(self) -> None:
         limit_s, now = self.limits.shard_timeout_s, self.clock()
@@ -188,102 +253,5 @@ class _Dispatcher:
             return
         overdue = takewhile(lambda item: now - item[1][1] >= limit_s, self.busy.items())
         for worker, _ in list(overdue):
-            self._lose(worker, f"no result within execution.shard_timeout_s {limit_s:g}")
-
-
-class _Jobs:
-    """What is to be done, what has been lost on it, and which rows are to blame.
-
-    A task is made when a worker is ready for it; ``queue`` has what is tried again.
-    """
-
-    def __init__(self, max_attempts: int, tasks: ShardTasks) -> None:
-        self.max_attempts = max_attempts
-        self.queue: deque[Job] = deque()
-        self.num_in_hand = 0
-        self._tasks, self._num_untried = iter(tasks), len(tasks)
-        self._losses: Counter[tuple[int, range, bool]] = Counter()
-        self._suspects: dict[int, _Suspect] = {}
-
-    @property
-    def num_open(self) -> int:
-        return self._num_untried + len(self.queue) + self.num_in_hand
-
-    def take(self) -> Job | None:
-        """Return the next job: first those that nobody has tried."""
-        if self._num_untried:
-            self._num_untried -= 1
-            task = next(self._tasks)
-            job = Job(task, range(task.num_rows))
-        elif self.queue:
-            job = self.queue.popleft()
-        else:
-            return None
-        self.num_in_hand += 1
-        return job
-
-    def done(self, job: Job) -> None:
-        self.num_in_hand -= 1
-        if job.probe:
-            self._judged(job)
-
-    def lost(self, job: Job, why: str) -> None:
-        """Queue the job again, or halves of it, or blame its one row."""
-        self.num_in_hand -= 1
-        key = (job.task.index, job.rows, job.probe)
-        self._losses[key] += 1
-        attempts = 1 if job.probe and len(job.rows) > 1 else self.max_attempts
-        if self._losses[key] < attempts:
-            self.queue.append(job)  # behind all others: they are not to wait for it
-        elif not job.probe:
-            self._suspect(job, why)
-        elif len(job.rows) > 1:
-            self._suspects[job.task.index].num_probes += 1
-            self._probe_halves(job)
-        else:
-            self._blame(job)
-            self._judged(job)
-
-    def _suspect(self, job: Job, why: str) -> None:
-        if job.task.index in self._suspects or not job.rows:
-            task = job.task
-            raise EngineError(
-                f"{task.folder / task.name}: {self.max_attempts} workers were lost on it (last: "
-                f"{why}), none on a single row that is left in it; finished shards are kept: give "
-                f"a worker more memory or time, or fewer rows a shard, and run again"
-            )
-        self._suspects[job.task.index] = _Suspect(num_probes=2 if len(job.rows) > 1 else 1)
-        self._probe_halves(job)
-
-    def _probe_halves(self, job: Job) -> None:
-        middle = len(job.rows) // 2
-        for rows in (job.rows[:middle], job.rows[middle:]):
-            if rows:
-                self.queue.append(Job(job.task, rows, probe=True))
-
-    def _blame(self, job: Job) -> None:
-        task, deadly = job.task, self._suspects[job.task.index].deadly_rows
-        deadly.append(job.rows.start)
-        if len(deadly) > task.max_rejected_fraction * task.num_rows:
-            raise RejectLimitError(
-                f"{task.folder / task.name}: {len(deadly)} of {task.num_rows} rows were rejected, "
-                f"more than max_rejected_fraction {task.max_rejected_fraction}: the engine dies on "
-                f"each, first sample {sample_id_at(task, deadly[0])}"
-            )
-
-    def _judged(self, job: Job) -> None:
-        """Count a probe as answered; after the last one the shard is tried again."""
-        suspect = self._suspects[job.task.index]
-        suspect.num_probes -= 1
-        if suspect.num_probes == 0:
-            task = replace(job.task, deadly_rows=tuple(sorted(suspect.deadly_rows)))
-            self._losses[(task.index, range(task.num_rows), False)] = 0
-            self.queue.append(Job(task, range(task.num_rows)))
-
-
-@dataclass
-class _Suspect:
-    """A shard under examination: probes not answered yet, and rows found to end a worker."""
-
-    num_probes: int
-    deadly_rows: list[int] = field(default_factory=list)
+            if worker in self.busy:  # a copy goes with its shard
+                self._lose(worker, f"no result within execution.shard_timeout_s {limit_s:g}")

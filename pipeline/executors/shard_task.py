@@ -197,20 +197,22 @@ def write_output(
     split: str,
     made_by: Mapping[str, Any],
     zstd_level: int | None = None,
+    suffix: str = "",
 ) -> ShardRecord:
     """Write a shard, its rejects if there are any, and last its record.
 
-    ``made_by`` (fingerprint of the step, models, engine) goes into the record's notes.
+    ``made_by`` (fingerprint of the step, models, engine) goes into the record's notes. The names of
+    the files end with ``suffix``.
     """
     started = time.time()
     clock = time.perf_counter()
     try:
-        file = write_shard(folder / f"{name}.arrow", table, rows, zstd_level=zstd_level)
+        file = write_shard(folder / f"{name}.arrow{suffix}", table, rows, zstd_level=zstd_level)
     except RejectLimitError as error:
         raise RejectLimitError(f"{folder / name}: {error}") from error
     if rows.rejected:
         lines = [json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows.rejected]
-        write_text(folder / f"{name}.rejects.jsonl", "".join(lines))
+        write_text(folder / f"{name}.rejects.jsonl{suffix}", "".join(lines))
     record = ShardRecord(
         name=name,
         split=split,
@@ -228,7 +230,7 @@ def write_output(
         "host": platform.node(),
         "versions": installed_versions(),
     }
-    write_record(folder, record, notes)
+    write_record(folder, record, notes, suffix=suffix)
     return record
 
 

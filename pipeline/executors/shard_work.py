@@ -34,7 +34,12 @@ _BEGUN_BYTES = WINDOW_BYTES // 2 + 1
 
 
 def run_shards(
-    tasks: Iterable[Task], table: BoundTable[Any], work: Work | PieceWork, notes: dict[str, Any]
+    tasks: Iterable[Task],
+    table: BoundTable[Any],
+    work: Work | PieceWork,
+    notes: dict[str, Any],
+    *,
+    suffix: str = "",
 ) -> Iterator[ShardRecord]:
     """Read each input shard or piece, do the work, write the output shard and then its record.
 
@@ -44,7 +49,8 @@ def run_shards(
     their rows are written in this thread, as handing each over would take longer than it saves.
 
     ``notes``, as they are when a shard is written, go into its record beside what the task says of
-    its making. Raises TeacherCacheError where the work does not answer each row once, in order.
+    its making; ``suffix`` ends the names of all files. Raises TeacherCacheError where the work does
+    not answer each row once, in order.
     """
     tasks = iter(tasks)
     first = next(tasks, None)
@@ -53,21 +59,26 @@ def run_shards(
     worked = _worked(chain([first], tasks), work)
     if isinstance(first, PieceTask):
         with closing(worked):
-            yield from _written(worked, table, notes)
+            yield from _written(worked, table, notes, suffix)
         return
     yield from overlapped(
         worked,
-        lambda items: _written(items, table, notes),
+        lambda items: _written(items, table, notes, suffix),
         bytes_of=_bytes_of,
         most_bytes=WINDOW_BYTES,
     )
 
 
 def run_shard(
-    task: Task, table: BoundTable[Any], work: Work | PieceWork, notes: dict[str, Any]
+    task: Task,
+    table: BoundTable[Any],
+    work: Work | PieceWork,
+    notes: dict[str, Any],
+    *,
+    suffix: str = "",
 ) -> ShardRecord:
     """Make one shard, as ``run_shards`` does."""
-    (record,) = run_shards([task], table, work, notes)
+    (record,) = run_shards([task], table, work, notes, suffix=suffix)
     return record
 
 
@@ -107,7 +118,7 @@ def _worked(tasks: Iterable[Task], work: Work | PieceWork) -> Generator[Any, Non
 
 
 def _written(
-    items: Iterator[Any], table: BoundTable[Any], notes: dict[str, Any]
+    items: Iterator[Any], table: BoundTable[Any], notes: dict[str, Any], suffix: str
 ) -> Iterator[ShardRecord]:
     """Write each shard and its record."""
     for begun in items:
@@ -119,7 +130,14 @@ def _written(
         rows = RowCount(results, task.max_rejected_fraction)
         made_by = ChainMap(notes, dict(task.made_by))
         yield write_output(
-            task.folder, task.name, table, rows, split=task.split, made_by=made_by, zstd_level=level
+            task.folder,
+            task.name,
+            table,
+            rows,
+            split=task.split,
+            made_by=made_by,
+            zstd_level=level,
+            suffix=suffix,
         )
 
 

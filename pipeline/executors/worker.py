@@ -19,12 +19,15 @@ from stages.stage import StageContext, TableStage
 class Job:
     """A shard to be written, or rows of one, to see whether a worker survives them.
 
-    A probe writes nothing: it is only asked of a shard that has ended several workers.
+    A probe writes nothing: it is only asked of a shard that has ended several workers. A copy is of
+    a shard that another worker has in hand: its files are named ``suffix`` beyond the shard's own,
+    as temporary ones are, until it turns out to be the first.
     """
 
     task: Task
     rows: range
     probe: bool = False
+    suffix: str = ""
 
     def __str__(self) -> str:
         """Name the shard and, for a probe, the rows."""
@@ -49,7 +52,7 @@ def opened_worker(stage: TableStage | FileMapStage, context: StageContext) -> It
                 if job.probe:
                     try_rows(job.task, job.rows, work)
                     return None
-                return run_shard(job.task, bound, work, context.notes)
+                return run_shard(job.task, bound, work, context.notes, suffix=job.suffix)
 
         yield do
 

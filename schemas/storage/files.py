@@ -160,6 +160,20 @@ def write_once(path: Folder, text: str) -> bytes:
     return path.read_bytes()
 
 
+def rename(path: Folder, target: Folder) -> None:
+    """Give a whole file another name in its folder, over what has it; in a store it is copied."""
+    if isinstance(path, ObjectPath):
+        assert isinstance(target, ObjectPath)
+        path.rename(target)
+        return
+    assert isinstance(target, Path)
+    try:
+        os.replace(path, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise _write_error(target, error) from error
+
+
 def _write_error(path: Path, error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreError(

@@ -183,6 +183,12 @@ class ObjectPath:
                     return _info(self).etag
             return None
 
+    def rename(self, target: "ObjectPath") -> None:
+        """Copy the object, its checksum with it, within the store; then delete it here."""
+        with _told("copy", self):
+            _store(self).cp_file(self.url, target.url)
+            _store(self).rm_file(self.url)
+
     def unlink(self) -> None:
         """Delete the object; a store says nothing where there is none."""
         with suppress(FileNotFoundError), _told("delete", self):

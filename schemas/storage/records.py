@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .files import Folder, at_once, read_many, sha256_of, write_text
+from .files import Folder, at_once, read_many, rename, sha256_of, write_text
 from .object_path import ObjectPath
 
 
@@ -45,10 +45,39 @@ class ShardRecord:
         return f"{self.name}.arrow"
 
 
-def write_record(folder: Folder, record: ShardRecord, notes: Mapping[str, Any]) -> None:
-    """Write a shard's record; ``notes`` (engine, timings, host) are kept but compared by nobody."""
+def write_record(
+    folder: Folder, record: ShardRecord, notes: Mapping[str, Any], *, suffix: str = ""
+) -> None:
+    """Write a shard's record; ``notes`` (engine, timings, host) are kept but compared by nobody.
+
+    With ``suffix``, which ends the file's name, it is no record yet: ``commit_copy`` makes it one.
+    """
     body = {"record": asdict(record), "notes": dict(notes)}
-    write_text(folder / f"{record.name}.json", json.dumps(body, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    write_text(folder / f"{record.name}.json{suffix}", text)
+
+
+_PARTS = (".arrow", ".rejects.jsonl", ".json")  # of a shard, in the order in which they are written
+
+
+def commit_copy(folder: Folder, record: ShardRecord, suffix: str) -> None:
+    """Give the files of a shard that were written with ``suffix`` their own names, the record last.
+
+    No other writer of the shard may be at work.
+    """
+    for part in _PARTS:
+        if part != ".rejects.jsonl" or record.rejects:
+            rename(folder / f"{record.name}{part}{suffix}", folder / f"{record.name}{part}")
+
+
+def drop_copy(folder: Folder, name: str, suffix: str) -> None:
+    """Delete the files of a shard that were written with ``suffix``, as many as there are."""
+    for part in _PARTS:
+        path = folder / f"{name}{part}{suffix}"
+        if isinstance(path, ObjectPath):
+            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_record(folder: Folder, name: str) -> ShardRecord | None:
