@@ -23,8 +23,9 @@ from filelock import FileLock
 ENVIRONMENT = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "RAY_USAGE_STATS_ENABLED": "0"}
 ASKING = {"RAY_AUTH_MODE": "token"}
 BIN = Path(sys.executable).parent
-# The head's own server of a client: it has 30 s to start, and on a busy machine takes longer.
-SLOW_START = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "600"}
+# The head's own server of a client has 30 s to start, and on a busy machine takes longer. One that
+# dies as it starts (seen with Ray 2.60) is waited for all the same, and then asked for again.
+SLOW_START = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"}
 
 
 @dataclass(frozen=True)
