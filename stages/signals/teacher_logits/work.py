@@ -150,7 +150,7 @@ def encoded(stage: TeacherLogitsStage, head: LanguageHead, rows: Rows) -> Iterab
 
 def document_states(engine: HiddenStates, shard: pa.Table) -> Rows:
     """Yield the states of each row, every one of whose tokens is scored but the first."""
-    rows = [row for batch in shard.to_batches() for row in _sequences_of(batch)]
+    rows = [row for batch in shard.to_batches() for row in sequences_of(batch)]
     fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
     hidden = engine.hidden_states([ids_T for (_, ids_T), ok in zip(rows, fits, strict=True) if ok])
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
@@ -163,7 +163,7 @@ def document_states(engine: HiddenStates, shard: pa.Table) -> Rows:
 
 def span_states(engine: Engine, shard: pa.Table, options: EngineOptions) -> Rows:
     """Yield the states of each row, whose column names the spans that are scored."""
-    rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
+    rows = [row for batch in shard.to_batches() for row in spanned_of(batch)]
     reasons = [_span_reason(engine, row) for row in rows]
     require_room(engine, max((len(row.read_T) for row in rows), default=0), options)
     fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
@@ -184,7 +184,7 @@ def span_states(engine: Engine, shard: pa.Table, options: EngineOptions) -> Rows
 
 def halves_states(engine: EncoderDecoderEngine, shard: pa.Table, options: EngineOptions) -> Rows:
     """Yield the states of each row of ``demonstrations``, which is read in two halves."""
-    rows = [row for batch in shard.to_batches() for row in _halves_of(batch)]
+    rows = [row for batch in shard.to_batches() for row in halves_of(batch)]
     reasons = [_halves_reason(engine, row) for row in rows]
     require_room(engine, max((engine.longest_half(row.read) for row in rows), default=0), options)
     fitting = [row.read for row, reason in zip(rows, reasons, strict=True) if not reason]
@@ -201,28 +201,30 @@ def halves_states(engine: EncoderDecoderEngine, shard: pa.Table, options: Engine
 
 
 @dataclass(frozen=True, slots=True)
-class _Halves:
+class Halves:
     """A row of which the decoder says the tokens from ``begins`` on, the scored ones among them."""
 
-    spanned: "_Spanned"
+    spanned: "Spanned"
     begins: int
 
     @property
     def read(self) -> Read:
+        """Both halves."""
         ids_T = self.spanned.ids_T
         return Read(ids_T[: self.begins], ids_T[self.begins :])
 
 
-def _halves_of(batch: pa.RecordBatch) -> Iterator[_Halves]:
+def halves_of(batch: pa.RecordBatch) -> Iterator[Halves]:
+    """Yield each row of ``demonstrations`` as an encoder-decoder reads it."""
     names = (SCORED, "query_start", "answer_start")
     columns = [DEMONSTRATIONS.column_values(batch, name) for name in names]
-    for (sample_id, ids_T), spans_S2, *starts in zip(_sequences_of(batch), *columns, strict=True):
+    for (sample_id, ids_T), spans_S2, *starts in zip(sequences_of(batch), *columns, strict=True):
         begins = decoder_begins(len(ids_T), *starts)
         targets_P = span_targets(decoder_spans(spans_S2, begins))
-        yield _Halves(_Spanned(sample_id, ids_T, targets_P), begins)
+        yield Halves(Spanned(sample_id, ids_T, targets_P), begins)
 
 
-def _halves_reason(engine: EncoderDecoderEngine, row: _Halves) -> str:
+def _halves_reason(engine: EncoderDecoderEngine, row: Halves) -> str:
     """Say why an encoder-decoder cannot score a row, ``""`` if it can."""
     if not len(row.spanned.targets_P):
         return "none of its scored tokens is one that a decoder says"
@@ -232,7 +234,7 @@ def _halves_reason(engine: EncoderDecoderEngine, row: _Halves) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spanned:
+class Spanned:
     """A row whose scored tokens are ``targets_P``, by index."""
 
     sample_id: str
@@ -250,13 +252,14 @@ class _Spanned:
         return int(self.targets_P[-1] - self.targets_P[0]) + 1
 
 
-def _spanned_of(batch: pa.RecordBatch) -> Iterator[_Spanned]:
+def spanned_of(batch: pa.RecordBatch) -> Iterator[Spanned]:
+    """Yield each row that names its spans, with the tokens that are scored."""
     spans = DEMONSTRATIONS.column_values(batch, SCORED)
-    for (sample_id, ids_T), spans_S2 in zip(_sequences_of(batch), spans, strict=True):
-        yield _Spanned(sample_id, ids_T, span_targets(spans_S2))
+    for (sample_id, ids_T), spans_S2 in zip(sequences_of(batch), spans, strict=True):
+        yield Spanned(sample_id, ids_T, span_targets(spans_S2))
 
 
-def _span_reason(engine: Engine, row: _Spanned) -> str:
+def _span_reason(engine: Engine, row: Spanned) -> str:
     """Say why a teacher cannot score a row, ``""`` if it can."""
     if not len(row.targets_P):
         return "no token of it is scored: it is a prompt"
@@ -265,7 +268,7 @@ def _span_reason(engine: Engine, row: _Spanned) -> str:
     return _id_reason(engine, row)
 
 
-def _id_reason(engine: Engine | EncoderDecoderEngine, row: _Spanned) -> str:
+def _id_reason(engine: Engine | EncoderDecoderEngine, row: Spanned) -> str:
     largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size
     if largest >= vocab_size:
         return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"
@@ -283,7 +286,7 @@ def pair_states(engine: Engine, pairs: Sequence[Prompted], options: EngineOption
         yield States(Asked(pair.sample_id, len(pair.prompt_T), targets_P), hidden_PD)
 
 
-def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
+def sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
     """Yield key and token ids of each row: two columns that every input table has."""
     names = ("sample_id", "input_ids_T")
     columns = [DOCUMENTS.column_values(batch, name) for name in names]
