@@ -12,7 +12,8 @@ from stages.signals.scoring.agreement import Compared
 
 F64Array = npt.NDArray[np.float64]
 _LEAST = 3  # values that have to agree before a row is said to be another's
-_CLOSE = 1 / 64  # of a value: stored ones have 7 significant bits
+_WIDESPREAD = 0.1  # of the rows: more have one cause
+_CLOSE = 1 / 128  # of a value: stored ones have 7 significant bits
 
 
 def diagnosis(
@@ -33,13 +34,13 @@ def diagnosis(
         other = _owner(compared, at)
         if other is not None:
             lines.append(f"{rows[at].place} has the values of {rows[other].place}: swapped")
-    if not lines and len(failed) == len(rows) > 1:
-        lines.append(
-            "every row differs: another teacher (weights, adapter, head), tokenizer or dtype made "
-            "the table"
-        )
     shards = Counter(rows[at].shard.file for at in failed)
     sampled = Counter(row.shard.file for row in rows)
+    if not lines and len(shards) == len(sampled) and len(failed) > _WIDESPREAD * len(rows):
+        lines.append(
+            f"{len(failed)} of {len(rows)} rows differ, in every shard: another teacher (weights, "
+            f"adapter, head), tokenizer, seed or dtype made the table"
+        )
     if len(failed) < len(rows) and all(count == sampled[file] for file, count in shards.items()):
         lines.append(
             f"every sampled row of {', '.join(sorted(shards)[:3])} differs and no row of the other "
@@ -58,6 +59,8 @@ def _is_shifted(found: Compared, step: int) -> bool:
 def _owner(compared: Sequence[Compared], at: int) -> int | None:
     """Return the row, by index, whose live values stand in row ``at``."""
     stored_P = compared[at].stored_P
+    if _are_close(stored_P, compared[at].live_P):
+        return None
     for other, found in enumerate(compared):
         num = min(len(stored_P), len(found.live_P))
         if other != at and _are_close(stored_P[:num], found.live_P[:num]):
