@@ -11,7 +11,7 @@ from pipeline.audit.sample import Sampled
 from stages.signals.scoring.agreement import Compared
 
 F64Array = npt.NDArray[np.float64]
-_LEAST = 3  # values that have to agree before a row is said to be another's
+_LEAST = 2  # values that have to agree before a row is said to be another's
 _WIDESPREAD = 0.1  # of the rows: more have one cause
 _CLOSE = 1 / 128  # of a value: stored ones have 7 significant bits
 

@@ -28,11 +28,11 @@ from schemas.storage.shards import read_verified, with_split
 from stages.signals.scoring.agreement import Question
 
 FOUND, OF_ROWS = 0.99, 0.01  # a fault in this share of rows is found with this probability
-FEWEST = 4  # scored positions that are read of a row, of each response
+FEWEST = 3  # scored positions that are read of a row, of each response
 BUDGET = 0.02  # of the capture's tokens, the control's among them
 _SAMPLE, _CONTROL = 0.6, 0.4  # shares of the budget; each control row is read twice
-MOST_CONTROL = 64
-LEAST_WHOLE = 8  # rows that are read to their end whatever it costs
+LEAST_CONTROL, MOST_CONTROL = 16, 64
+LEAST_WHOLE = 2  # rows that are read to their end whatever it costs
 I64Array = npt.NDArray[np.int64]
 
 
@@ -202,10 +202,13 @@ def _set_lengths(sample: Sample, asked: list[_Asked], num_rows: int) -> None:
         is_whole = more <= left or place < LEAST_WHOLE
         left -= more if is_whole else 0
         sample.rows.append(row.as_sampled(row.whole if is_whole else row.beginning))
+    # The control takes the first row, which is whole, and the beginnings of others.
+    rest = sorted(sample.rows[1:], key=lambda row: row.is_whole)
+    sample.rows[1:] = rest
     sample.num_control = 1
     left = BUDGET * _CONTROL * sample.capture_tokens - 2 * sample.rows[0].question.num_read
-    for other in sample.rows[1:MOST_CONTROL]:
+    for other in rest[: MOST_CONTROL - 1]:
         left -= 2 * other.question.num_read
-        if left < 0 and sample.num_control >= MOST_CONTROL // 4:
+        if left < 0 and sample.num_control >= LEAST_CONTROL:
             break
         sample.num_control += 1

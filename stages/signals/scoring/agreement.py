@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.distribution import STICK_LEVELS
 from stages.stage import Rejected
 
 F64Array = npt.NDArray[np.float64]
@@ -28,7 +27,6 @@ I64Array = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
 
-_STEPS = np.diff(STICK_LEVELS)
 _DOUBLE = 1.0 + 1 / 16  # rounded to float16 first: a sixteenth of what 7 bits round
 # The least that is allowed, in nats: what engines of one dtype differ by where a control of a few
 # rows shows less. float32: vLLM and transformers on a CPU came within 3e-4 on three architectures.
@@ -111,19 +109,20 @@ def _beyond(stored_P: Array, live_P: Array, half_P: Array) -> F64Array:
     return np.asarray(np.maximum(apart_P - np.asarray(half_P, np.float64), 0.0))
 
 
-def beyond_sticks(codes: Array, uniforms: Array, fractions: Array) -> F64Array:
-    """Return by how much live fractions miss those that are rounded to ``codes`` by ``uniforms``.
+def beyond_levels(levels: F64Array, codes: Array, uniforms: Array, values: Array) -> F64Array:
+    """Return by how much live values miss those that are rounded to ``codes`` by ``uniforms``.
 
-    Code c comes of the level below it where the uniform is less than the way from there, and of its
-    own level where it is not: of fractions from ``L[c-1] + u step[c-1]`` to ``L[c] + u step[c]``.
+    Rounding is to one of ``levels``, which rise, at random. Code c comes of the level below it
+    where the uniform is less than the way from there, and of its own level where it is not: of
+    values from ``L[c-1] + u step[c-1]`` to ``L[c] + u step[c]``.
     """
-    padded = np.concatenate([[0.0], _STEPS, [0.0]])
-    levels = np.concatenate([[0.0], STICK_LEVELS])
-    codes = np.asarray(codes, np.intp)
+    steps = np.concatenate([[0.0], np.diff(levels), [0.0]])
+    starts = np.concatenate([levels[:1], levels])
+    at = np.asarray(codes, np.intp)
     u = np.asarray(uniforms, np.float64)
-    least = levels[codes] + u * padded[codes]
-    most = np.minimum(levels[codes + 1] + u * padded[codes + 1], 1.0)
-    return np.asarray(np.maximum(np.maximum(least - fractions, fractions - most), 0.0))
+    least = starts[at] + u * steps[at]
+    most = np.minimum(starts[at + 1] + u * steps[at + 1], levels[-1])
+    return np.asarray(np.maximum(np.maximum(least - values, values - most), 0.0))
 
 
 def of_other_shape(question: Question, found: Mapping[str, Any]) -> Compared | None:

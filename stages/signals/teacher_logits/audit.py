@@ -36,8 +36,8 @@ from stages.signals.scoring.agreement import (
     of_other_shape,
 )
 from stages.signals.scoring.encoding import cache_slices, measure
+from stages.signals.scoring.possible_draw import Entries, draw_apart
 from stages.signals.teacher_logits.calibration import read_calibration
-from stages.signals.teacher_logits.possible_draw import Entries, draw_apart
 from stages.signals.teacher_logits.questions import questions
 from stages.signals.teacher_logits.stage import (
     ExactEncoding,

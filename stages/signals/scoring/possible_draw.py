@@ -1,4 +1,4 @@
-"""Whether the entries of a ``threshold`` row are the draw that its seed makes of a live teacher.
+"""Whether kept entries are the draw that their seed makes of a live distribution (``encoding``).
 
 A draw is a function of the distribution and of uniforms that follow from seed, ``sample_id`` and
 position, so it is made again from the live distribution, each step of it given what is stored:
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.distribution import STICK_LEVELS, tail_ids
-from stages.signals.scoring.agreement import F64Array, Row, beyond_sticks
+from stages.signals.scoring.agreement import F64Array, Row, beyond_levels
 
 Array = npt.NDArray[Any]
 _NEARLY_ONE = 1.0 - 2e-5  # as the encoder, which has 1e-5, and float32
@@ -35,12 +35,15 @@ _LAST_CODE = len(STICK_LEVELS) - 1
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """Stored entries side by side: ids [P, K], the head first; codes [P, K] of the head."""
+    """Stored entries side by side: ids [P, K], the head first; codes [P, K] of the head.
+
+    Without codes the head's values are not those of a broken stick, and nothing is said of them.
+    """
 
     ids_PK: npt.NDArray[np.int64]
-    codes_PK: npt.NDArray[np.int64]
     num_head_P: npt.NDArray[np.int64]
     num_tail_P: npt.NDArray[np.int64]
+    codes_PK: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, row: Row) -> "Entries":
@@ -62,15 +65,15 @@ class Entries:
         is_head_PK = np.arange(ids_PK.shape[1]) < num_head_P[:, None]
         codes_PK = np.zeros(ids_PK.shape, np.int64)
         codes_PK[is_head_PK] = codes
-        return cls(ids_PK, codes_PK, num_head_P, num_tail_P)
+        return cls(ids_PK, num_head_P, num_tail_P, codes_PK)
 
     def at(self, places_P: npt.NDArray[np.int64]) -> "Entries":
         """Return those of some positions."""
         return Entries(
             self.ids_PK[places_P],
-            self.codes_PK[places_P],
             self.num_head_P[places_P],
             self.num_tail_P[places_P],
+            None if self.codes_PK is None else self.codes_PK[places_P],
         )
 
     @property
@@ -111,7 +114,7 @@ def draw_apart(
     below_PK = left_PK / np.maximum(num_left_PK, 1) * _NEARLY_ONE - held_PK
     below_PK = np.where(is_head_PK & has_tail_P[:, None], below_PK, 0.0)
     count_P, is_last_P = np.zeros(len(rest_P)), np.zeros(len(rest_P), bool)
-    if tau is not None:
+    if tau is not None and entries.codes_PK is not None:
         fewer_P, more_P = _count(entries, probs_PV, tau, most)
         last_P = np.maximum(entries.num_head_P - 1, 0)[:, None]
         is_last_P = ~has_tail_P & (
@@ -129,9 +132,11 @@ def draw_apart(
 
 def _sticks(entries: Entries, held_PK: F64Array, left_PK: F64Array, uniforms_PN: Array) -> F64Array:
     """Return by what mass each head entry misses what its code stands for."""
+    if entries.codes_PK is None:
+        return np.zeros_like(held_PK)
     fractions_PK = np.divide(held_PK, left_PK, out=np.ones_like(held_PK), where=left_PK > 0)
     uniforms_PK = uniforms_PN[:, 1 : 1 + held_PK.shape[1]]
-    missed_PK = beyond_sticks(entries.codes_PK, uniforms_PK, fractions_PK) * left_PK
+    missed_PK = beyond_levels(STICK_LEVELS, entries.codes_PK, uniforms_PK, fractions_PK) * left_PK
     return np.where(entries.is_head_PK, missed_PK, 0.0)
 
 
