@@ -30,7 +30,7 @@ from stages.signals.scoring.agreement import Question
 FOUND, OF_ROWS = 0.99, 0.01  # a fault in this share of rows is found with this probability
 FEWEST = 3  # scored positions that are read of a row, of each response
 BUDGET = 0.02  # of the capture's tokens, the control's among them
-_SAMPLE, _CONTROL = 0.6, 0.4  # shares of the budget; each control row is read twice
+_SAMPLE = 0.6  # of the budget; the rest is for the control, each of whose rows is read twice
 LEAST_CONTROL, MOST_CONTROL = 16, 64
 LEAST_WHOLE = 2  # rows that are read to their end whatever it costs
 I64Array = npt.NDArray[np.int64]
@@ -206,7 +206,8 @@ def _set_lengths(sample: Sample, asked: list[_Asked], num_rows: int) -> None:
     rest = sorted(sample.rows[1:], key=lambda row: row.is_whole)
     sample.rows[1:] = rest
     sample.num_control = 1
-    left = BUDGET * _CONTROL * sample.capture_tokens - 2 * sample.rows[0].question.num_read
+    spent = sum(row.question.num_read for row in sample.rows)
+    left = BUDGET * sample.capture_tokens - spent - 2 * sample.rows[0].question.num_read
     for other in rest[: MOST_CONTROL - 1]:
         left -= 2 * other.question.num_read
         if left < 0 and sample.num_control >= LEAST_CONTROL:

@@ -43,6 +43,7 @@ Array = npt.NDArray[Any]
 Apart = tuple[dict[str, F64Array], dict[str, F64Array]]
 DRAWS = ("draw",)  # measures of which the differences of all tokens are summed
 _LEAST_MASS = 1e-30
+_ABSENT = 1e3  # nats: of a token of the student's that is not kept, which no rounding explains
 
 
 def kept_apart(
@@ -153,7 +154,7 @@ def _union_apart(row: Row, at: slice, scored: Scored, student: StudentTop, k: in
     known_PK = student_PK < logs[0].shape[1]
     is_students_PV = _marked(student_PK * known_PK, known_PK, logs[0].shape)
     below_PV = np.where(is_students_PV, 0.0, np.inf)
-    missing_P = np.where((is_students_PV & ~is_stored_PV).any(axis=1), np.inf, 0.0)
+    missing_P = np.where((is_students_PV & ~is_stored_PV).any(axis=1), _ABSENT, 0.0)
     for logs_PV in logs:
         least_P1 = np.partition(logs_PV, -k, axis=1)[:, -k, None]
         below_PV = np.minimum(below_PV, (least_P1 - logs_PV).clip(min=0.0))

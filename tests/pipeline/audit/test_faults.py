@@ -275,6 +275,7 @@ def test_a_table_that_names_another_tokenizer(
     folder = copied.step("signals").folder
     manifest = read_manifest(folder)
     write_manifest(folder, replace(manifest, tokenizer="0" * 64, vocabulary="1" * 64))
+    assert teachercache("verify", folder).code == 0
     with pytest.raises(TeacherCacheError):
         open_dataset([copied.step("documents").folder, folder])
     said = audit(copied, "signals")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from pipeline.audit.audit import AuditOptions, audit_table
 from pipeline.audit.audited import tables_of_recipe
 from pipeline.state.audit_verdict import verdict_of
 from schemas.storage.manifest import read_manifest, write_manifest
+from stages.registry import STAGES, name_of
+from stages.stage import SignalStage
 from tests.conftest import save_tiny_model
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 from tests.fixtures.wrong_signals import captured, rewrite
@@ -113,6 +116,15 @@ def test_what_is_not_there_is_one_line(made: TinyRecipe, tmp_path: Path) -> None
     assert said.code == 2 and "expected vllm or transformers" in said.error
     said = teachercache("audit", tmp_path / "nothing")
     assert said.code == 1 and "does not exist" in said.error
+
+
+def test_every_signal_stage_says_what_an_audit_asks() -> None:
+    """But for responses, which are drawn by an engine's own sampler."""
+    signals = [stage for stage in STAGES if issubclass(stage, SignalStage)]
+    without = [
+        name_of(s) for s in signals if find_spec(s.__module__[: -len("stage")] + "audit") is None
+    ]
+    assert without == ["responses"] and len(signals) == 6
 
 
 @pytest.mark.slow

@@ -127,8 +127,8 @@ def test_of_a_uniform_and_a_code_the_fraction_is_known_to_a_step() -> None:
     further = beyond_levels(STICK_LEVELS, codes, numbers, np.minimum(fractions + step, 1.0))
     assert (further[fractions + step < 1] > 0).all()
     sizes = np.geomspace(LEVEL_SIZES[0], LEVEL_SIZES[-1], 99)
-    codes = np.searchsorted(LEVEL_SIZES, sizes, side="right") - 1  # always rounded down: u = 1
-    assert beyond_levels(LEVEL_SIZES, codes, np.ones(99), sizes).max() == 0
+    down = np.searchsorted(LEVEL_SIZES, sizes, side="right") - 1  # always, by a uniform of 1
+    assert beyond_levels(LEVEL_SIZES, down, np.ones(99), sizes).max() == 0
 
 
 def test_what_storage_rounds_is_no_difference() -> None:
