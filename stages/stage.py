@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -134,6 +135,12 @@ class Stage(StageConfig, ABC):
     def work(self) -> Any:
         """The module ``work`` beside the one that declares the stage; it loads torch and more."""
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.work")
+
+    @property
+    def audit(self) -> Any:
+        """The module ``audit`` beside that, None of a stage whose rows no audit can make again."""
+        name = f"{type(self).__module__.rpartition('.')[0]}.audit"
+        return import_module(name) if find_spec(name) else None
 
     @property
     def adapts(self) -> str | None:
@@ -292,6 +299,13 @@ class TableStage(Stage):
         _admit(context)
         with self.work.open_work(self, context) as work:
             yield work
+
+    @contextmanager
+    def open_live(self, context: StageContext) -> Iterator[Any]:
+        """Load what makes rows once more for an audit, which writes nothing; see ``agreement``."""
+        _admit(context)
+        with self.audit.open_live(self, context) as ask:
+            yield ask
 
 
 def _admit(context: StageContext) -> None:

@@ -64,6 +64,9 @@ COMMANDS = {
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
+    "audit": {
+        *("--step", "--model", "--adapter", "--engine", "--rows", "--seed", "--set", "--json"),
+    },
     "ls": {"--json"},
     "gc": {"--keep", "--delete"},
     "diff": set(),

@@ -79,10 +79,26 @@ def weighed(scored: Scored, student: StudentTop, *, tau: float, max_k: int) -> W
     """Weigh all tokens of each position; probabilities sum to at most ``max_k``."""
     mean_PV, guess_PV = mean_distribution(scored, student)
     differences_PV = scored.advantages()
-    of_rest_P = torch.linalg.vecdot(guess_PV, differences_PV)
-    rest_P = _rounded(of_rest_P / guess_PV.sum(dim=1).clamp_(min=_LEAST_MASS))
+    rest_P = _rounded(of_rest(differences_PV, guess_PV))
+    least_PV = tau * scored.beta / mean_PV.clamp_(min=_LEAST_MASS)
+    return weighed_about(rest_P, differences_PV, least_PV, max_k=max_k)
+
+
+def of_rest(differences_PV: Tensor, guess_PV: Tensor) -> Tensor:
+    """Return the mean advantage [P] of the tokens of which the student's opinion is guessed."""
+    of_rest_P: Tensor = torch.linalg.vecdot(guess_PV, differences_PV)
+    return of_rest_P / guess_PV.sum(dim=1).clamp_(min=_LEAST_MASS)
+
+
+def weighed_about(
+    rest_P: Tensor, differences_PV: Tensor, least_PV: Tensor, *, max_k: int
+) -> Weighed:
+    """Weigh advantages [P, V] less the rest; what is passed is overwritten.
+
+    ``least_PV`` is the size that is sure of being kept.
+    """
     sizes_PV = differences_PV.sub_(rest_P[:, None]).abs()
-    octaves_PV = (tau * scored.beta / mean_PV.clamp_(min=_LEAST_MASS)).log2_().ceil_()
+    octaves_PV = least_PV.log2_().ceil_()
     octaves_PV.clamp_(min=FIRST_OCTAVE, max=LAST_OCTAVE)
     chances_PV = _chances(sizes_PV, octaves_PV)
     while bool((is_full_P := chances_PV.sum(dim=1, dtype=torch.float64) > max_k).any()):

@@ -97,8 +97,7 @@ def threshold_support(
 ) -> ThresholdKept:
     """Draw ``k`` tokens a position; ``offsets_P`` in [0, 1) is the one uniform of the draw."""
     advantages_PV = scored.advantages()
-    weights_PV, _ = mean_distribution(scored, student)
-    weights_PV *= advantages_PV.abs().clamp_(min=_LEAST_ADVANTAGE * scored.beta)
+    weights_PV = drawing_weights(scored, student)
     sample = threshold_sample(measure(weights_PV.log(), scored.token_ids_P), offsets_P, k=k)
     ids_PK = sample.token_ids_PK
     is_sure_PK = torch.arange(k, device=ids_PK.device) < sample.num_head_P[:, None]
@@ -111,6 +110,13 @@ def threshold_support(
         advantages_PK=advantages_PV.gather(1, ids_PK),
         log_inclusions_PK=log_inclusions_PK.masked_fill(is_sure_PK, 0.0),
     )
+
+
+def drawing_weights(scored: Scored, student: StudentTop) -> Tensor:
+    """Return the weights [P, V] that ``threshold`` with k draws by."""
+    weights_PV, _ = mean_distribution(scored, student)
+    weights_PV *= scored.advantages().abs().clamp_(min=_LEAST_ADVANTAGE * scored.beta)
+    return weights_PV
 
 
 def mean_distribution(scored: Scored, student: StudentTop) -> tuple[Tensor, Tensor]:

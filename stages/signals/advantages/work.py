@@ -77,7 +77,7 @@ _HIDDEN = ("teacher_hidden_PD", "reference_hidden_PR")
 def open_work(stage: AdvantagesStage, context: StageContext) -> Iterator[Work]:
     """Open both models; the work scores one shard of responses."""
     models = context.models[stage.model], context.models[stage.reference]
-    known_ids = _shared_ids(stage, models)
+    known_ids = shared_ids(stage, models)
     if isinstance(stage.support, ExactSupport):
         write_side_files(stage, context)
     with open_engine_pair(models, options=context.engine) as pair:
@@ -95,7 +95,7 @@ def write_side_files(stage: AdvantagesStage, context: StageContext) -> None:
         head_of(context.models[name], device="cpu").save(context.folder / folder)
 
 
-def _shared_ids(stage: AdvantagesStage, models: ModelPair) -> int | None:
+def shared_ids(stage: AdvantagesStage, models: ModelPair) -> int | None:
     """Return how many ids count where the models' numbers of logits differ; None where all do.
 
     Raises ConfigError where a model lacks one that a token uses.
@@ -127,24 +127,11 @@ def score_shard(
 
     With ``num_ids`` only the logits before it count, of both models.
     """
-    rows = [row for batch in shard.to_batches() for row in RESPONSES.rows(batch)]
-    prompted = prompted_of(shard)
-
-    def run(engine: Engine) -> ResponseStates:
-        return response_states(engine, prompted, options)
-
-    teacher, reference = pair.each(run)
+    asked = asked_rows(pair, shard, options, num_ids)
     heads = pair.heads()
     blocks = LogitBlocks(heads[0]), LogitBlocks(heads[1])
-    for index, row in enumerate(rows):
-        hidden = teacher.hidden_AD[index], reference.hidden_AD[index]
-        if hidden[0] is None or hidden[1] is None:
-            yield Rejected(row.sample_id, teacher.reasons[index] or reference.reasons[index])
-            continue
-        if num_ids is not None and row.response_ids_A.max() >= num_ids:
-            yield Rejected(row.sample_id, "a response id that no token uses")
-            continue
-        yield score_row(stage, blocks, Asked(row, prompted[index], (hidden[0], hidden[1])), num_ids)
+    for row in asked:
+        yield row if isinstance(row, Rejected) else score_row(stage, blocks, row, num_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,29 +143,71 @@ class Asked:
     hidden_PD: tuple[Tensor, Tensor]
 
 
+def asked_rows(
+    pair: EnginePair, shard: pa.Table, options: EngineOptions, num_ids: int | None
+) -> list[Asked | Rejected]:
+    """Run both models over the responses of ``shard``; ``num_ids`` as above."""
+    rows = [row for batch in shard.to_batches() for row in RESPONSES.rows(batch)]
+    prompted = prompted_of(shard)
+
+    def run(engine: Engine) -> ResponseStates:
+        return response_states(engine, prompted, options)
+
+    teacher, reference = pair.each(run)
+    asked: list[Asked | Rejected] = []
+    for index, row in enumerate(rows):
+        hidden = teacher.hidden_AD[index], reference.hidden_AD[index]
+        if hidden[0] is None or hidden[1] is None:
+            reason = teacher.reasons[index] or reference.reasons[index]
+            asked.append(Rejected(row.sample_id, reason))
+        elif num_ids is not None and row.response_ids_A.max() >= num_ids:
+            asked.append(Rejected(row.sample_id, "a response id that no token uses"))
+        else:
+            asked.append(Asked(row, prompted[index], (hidden[0], hidden[1])))
+    return asked
+
+
 def score_row(
     stage: AdvantagesStage, blocks: BlockPair, asked: Asked, num_ids: int | None = None
 ) -> AnyAdvantages | Rejected:
     """Keep what the support asks for, block by block; ``num_ids`` as above."""
+    keeper = _Keeper(stage, asked, blocks[0].head.weight_VD.device)
+    for at, scored in scored_blocks(stage, blocks, asked, num_ids):
+        if not scored.is_finite:
+            return Rejected(asked.row.sample_id, "non-finite logits")
+        keeper.add(scored, at)
+    return keeper.row()
+
+
+def scored_blocks(
+    stage: AdvantagesStage, blocks: BlockPair, asked: Asked, num_ids: int | None
+) -> Iterator[tuple[slice, Scored]]:
+    """Yield a row's positions, a few at a time, with both models' log-probs at them."""
     device = blocks[0].head.weight_VD.device
     token_ids_P = torch.from_numpy(asked.row.response_ids_A.astype(np.int64)).to(device)
-    keeper = _Keeper(stage, asked, device)
     teacher, reference = (
         block.of(hidden_PD) for block, hidden_PD in zip(blocks, asked.hidden_PD, strict=True)
     )
     for (start, teacher_PV), (_, reference_PV) in zip(teacher, reference, strict=True):
         for part in cache_slices(teacher_PV):
             at = slice(start + part.start, start + part.stop)
-            scored = Scored(
-                teacher_PV[part, :num_ids].log_softmax(dim=1),
-                reference_PV[part, :num_ids].log_softmax(dim=1),
-                token_ids_P[at],
-                stage.beta,
+            yield (
+                at,
+                Scored(
+                    teacher_PV[part, :num_ids].log_softmax(dim=1),
+                    reference_PV[part, :num_ids].log_softmax(dim=1),
+                    token_ids_P[at],
+                    stage.beta,
+                ),
             )
-            if not scored.is_finite:
-                return Rejected(asked.row.sample_id, "non-finite logits")
-            keeper.add(scored, at)
-    return keeper.row()
+
+
+def student_of(row: Responses, device: torch.device) -> StudentTop:
+    """Return what a row knows of the student that wrote it."""
+    return StudentTop(
+        torch.from_numpy(row.top_ids_AK.astype(np.int64)).to(device),
+        torch.from_numpy(row.top_logprobs_AK.astype(np.float32)).to(device),
+    )
 
 
 class _Keeper:
@@ -188,10 +217,7 @@ class _Keeper:
         row = asked.row
         self.stage, self.asked = stage, asked
         self.columns: dict[str, list[AnyArray]] = {}
-        self.student = StudentTop(
-            torch.from_numpy(row.top_ids_AK.astype(np.int64)).to(device),
-            torch.from_numpy(row.top_logprobs_AK.astype(np.float32)).to(device),
-        )
+        self.student = student_of(row, device)
         seed = f"{stage.seed}:{row.sample_id}".encode()
         key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
         # One for the draw; with tau one a token too, for rounding its value.

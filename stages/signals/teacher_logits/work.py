@@ -14,7 +14,7 @@ Of a preference pair only the responses are scored, each after the prompt, which
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import AnyLogits
-from stages.models.causal_lm.language_head import read_config
+from stages.models.causal_lm.language_head import LanguageHead, read_config
 from stages.models.encoder_decoder.halves import decoder_begins, decoder_spans, frame_of
 from stages.models.engines.encoder_decoder_engine import (
     EncoderDecoderEngine,
@@ -42,14 +42,14 @@ from stages.models.engines.encoder_decoder_engine import (
 from stages.models.engines.engine import Engine, HiddenStates, open_model
 from stages.models.engines.engine_pair import head_of
 from stages.models.engines.sequences import TokenIds, require_room
-from stages.models.spec import EngineOptions
+from stages.models.spec import EngineOptions, HeadCheck
 from stages.signals.scoring.encoding import cache_slices, measure
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
 from stages.signals.teacher_logits.calibration import read_calibration
 from stages.signals.teacher_logits.encoder import Asked, RowEncoder
 from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
-from stages.signals.teacher_logits.tau import Score, with_tau
+from stages.signals.teacher_logits.tau import with_tau
 from stages.stage import Later, Rejected, StageContext, Work
 
 Scored = AnyLogits | Rejected | Later
@@ -64,43 +64,61 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
     """
     if stage.bind(context).packed:
         coding_library()  # rather than after the first shard
-    with _started(stage, context) as score:
+    with open_teacher(stage, context) as teacher:
+        context.notes["head_check"] = teacher.head_check
+        if isinstance(stage.encoding, ExactEncoding):
+            teacher.head.save(context.folder)
+
+        def score(asked: TeacherLogitsStage, rows: pa.Table) -> Iterable[Scored]:
+            return encoded(asked, teacher.head, teacher.states(rows))
+
         if stage.mean_k is not None:
             stage = with_tau(stage, context, score)
         yield partial(score, stage)
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """One row that is asked about, and the final hidden state [P, D] at each of its positions."""
+
+    asked: Asked
+    hidden_PD: Tensor
+
+
+Rows = Iterable[States | Rejected]
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """An open teacher: ``states`` of some rows of the input, one or a rejection each, in order."""
+
+    head: LanguageHead
+    head_check: HeadCheck
+    states: Callable[[pa.Table], Rows]
+
+
 @contextmanager
-def _started(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Score]:
-    """Start the engine; yield what scores rows of the input for the stage, in any encoding."""
+def open_teacher(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Teacher]:
+    """Start the engine of ``stage.model`` for rows of the input, whatever is kept of them."""
     model = context.models[stage.model]
     if frame_of(read_config(model.path)) is not None:
         with open_encoder_decoder_engine(model, context.engine) as two_halves:
-            _note_head(stage, context, two_halves)
-            yield lambda asked, rows: score_halves(asked, two_halves, rows, context.engine)
+            of_halves = partial(halves_states, two_halves, options=context.engine)
+            yield Teacher(two_halves.head, two_halves.head_check, of_halves)
         return
     of_pairs = context.input_table == PREFERENCE_PAIRS.name
     with open_model(model, context.engine, share_prefixes=of_pairs) as engine:
-        _note_head(stage, context, engine)
 
-        def score(asked: TeacherLogitsStage, rows: pa.Table) -> Iterable[Scored]:
+        def states(rows: pa.Table) -> Rows:
             if of_pairs:
-                return score_pairs(asked, engine, prompted_of(rows), context.engine)
+                return pair_states(engine, prompted_of(rows), context.engine)
             if SCORED in rows.schema.names:
-                return score_spans(asked, engine, rows, context.engine)
+                return span_states(engine, rows, context.engine)
             longest = pc.max(pc.list_value_length(rows["input_ids_T"])).as_py() or 0
             require_room(engine, longest, context.engine)
-            return score_shard(asked, engine, rows)
+            return document_states(engine, rows)
 
-        yield score
-
-
-def _note_head(
-    stage: TeacherLogitsStage, context: StageContext, engine: Engine | EncoderDecoderEngine
-) -> None:
-    context.notes["head_check"] = engine.head_check
-    if isinstance(stage.encoding, ExactEncoding):
-        engine.head.save(context.folder)
+        yield Teacher(engine.head, engine.head_check, states)
 
 
 def write_side_files(stage: TeacherLogitsStage, context: StageContext) -> None:
@@ -117,24 +135,35 @@ def score_shard(
     stage: TeacherLogitsStage, engine: HiddenStates, shard: pa.Table
 ) -> Iterable[Scored]:
     """Yield one row, or one rejection, for each row of ``shard``, in order."""
-    rows = [row for batch in shard.to_batches() for row in _sequences_of(batch)]
+    return encoded(stage, engine.head, document_states(engine, shard))
+
+
+def encoded(stage: TeacherLogitsStage, head: LanguageHead, rows: Rows) -> Iterable[Scored]:
+    """Yield what the stage's encoding keeps of each row, and the rejections as they are."""
+    blocks = LogitBlocks(head)
+    for row in rows:
+        if isinstance(row, Rejected):
+            yield row
+        else:
+            yield blocks.later(row.hidden_PD, partial(_encode, stage, blocks, row.asked))
+
+
+def document_states(engine: HiddenStates, shard: pa.Table) -> Rows:
+    """Yield the states of each row, every one of whose tokens is scored but the first."""
+    rows = [row for batch in shard.to_batches() for row in sequences_of(batch)]
     fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
     hidden = engine.hidden_states([ids_T for (_, ids_T), ok in zip(rows, fits, strict=True) if ok])
-    blocks = LogitBlocks(engine.head)
     for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
         if ok:
-            asked = Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64))
-            yield blocks.later(next(hidden)[:-1], partial(_encode, stage, blocks, asked))
+            yield States(Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64)), next(hidden)[:-1])
         else:
             reason = f"longer than the model's window of {engine.max_length} tokens"
             yield Rejected(sample_id, reason)
 
 
-def score_spans(
-    stage: TeacherLogitsStage, engine: Engine, shard: pa.Table, options: EngineOptions
-) -> Iterable[Scored]:
-    """Yield one row, or one rejection, for each row of ``shard``, whose column names the spans."""
-    rows = [row for batch in shard.to_batches() for row in _spanned_of(batch)]
+def span_states(engine: Engine, shard: pa.Table, options: EngineOptions) -> Rows:
+    """Yield the states of each row, whose column names the spans that are scored."""
+    rows = [row for batch in shard.to_batches() for row in spanned_of(batch)]
     reasons = [_span_reason(engine, row) for row in rows]
     require_room(engine, max((len(row.read_T) for row in rows), default=0), options)
     fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
@@ -143,7 +172,6 @@ def score_spans(
             [row.read_T for row in fitting], [row.num_states for row in fitting]
         )
     )
-    blocks = LogitBlocks(engine.head)
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
             yield Rejected(row.sample_id, reason)
@@ -151,22 +179,16 @@ def score_spans(
         hidden_ND, first = next(states), int(row.targets_P[0])
         wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
         asked = Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
-        yield blocks.later(hidden_ND[wanted_P], partial(_encode, stage, blocks, asked))
+        yield States(asked, hidden_ND[wanted_P])
 
 
-def score_halves(
-    stage: TeacherLogitsStage,
-    engine: EncoderDecoderEngine,
-    shard: pa.Table,
-    options: EngineOptions,
-) -> Iterable[Scored]:
-    """Yield one row, or one rejection, for each row of ``demonstrations``, read in two halves."""
-    rows = [row for batch in shard.to_batches() for row in _halves_of(batch)]
+def halves_states(engine: EncoderDecoderEngine, shard: pa.Table, options: EngineOptions) -> Rows:
+    """Yield the states of each row of ``demonstrations``, which is read in two halves."""
+    rows = [row for batch in shard.to_batches() for row in halves_of(batch)]
     reasons = [_halves_reason(engine, row) for row in rows]
     require_room(engine, max((engine.longest_half(row.read) for row in rows), default=0), options)
     fitting = [row.read for row, reason in zip(rows, reasons, strict=True) if not reason]
     states = iter(engine.said_states(fitting))
-    blocks = LogitBlocks(engine.head)
     for row, reason in zip(rows, reasons, strict=True):
         if reason:
             yield Rejected(row.spanned.sample_id, reason)
@@ -175,32 +197,34 @@ def score_halves(
         wanted_P = torch.from_numpy(targets_P - row.begins).to(hidden_AD.device)
         next_ids_P = row.spanned.ids_T[targets_P].astype(np.int64)
         asked = Asked(row.spanned.sample_id, int(targets_P[0]), next_ids_P)
-        yield blocks.later(hidden_AD[wanted_P], partial(_encode, stage, blocks, asked))
+        yield States(asked, hidden_AD[wanted_P])
 
 
 @dataclass(frozen=True, slots=True)
-class _Halves:
+class Halves:
     """A row of which the decoder says the tokens from ``begins`` on, the scored ones among them."""
 
-    spanned: "_Spanned"
+    spanned: "Spanned"
     begins: int
 
     @property
     def read(self) -> Read:
+        """Both halves."""
         ids_T = self.spanned.ids_T
         return Read(ids_T[: self.begins], ids_T[self.begins :])
 
 
-def _halves_of(batch: pa.RecordBatch) -> Iterator[_Halves]:
+def halves_of(batch: pa.RecordBatch) -> Iterator[Halves]:
+    """Yield each row of ``demonstrations`` as an encoder-decoder reads it."""
     names = (SCORED, "query_start", "answer_start")
     columns = [DEMONSTRATIONS.column_values(batch, name) for name in names]
-    for (sample_id, ids_T), spans_S2, *starts in zip(_sequences_of(batch), *columns, strict=True):
+    for (sample_id, ids_T), spans_S2, *starts in zip(sequences_of(batch), *columns, strict=True):
         begins = decoder_begins(len(ids_T), *starts)
         targets_P = span_targets(decoder_spans(spans_S2, begins))
-        yield _Halves(_Spanned(sample_id, ids_T, targets_P), begins)
+        yield Halves(Spanned(sample_id, ids_T, targets_P), begins)
 
 
-def _halves_reason(engine: EncoderDecoderEngine, row: _Halves) -> str:
+def _halves_reason(engine: EncoderDecoderEngine, row: Halves) -> str:
     """Say why an encoder-decoder cannot score a row, ``""`` if it can."""
     if not len(row.spanned.targets_P):
         return "none of its scored tokens is one that a decoder says"
@@ -210,7 +234,7 @@ def _halves_reason(engine: EncoderDecoderEngine, row: _Halves) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spanned:
+class Spanned:
     """A row whose scored tokens are ``targets_P``, by index."""
 
     sample_id: str
@@ -228,13 +252,14 @@ class _Spanned:
         return int(self.targets_P[-1] - self.targets_P[0]) + 1
 
 
-def _spanned_of(batch: pa.RecordBatch) -> Iterator[_Spanned]:
+def spanned_of(batch: pa.RecordBatch) -> Iterator[Spanned]:
+    """Yield each row that names its spans, with the tokens that are scored."""
     spans = DEMONSTRATIONS.column_values(batch, SCORED)
-    for (sample_id, ids_T), spans_S2 in zip(_sequences_of(batch), spans, strict=True):
-        yield _Spanned(sample_id, ids_T, span_targets(spans_S2))
+    for (sample_id, ids_T), spans_S2 in zip(sequences_of(batch), spans, strict=True):
+        yield Spanned(sample_id, ids_T, span_targets(spans_S2))
 
 
-def _span_reason(engine: Engine, row: _Spanned) -> str:
+def _span_reason(engine: Engine, row: Spanned) -> str:
     """Say why a teacher cannot score a row, ``""`` if it can."""
     if not len(row.targets_P):
         return "no token of it is scored: it is a prompt"
@@ -243,29 +268,25 @@ def _span_reason(engine: Engine, row: _Spanned) -> str:
     return _id_reason(engine, row)
 
 
-def _id_reason(engine: Engine | EncoderDecoderEngine, row: _Spanned) -> str:
+def _id_reason(engine: Engine | EncoderDecoderEngine, row: Spanned) -> str:
     largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size
     if largest >= vocab_size:
         return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"
     return ""
 
 
-def score_pairs(
-    stage: TeacherLogitsStage, engine: Engine, pairs: Sequence[Prompted], options: EngineOptions
-) -> Iterable[Scored]:
-    """Yield one row, or one rejection, for each preference pair, in order."""
+def pair_states(engine: Engine, pairs: Sequence[Prompted], options: EngineOptions) -> Rows:
+    """Yield the states of each preference pair at the tokens of its two responses."""
     states = response_states(engine, pairs, options)
-    blocks = LogitBlocks(engine.head)
     for pair, hidden_PD, reason in zip(pairs, states.hidden_AD, states.reasons, strict=True):
         if hidden_PD is None:
             yield Rejected(pair.sample_id, reason)
             continue
         targets_P = pair.token_ids_A.astype(np.int64)
-        asked = Asked(pair.sample_id, len(pair.prompt_T), targets_P)
-        yield blocks.later(hidden_PD, partial(_encode, stage, blocks, asked))
+        yield States(Asked(pair.sample_id, len(pair.prompt_T), targets_P), hidden_PD)
 
 
-def _sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
+def sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
     """Yield key and token ids of each row: two columns that every input table has."""
     names = ("sample_id", "input_ids_T")
     columns = [DOCUMENTS.column_values(batch, name) for name in names]

@@ -1,0 +1,1 @@
+"""A cache held to its live teacher: a sample of rows made again, and compared."""
