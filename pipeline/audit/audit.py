@@ -108,10 +108,14 @@ def _can_run(engine: EngineKind) -> bool:
 
 
 def _other_engine(table: AuditedTable, made_in: EngineKind) -> EngineKind:
-    """Return the engine that did not make the table, or the one that did where that is the only."""
+    """Return the engine that did not make the table, or the one that did where it alone can.
+
+    An encoder-decoder runs in transformers alone, arguments of vLLM that move numbers in vLLM.
+    """
     other: EngineKind = "transformers" if made_in == "vllm" else "vllm"
-    is_t5 = any(is_encoder_decoder(model) for model in table.manifest.identity["models"])
-    return other if _can_run(other) and not is_t5 else made_in
+    identities = table.manifest.identity["models"]
+    is_bound = any(is_encoder_decoder(one) or "engine_extra" in one for one in identities)
+    return other if _can_run(other) and not is_bound else made_in
 
 
 @contextmanager

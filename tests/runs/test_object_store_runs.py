@@ -18,6 +18,7 @@ import yaml
 from pipeline.executors.training_job import TrainingJob
 from pipeline.planning.plan import PlannedStep
 from pipeline.state import lease_lock
+from pipeline.state.audit_verdict import verdict_of
 from pipeline.state.step_lock import LOCK_FILE, step_lock
 from schemas.dataset import open_dataset
 from schemas.errors import StoreError
@@ -594,3 +595,27 @@ def test_groups_of_shards_on_a_store_then_the_step_are_one_run(
         said = teachercache(*one_step, "--shards", groups[0])
     assert said.code == 1 and "is being written by a run of the whole step" in said.error
     assert not [key for key in server.objects(root) if LOCK_FILE in key]
+
+
+@pytest.mark.slow
+def test_tables_of_a_store_are_audited(
+    local: TinyRecipe, server: Server, root: str, tmp_path: Path
+) -> None:
+    """Shards and an exact table's head are fetched as they are read; the verdict goes there too."""
+    states = {
+        "stage": "teacher_logits",
+        "input": "documents",
+        "model": "teacher",
+        "encoding": {"kind": "exact"},
+    }
+    recipe = on_store(local, root, tmp_path, "documents", "signals")
+    body = yaml.safe_load(recipe.path.read_text())
+    body["steps"]["states"] = states
+    recipe.path.write_text(yaml.safe_dump(body, sort_keys=False))
+    recipe.run()
+    said = teachercache("audit", recipe.path, "--engine", "transformers", "--rows", "8")
+    assert said.code == 0 and said.out.count(": faithful, ") == 2, said.out + said.err
+    for name in ("signals", "states"):
+        folder = recipe.step(name).place
+        verdict = verdict_of(folder, read_manifest(folder).dataset_id)
+        assert verdict is not None and verdict.num_rows == 8

@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 
 from schemas.distribution import uniforms
-from schemas.errors import ConfigError
-from schemas.storage.object_path import ObjectPath
+from schemas.storage.manifest import read_manifest
+from schemas.storage.shard_cache import local_files
 from schemas.tables.advantages import HEAD_FOLDERS
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine_pair import open_engine_pair
@@ -112,12 +112,8 @@ def open_live(stage: AdvantagesStage, context: StageContext) -> Iterator[Ask]:
     num_ids = shared_ids(stage, models)
     stored: list[LanguageHead] = []
     if isinstance(stage.support, ExactSupport):
-        if isinstance(context.folder, ObjectPath):
-            raise ConfigError(
-                f"{context.folder} is an exact table in a store, whose heads are read from a "
-                f"folder of this machine: fetch the folder and audit that"
-            )
-        folders = [context.folder / name for name in HEAD_FOLDERS]
+        place = local_files(context.folder, read_manifest(context.folder).files)
+        folders = [place / name for name in HEAD_FOLDERS]
         stored = [LanguageHead.load(folder, device="cpu") for folder in folders]
     with open_engine_pair(models, options=context.engine) as pair:
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from schemas.distribution import uniforms, unpack_top_k, weighted_tokens
-from schemas.errors import ConfigError, StoreError
-from schemas.storage.object_path import ObjectPath
+from schemas.errors import StoreError
+from schemas.storage.manifest import read_manifest
+from schemas.storage.shard_cache import local_files
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.signals.scoring.agreement import (
     MASS,
@@ -35,7 +36,7 @@ from stages.signals.scoring.agreement import (
     beyond_mantissa,
     of_other_shape,
 )
-from stages.signals.scoring.encoding import cache_slices, measure
+from stages.signals.scoring.encoding import measure
 from stages.signals.scoring.possible_draw import Entries, draw_apart
 from stages.signals.teacher_logits.calibration import read_calibration
 from stages.signals.teacher_logits.questions import questions
@@ -51,7 +52,7 @@ from stages.stage import Rejected, StageContext
 __all__ = ["Live", "measures", "open_live", "questions"]
 
 Array = npt.NDArray[Any]
-_BLOCK = 256  # positions whose logits are made at a time
+_BLOCK_BYTES = 16 << 20  # of distributions in float64, several of which are held
 _STATE = {"float32": 2e-4, "float16": 2e-3, "bfloat16": 1.5e-2}
 
 
@@ -90,12 +91,8 @@ def open_live(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Ask]
         stage = stage.model_copy(update={"encoding": encoding})
     stored_head = None
     if isinstance(stage.encoding, ExactEncoding):
-        if isinstance(context.folder, ObjectPath):
-            raise ConfigError(
-                f"{context.folder} is an exact table in a store, whose head is read from a folder "
-                f"of this machine: fetch the folder and audit that"
-            )
-        stored_head = LanguageHead.load(context.folder, device="cpu")
+        files = read_manifest(context.folder).files
+        stored_head = LanguageHead.load(local_files(context.folder, files), device="cpu")
     with open_teacher(stage, context) as teacher:
 
         def ask(asked: Sequence[Question]) -> Iterable[Answer | Rejected]:
@@ -212,11 +209,11 @@ class Live:
     def _blocks(self) -> Iterator[tuple[slice, "_Probs"]]:
         """Yield the distributions of a few positions at a time, float64."""
         targets_P = torch.from_numpy(self.states.asked.targets_P)
-        for start in range(0, len(targets_P), _BLOCK):
-            logits_PV = self.head.logits(self.states.hidden_PD[start : start + _BLOCK])
-            for part in cache_slices(logits_PV):
-                at = slice(start + part.start, start + part.stop)
-                yield at, _Probs.of(logits_PV[part], targets_P[at].to(logits_PV.device))
+        size = max(1, _BLOCK_BYTES // (8 * self.head.vocab_size))
+        for start in range(0, len(targets_P), size):
+            at = slice(start, min(start + size, len(targets_P)))
+            logits_PV = self.head.logits(self.states.hidden_PD[at])
+            yield at, _Probs.of(logits_PV, targets_P[at].to(logits_PV.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +226,7 @@ class _Probs:
 
     @classmethod
     def of(cls, logits_PV: Tensor, targets_P: Tensor) -> "_Probs":
-        found = measure(logits_PV.clone(), targets_P)
+        found = measure(logits_PV, targets_P)
         probs_PV = found.exp_PV.double()
         probs_PV /= probs_PV.sum(dim=1, keepdim=True)
         columns = probs_PV, found.next_token_logprobs_P.double(), found.entropies_P.double()
