@@ -116,7 +116,9 @@ def table_in(folder: Folder, models: Sequence[Path], adapters: Sequence[Path]) -
         adapter = left.pop(0) if "adapter" in identity and left else None
         specs[name] = _given(place, identity, adapter, folder)
     specs |= dict.fromkeys(names[len(specs) :], specs[names[0]])  # one model in two parts
-    extra = next((one["engine_extra"] for one in identities if "engine_extra" in one), {})
+    extra: dict[str, Any] = {}
+    for one in identities:
+        extra |= one.get("engine_extra", {})
     engine = EngineOptions(extra=extra)
     return AuditedTable(
         str(folder), folder, manifest, stage, specs, source, source_manifest, engine

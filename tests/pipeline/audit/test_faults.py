@@ -75,7 +75,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, paragraphs: list[str]) ->
         }
         for name, encoding in STEPS.items()
     }
-    recipe = make_recipe(folder / "made", model, paragraphs[:12], more_steps=more)
+    recipe = make_recipe(folder / "made", model, paragraphs[:8], more_steps=more)
     recipe.run("execution.engine.head_check=off")
     return Teachers(folder, recipe)
 
@@ -210,6 +210,7 @@ def test_a_head_of_another_checkpoint(teachers: Teachers, copied: TinyRecipe, st
     of_another(teachers, copied, step, "other_head", other_head)
 
 
+@pytest.mark.slow
 def test_a_head_of_another_checkpoint_beside_exact_states(copied: TinyRecipe) -> None:
     """The states are right; the head that they are read with is not."""
     folder = copied.step("states").folder

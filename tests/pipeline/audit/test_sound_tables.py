@@ -37,7 +37,7 @@ def made(
     tiny_model: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> TinyRecipe:
     folder = tmp_path_factory.mktemp("sound")
-    recipe = make_recipe(folder, tiny_model, paragraphs[:12], more_steps=MORE)
+    recipe = make_recipe(folder, tiny_model, paragraphs[:6], more_steps=MORE)
     recipe.run(OFF)
     return recipe
 
@@ -68,13 +68,15 @@ def test_no_alarm_of_any_seed(
 def test_a_verdict_and_what_is_said(made: TinyRecipe, tmp_path: Path) -> None:
     """All signal tables of a recipe, for people and as JSON; the verdict is beside the table."""
     recipe = made.copy(tmp_path)
+    (recipe.step("by_tau").folder / "manifest.json").unlink()  # what is not finished is left out
     words = ("audit", recipe.path, "--engine", "transformers", "--set", OFF)
     said = teachercache(*words)
-    assert said.code == 0 and said.out.count(": faithful, ") == 3, said.out
+    assert said.code == 0 and said.out.count(": faithful, ") == 2, said.out
     for text in ("finds a fault in", "of the capture", "truncation, of the encoding", "allowed"):
-        assert said.out.count(text) == 3
-    found = json.loads(teachercache(*words, "--json", "--rows", "5", "--seed", "3").out)
-    assert list(found) == ["signals", *MORE]
+        assert said.out.count(text) == 2
+    more = ("--json", "--rows", "5", "--seed", "3", "--step", "signals")
+    found = json.loads(teachercache(*words, *more).out)
+    assert list(found) == ["signals"]
     folder = recipe.step("signals").folder
     verdict = verdict_of(folder, read_manifest(folder).dataset_id)
     assert verdict is not None and verdict.num_rows == 5 and verdict.settings["seed"] == 3
@@ -88,7 +90,7 @@ def test_a_folder_alone_with_its_model(made: TinyRecipe, tiny_model: Path, tmp_p
     """The input is found beside it; another model is refused in a line that says what differs."""
     recipe = made.copy(tmp_path)
     words = ("--engine", "transformers", "--rows", "4")
-    for step in ("signals", *MORE):
+    for step in ("signals", "packed"):
         said = teachercache("audit", recipe.step(step).folder, "--model", tiny_model, *words)
         assert said.code == 0, said.err + said.out
     folder = recipe.step("signals").folder
