@@ -29,7 +29,7 @@ from teachercache_alerts import deadline_missed, task_failed
 from teachercache_command import calls, extra_of, read_plan
 from teachercache_recipes import Recipe, RecipeError, Schedule, Step, read_folder
 from teachercache_runners import RayJobOperator, kubernetes_operator
-from teachercache_tasks import AuditOperator, TeachercacheOperator, VerifyOperator
+from teachercache_tasks import TeachercacheOperator, VerifyOperator
 
 MAX_RETRY_DELAY = datetime.timedelta(hours=1)
 PARAMS = {
@@ -152,10 +152,7 @@ def train_dag(recipe: Recipe) -> DAG:
 
 
 def audit_dag(recipes: Sequence[Recipe]) -> DAG:
-    """Make the DAG that looks once a week at every byte below the recipes' roots, and audits them.
-
-    An audit runs a teacher: it waits for the pool as a step of signals does.
-    """
+    """Make the DAG that looks once a week at every byte below the recipes' roots."""
     with DAG(
         dag_id="teachercache_audit",
         schedule=CronTriggerTimetable("@weekly", timezone="UTC"),
@@ -163,22 +160,13 @@ def audit_dag(recipes: Sequence[Recipe]) -> DAG:
         catchup=False,
         max_active_runs=1,
         tags=["teachercache"],
-        params=PARAMS,
         default_args={"retries": 0, "on_failure_callback": task_failed},
         auto_register=False,
-        description="Checksums and counts of all that is finished; signals against a live teacher",
+        description="Checksums, schemas and counts of all finished tables and checkpoints",
     ) as dag:
         for recipe in recipes:
             path = str(recipe.path)
-            verify = TeachercacheOperator(task_id=recipe.name, recipe=path, arguments=["verify"])
-            verify >> AuditOperator(
-                task_id=f"{recipe.name}__audit",
-                recipe=path,
-                arguments=["audit"],
-                pool=recipe.schedule.pool,
-                execution_timeout=_minutes(recipe.schedule.timeout_minutes),
-                outlets=[_asset(recipe, "__audit")],
-            )
+            TeachercacheOperator(task_id=recipe.name, recipe=path, arguments=["verify"])
     return dag
 
 
@@ -271,8 +259,8 @@ def _publish(path: str, asset: Asset) -> BaseOperator:
     return publish().operator
 
 
-def _asset(recipe: Recipe, of: str = "") -> Asset:
-    return Asset(name=f"teachercache_{recipe.name}{of}", uri=f"teachercache://{recipe.name}{of}")
+def _asset(recipe: Recipe) -> Asset:
+    return Asset(name=f"teachercache_{recipe.name}", uri=f"teachercache://{recipe.name}")
 
 
 def _document(recipe: Recipe) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from airflow.sdk import BaseOperator, Context
-from airflow.sdk.exceptions import AirflowSkipException
 from teachercache_command import Call, Process, calls, read_plan, tables_of
 
 
@@ -56,19 +55,3 @@ class VerifyOperator(TeachercacheOperator):
         """Find the tables, then look at them."""
         tables = tables_of(read_plan(call))
         self.follow(["verify", *(step["folder"] for step in tables.values())], call)
-
-
-class AuditOperator(TeachercacheOperator):
-    """Hold the finished signals of a recipe to a live teacher; skipped where there are none.
-
-    The verdicts go out with the task's asset, the first of ``outlets``. One that is not faithful
-    fails the task.
-    """
-
-    def carry_out(self, call: Call, context: Context) -> None:
-        """See what there is, audit it, tell what was found."""
-        if not any(step["audit"] for step in read_plan(call).values()):
-            raise AirflowSkipException(f"DS={call.date}: no finished table of signals to audit")
-        self.follow(call.arguments("audit"), call)
-        verdicts = {name: step["audit"] for name, step in read_plan(call).items() if step["audit"]}
-        context["outlet_events"][self.outlets[0]].extra = {"date": call.date, "audit": verdicts}

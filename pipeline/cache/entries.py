@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from pipeline.planning.recipe import Recipe
-from pipeline.state.audit_verdict import AUDIT, audit_state
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import MANIFEST, read_manifest
@@ -83,7 +82,6 @@ class Entry:
     num_tokens: int | None = None
     num_positions: int | None = None
     made_by: str = ""
-    audit: str = ""  # how a table stands with its audit, where there was one
 
     @property
     def name(self) -> str:
@@ -186,7 +184,6 @@ def _table(folder: Folder, files: Files, made_by: str) -> Entry:
         num_tokens=totals.num_tokens,
         num_positions=totals.num_positions,
         made_by="import" if manifest.identity.get("stage") == "import" else made_by,
-        audit=audit_state(folder, manifest) if AUDIT in files.sizes else "",
     )
 
 

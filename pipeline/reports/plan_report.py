@@ -13,9 +13,7 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Recipe
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
-from pipeline.state.audit_verdict import AuditVerdict, verdict_of
-from pipeline.state.step_state import Progress, audit_of, calibration_of, is_done, progress_of
-from schemas.storage.manifest import read_manifest
+from pipeline.state.step_state import Progress, calibration_of, is_done, progress_of
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_list import ShardTotals
 
@@ -60,7 +58,7 @@ def print_status(
         _print_json(steps, recipe.execution.group_size)
         return
     found = [(step, progress_of(step)) for step in steps]
-    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected", "audit")
+    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected")
     for step, progress in found:
         per_position = "-"
         if progress.num_positions and progress.num_bytes is not None:
@@ -73,26 +71,11 @@ def print_status(
             count_cell(progress.num_positions),
             per_position,
             rejects_cell(step),
-            (audit_of(step) or "-").replace("none", "-"),
         )
     console.print(table)
     for step in steps:
-        if (verdict := _verdict_on(step)) is not None:
-            console.print(
-                f"{step.name}: {verdict.outcome}, audited {verdict.audited_at} on "
-                f"{verdict.num_rows:,} rows and {verdict.num_positions:,} positions, live teacher "
-                f"in {verdict.engine}",
-                highlight=False,
-                soft_wrap=True,
-            )
         if calibration := calibration_of(step):
             console.print(f"{step.name}: {calibration}", highlight=False, soft_wrap=True)
-
-
-def _verdict_on(step: PlannedStep) -> AuditVerdict | None:
-    if audit_of(step) not in ("faithful", "unfaithful"):
-        return None
-    return verdict_of(step.place, read_manifest(step.place).dataset_id)
 
 
 def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:
@@ -138,7 +121,6 @@ def _as_dict(plan: Sequence[PlannedStep], step: PlannedStep, group_size: int) ->
         "folder": str(step.place),
         **asdict(progress),
         "groups": _groups(progress.num_shards or 0, group_size) if in_groups else None,
-        "audit": audit_of(step),
     }
 
 

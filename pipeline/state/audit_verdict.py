@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 from schemas.errors import StoreError
 from schemas.storage.files import Folder, read_if_there, write_text
-from schemas.storage.manifest import Manifest
 
 AUDIT = "audit.json"
 
 Outcome = Literal["faithful", "unfaithful"]
-AuditState = Literal["none", "stale", "damaged", "faithful", "unfaithful"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,25 +51,6 @@ def verdict_of(folder: Folder, dataset_id: str) -> AuditVerdict | None:
 
     Raises StoreError for a file that is damaged.
     """
-    verdict = _last_verdict(folder)
-    return verdict if verdict is not None and verdict.dataset_id == dataset_id else None
-
-
-def audit_state(folder: Folder, manifest: Manifest) -> AuditState:
-    """Return how a finished table stands: its verdict, or why it has none.
-
-    ``stale`` is a verdict on other bytes, which were made again since.
-    """
-    try:
-        verdict = _last_verdict(folder)
-    except StoreError:
-        return "damaged"
-    if verdict is None:
-        return "none"
-    return verdict.outcome if verdict.dataset_id == manifest.dataset_id else "stale"
-
-
-def _last_verdict(folder: Folder) -> AuditVerdict | None:
     text = read_if_there(folder / AUDIT)
     if text is None:
         return None
@@ -82,4 +61,4 @@ def _last_verdict(folder: Folder) -> AuditVerdict | None:
         raise StoreError(
             f"{folder / AUDIT} is damaged ({error}): delete it and audit the table again"
         ) from error
-    return verdict
+    return verdict if verdict.dataset_id == dataset_id else None

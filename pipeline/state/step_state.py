@@ -6,7 +6,6 @@ from typing import Literal
 
 from pipeline.planning.fingerprint import hidden_size_of, vocab_size_of
 from pipeline.planning.plan import PlannedStep
-from pipeline.state.audit_verdict import AuditState, audit_state
 from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
@@ -51,12 +50,6 @@ def is_done(step: PlannedStep) -> bool:
     if step.writes_table:
         return finished_manifest(step) is not None
     return read_checkpoint(step.place) is not None
-
-
-def audit_of(step: PlannedStep) -> AuditState | None:
-    """Return how a step's table stands with its audit; None: it is not done, or none is made."""
-    manifest = finished_manifest(step) if step.writes_table and step.stage.has_audit else None
-    return None if manifest is None else audit_state(step.place, manifest)
 
 
 def progress_of(step: PlannedStep) -> Progress:
