@@ -82,10 +82,12 @@ def extend_table(
         plan = planned(step, source, missing, found)
         if not plan.num_copied:
             remove(folder)
-            reporter.said(f"{step.name}: no finished table has a row of it, all are made")
+            reporter.extending("no finished table has a row of it: all are made")
             return
     copied = ", ".join(f"{one.num_rows:,} of {one.folder}" for one in plan.sources if one.num_rows)
-    reporter.said(f"{step.name}: {plan.num_new:,} of {plan.num_rows:,} rows are new; {copied}")
+    reporter.extending(
+        f"{plan.num_new:,} of {plan.num_rows:,} rows are new, the others are copied: {copied}"
+    )
     if is_calibrated(step):
         calibrations = (read_calibration(as_folder(one.folder)) for one in plan.sources)
         keep_first(step.place, next(filter(None, calibrations)))

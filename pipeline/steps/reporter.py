@@ -21,6 +21,9 @@ class Reporter(Protocol):
     def said(self, line: str) -> None:
         """A line about work that has no shards to count yet."""
 
+    def extending(self, line: str) -> None:
+        """Rows of finished tables are copied: how many, of which."""
+
     def engine_starting(self, what: str) -> None:
         """An engine is about to start on a model, which takes a while."""
 
