@@ -151,6 +151,7 @@ def _recipe(folder: Path, root: str, cache: Path, texts: Sequence[str]) -> Path:
                 "tokenizer": "teacher",
                 "length": LENGTH,
                 "mode": "truncate",
+                "heldout_fraction": 0.0,
                 "rows_per_shard": ROWS_PER_SHARD,
             },
             "signals": {"stage": "teacher_logits", "input": "documents", "model": "teacher"},
