@@ -292,3 +292,29 @@ def test_the_command_says_what_it_copies(copied: TinyRecipe, paragraphs: list[st
     assert "3 of 33 rows are new" in " ".join(said.out.split()), said.out
     nowhere = teachercache("extend", copied.path, "--from", copied.root / "nowhere")
     assert nowhere.code and "no such folder" in nowhere.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_two_workers_make_the_rows_that_one_makes(
+    copied: TinyRecipe, paragraphs: list[str], tmp_path: Path, executor: str
+) -> None:
+    with_texts(copied, paragraphs[:33])
+    crew = copied.copy(tmp_path / "crew", without="-")
+    with_texts(crew, paragraphs[:33])
+    extend(copied)
+    edit_recipe(crew, "execution", "executor", value=executor)
+    edit_recipe(crew, "execution", "workers", value=2)
+    extend(crew)
+    one, two = rows_of(copied), rows_of(crew)
+    assert list(one) == list(two)
+    for key, row in one.items():
+        assert_equal(row, two[key])
+    notes = json.loads(min(crew.step(STEP).folder.glob("shard-*.json")).read_text())["notes"]
+    assert notes["extended_from"] == {copied_from(crew): 30}
+
+
+def copied_from(recipe: TinyRecipe) -> str:
+    """The fingerprint of the other signal table of the root."""
+    (other,) = {*recipe.step(STEP).folder.parent.iterdir()} - {recipe.step(STEP).folder}
+    return read_manifest(other).fingerprint
