@@ -29,7 +29,7 @@ from teachercache_alerts import deadline_missed, task_failed
 from teachercache_command import calls, extra_of, read_plan
 from teachercache_recipes import Recipe, RecipeError, Schedule, Step, read_folder
 from teachercache_runners import RayJobOperator, kubernetes_operator
-from teachercache_tasks import TeachercacheOperator, VerifyOperator
+from teachercache_tasks import AuditOperator, TeachercacheOperator, VerifyOperator
 
 MAX_RETRY_DELAY = datetime.timedelta(hours=1)
 PARAMS = {
@@ -152,7 +152,11 @@ def train_dag(recipe: Recipe) -> DAG:
 
 
 def audit_dag(recipes: Sequence[Recipe]) -> DAG:
-    """Make the DAG that looks once a week at every byte below the recipes' roots."""
+    """Make the DAG that looks once a week at every byte below the recipes' roots.
+
+    Then a live teacher makes a sample of each recipe's signals again: what it finds is an event of
+    the asset ``teachercache_NAME_audit``, and a table that is not its teacher's an alert.
+    """
     with DAG(
         dag_id="teachercache_audit",
         schedule=CronTriggerTimetable("@weekly", timezone="UTC"),
@@ -162,12 +166,27 @@ def audit_dag(recipes: Sequence[Recipe]) -> DAG:
         tags=["teachercache"],
         default_args={"retries": 0, "on_failure_callback": task_failed},
         auto_register=False,
-        description="Checksums, schemas and counts of all finished tables and checkpoints",
+        description="Checksums of all that is finished, and signals held to their live teachers",
     ) as dag:
         for recipe in recipes:
             path = str(recipe.path)
-            TeachercacheOperator(task_id=recipe.name, recipe=path, arguments=["verify"])
+            verify = TeachercacheOperator(task_id=recipe.name, recipe=path, arguments=["verify"])
+            if any(step.runs_model for step in recipe.cache_steps):
+                verify >> _audit(recipe)
     return dag
+
+
+def _audit(recipe: Recipe) -> BaseOperator:
+    """Make the task that runs the teacher, in the pool of the recipe's signal steps."""
+    name = f"{recipe.name}_audit"
+    return AuditOperator(
+        task_id=name,
+        recipe=str(recipe.path),
+        arguments=["audit"],
+        asset=Asset(name=f"teachercache_{name}", uri=f"teachercache://{recipe.name}/audit"),
+        pool=recipe.schedule.pool,
+        execution_timeout=_minutes(recipe.schedule.timeout_minutes),
+    )
 
 
 def _options(recipe: Recipe, dag_id: str) -> dict[str, Any]:

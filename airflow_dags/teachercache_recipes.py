@@ -49,11 +49,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name, what it does, and the earlier steps that it needs."""
+    """A step: its name, what it does, and the earlier steps that it needs.
+
+    ``runs_model`` is of a table that a model makes, such as a teacher's signals.
+    """
 
     name: str
     kind: str
     needs: tuple[str, ...]
+    runs_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ def _step(
         )
     named = [text for key in REFERENCES if key in node for text in node[key].texts()]
     found = [made_by.get(text, text) for text in named]
-    return Step(name, KINDS[stage], tuple(dict.fromkeys(text for text in found if text in earlier)))
+    needs = tuple(dict.fromkeys(text for text in found if text in earlier))
+    return Step(name, KINDS[stage], needs, KINDS[stage] == "table" and "model" in node)
 
 
 def _schedule(node: "_Mapping") -> Schedule:

@@ -1,10 +1,15 @@
 """What a task does: it runs the ``teachercache`` command, and ends it when it is ended."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from airflow.sdk import BaseOperator, Context
+from airflow.sdk import Asset, BaseOperator, Context
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+)
 from teachercache_command import Call, Process, calls, read_plan, tables_of
 
 
@@ -55,3 +60,47 @@ class VerifyOperator(TeachercacheOperator):
         """Find the tables, then look at them."""
         tables = tables_of(read_plan(call))
         self.follow(["verify", *(step["folder"] for step in tables.values())], call)
+
+
+class AuditOperator(TeachercacheOperator):
+    """Let a live teacher make a sample of each finished signal again; its verdict is an event.
+
+    Where no signal is finished yet there is nothing to do. Raises AirflowFailException, in one
+    line, for a table that is not its teacher's.
+    """
+
+    def __init__(self, *, asset: Asset, **options: Any) -> None:
+        super().__init__(outlets=[asset], **options)
+        self.asset = asset
+
+    def execute(self, context: Context) -> None:
+        """Audit, then say what was found, by step."""
+        (call,) = calls(context, self.recipe)
+        if not any(_is_signal(step) for step in read_plan(call).values()):
+            raise AirflowSkipException("no signal is finished yet")
+        problem = ""
+        try:
+            self.carry_out(call, context)
+        except AirflowFailException:
+            raise
+        except AirflowException as error:
+            problem = str(error)
+        verdicts = {
+            name: step["audit"] for name, step in read_plan(call).items() if step.get("audit")
+        }
+        wrong = [name for name, verdict in verdicts.items() if verdict["outcome"] == "unfaithful"]
+        if wrong:
+            found = ", ".join(
+                f"{name} ({verdicts[name]['num_rows']} rows audited)" for name in wrong
+            )
+            raise AirflowFailException(
+                f"not what the live teacher says: {found}; `teachercache audit {self.recipe}` "
+                f"shows the rows"
+            )
+        if problem:
+            raise AirflowException(problem)
+        context["outlet_events"][self.asset].extra = {"date": call.date, "verdicts": verdicts}
+
+
+def _is_signal(step: Mapping[str, Any]) -> bool:
+    return bool(step["state"] == "done" and step["has_audit"])

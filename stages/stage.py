@@ -137,10 +137,18 @@ class Stage(StageConfig, ABC):
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.work")
 
     @property
+    def has_audit(self) -> bool:
+        """Whether an audit can make the stage's rows again; nothing heavy is loaded to say."""
+        return find_spec(self._audit) is not None
+
+    @property
     def audit(self) -> Any:
         """The module ``audit`` beside that, None of a stage whose rows no audit can make again."""
-        name = f"{type(self).__module__.rpartition('.')[0]}.audit"
-        return import_module(name) if find_spec(name) else None
+        return import_module(self._audit) if self.has_audit else None
+
+    @property
+    def _audit(self) -> str:
+        return f"{type(self).__module__.rpartition('.')[0]}.audit"
 
     @property
     def adapts(self) -> str | None:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from pipeline.planning.recipe import Recipe
+from pipeline.state.audit_state import NONE, audit_state
+from pipeline.state.audit_verdict import AUDIT
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import MANIFEST, read_manifest
@@ -82,6 +84,7 @@ class Entry:
     num_tokens: int | None = None
     num_positions: int | None = None
     made_by: str = ""
+    audit: str = NONE
 
     @property
     def name(self) -> str:
@@ -184,6 +187,7 @@ def _table(folder: Folder, files: Files, made_by: str) -> Entry:
         num_tokens=totals.num_tokens,
         num_positions=totals.num_positions,
         made_by="import" if manifest.identity.get("stage") == "import" else made_by,
+        audit=audit_state(folder, manifest.dataset_id).outcome if AUDIT in files.sizes else NONE,
     )
 
 

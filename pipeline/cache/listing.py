@@ -17,7 +17,7 @@ from pipeline.planning.plan import PlannedStep
 from schemas.storage.files import Folder
 
 COLUMNS = (
-    *("table", "address", "what", "state", "rows", "tokens", "bytes"),
+    *("table", "address", "what", "state", "audit", "rows", "tokens", "bytes"),
     *("made of", "made by"),
 )
 WIDTHS = dict.fromkeys(("address", "made of"), ADDRESS_DIGITS)
@@ -80,6 +80,7 @@ def _cells(line: _Line) -> list[Text]:
         entry.folder.name,
         entry.what or "-",
         entry.state,
+        entry.audit,
         _count(entry.num_rows),
         _count(entry.num_tokens),
         decimal(entry.files.num_bytes),
@@ -107,6 +108,7 @@ def _as_dict(line: _Line) -> dict[str, object]:
         "what": entry.what,
         "state": entry.state,
         "why": entry.why,
+        "audit": entry.audit,
         "fingerprint": entry.fingerprint,
         "rows": entry.num_rows,
         "tokens": entry.num_tokens,

@@ -1,4 +1,4 @@
-"""Commands about a recipe: plan, show, run, repair, submit, status, train."""
+"""Commands about a recipe: plan, show, run, extend, repair, submit, status, train."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,6 +82,44 @@ def run(
         print_results(console, steps)
     else:
         print_group(console, steps[0], made)
+
+
+@app.command()
+def extend(
+    recipe: RecipePath,
+    others: Annotated[
+        list[str],
+        typer.Option(
+            "--from", metavar="FOLDER", help="Copy rows of tables of this root too. Repeatable."
+        ),
+    ] = [],  # noqa: B006
+    step: Annotated[
+        str | None, typer.Option(help="Run this step alone; what it reads must be finished.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Run a recipe whose input has grown or changed: the teacher works on the new rows alone.
+
+    Rows that a finished table of the same stage, settings and models has are copied from it, when
+    their input is the same in each column. Tables of the recipe's root are looked through, and of
+    each --from. A killed run is gone on with by this command or by `teachercache run`.
+    """
+    from pipeline.reports.results_report import print_results
+    from pipeline.steps.run import run_plan, step_named
+    from schemas.errors import ConfigError
+    from schemas.storage.files import as_folder
+
+    loaded, steps = _plan(recipe, overrides)
+    if step is not None:
+        steps = [step_named(steps, step)]
+    roots = [as_folder(other) for other in others]
+    for root in roots:
+        if not root.is_dir():
+            raise ConfigError(f"--from {root}: no such folder; expected the root of a recipe")
+    quiet_libraries()
+    with reporting() as reporter:
+        run_plan(steps, loaded.execution, reporter, extends=[loaded.execution.root, *roots])
+    print_results(console, steps)
 
 
 def _shard_range(text: str | None, step: str | None) -> range | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.state.audit_verdict import AuditVerdict
 from schemas.storage.manifest import Manifest
 from schemas.tables.documents import SPLITS
 
@@ -20,7 +21,7 @@ What a teacher model says of texts, written once for the training of students by
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-{teacher}{made_by}
+{teacher}{made_by}{audits}
 
 ## Reading it
 
@@ -46,11 +47,17 @@ rows = load_dataset("{name}", "{first}", split="train")
 
 
 def card_of(
-    name: str, tables: Mapping[str, Manifest], *, licence: str | None, teacher: str | None
+    name: str,
+    tables: Mapping[str, Manifest],
+    *,
+    licence: str | None,
+    teacher: str | None,
+    audits: Mapping[str, str] | None = None,
 ) -> str:
     """Return the card of tables by their folder in the data set; nothing of this machine is in it.
 
-    The front matter names each shard, so ``datasets.load_dataset`` reads a table by its name.
+    ``audits`` are lines on audits of these very tables, by folder (``audit_line``). The front
+    matter names each shard, so ``datasets.load_dataset`` reads a table by its name.
     """
     given = {"license": licence, "teacher": teacher}
     front: dict[str, Any] = {key: value for key, value in given.items() if value}
@@ -65,6 +72,7 @@ def card_of(
         made_by="\n".join(
             dict.fromkeys(line for manifest in tables.values() for line in _models(manifest))
         ),
+        audits="".join(f"\n{line}" for _, line in sorted((audits or {}).items())),
         places="".join(f'    "data/{place}",\n' for place in tables),
         first=_config_name(next(iter(tables))),
     )
@@ -75,6 +83,14 @@ def given_in(card: str) -> tuple[str | None, str | None]:
     parts = card.split("---\n", 2)
     front = yaml.safe_load(parts[1]) if len(parts) == 3 else {}
     return front.get("license"), front.get("teacher")
+
+
+def audits_in(card: str) -> dict[str, str]:
+    """Return the lines on audits that a card has, by table, so that a later one keeps them."""
+    lines = [
+        line for line in card.splitlines() if line.startswith("- `") and "` audited on" in line
+    ]
+    return {line.split("`")[1]: line for line in lines}
 
 
 def _config_name(place: str) -> str:
@@ -97,6 +113,15 @@ def _row(place: str, manifest: Manifest) -> str:
     counts = (manifest.num_rows, manifest.num_tokens, manifest.num_positions, manifest.num_bytes)
     cells = [f"`{place}`{kind}", *(f"{count:,}" for count in counts), density, rejected]
     return f"| {' | '.join(cells)} |"
+
+
+def audit_line(place: str, verdict: AuditVerdict) -> str:
+    """Say in the card what an audit found of a table."""
+    return (
+        f"- `{place}` audited on {verdict.audited_at[:10]}: {verdict.num_rows:,} rows "
+        f"({verdict.num_positions:,} positions) made again by the live teacher with "
+        f"{verdict.engine}: {verdict.outcome}."
+    )
 
 
 def _models(manifest: Manifest) -> list[str]:

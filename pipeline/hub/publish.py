@@ -5,13 +5,14 @@ columns are. Records (who made a shard, when) and lists of rejected records, whi
 this machine, stay here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.hub.card import CARD, card_of, given_in
+from pipeline.hub.card import CARD, audit_line, audits_in, card_of, given_in
 from pipeline.hub.errors import in_one_line
+from pipeline.state.audit_verdict import verdict_of
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, read_manifest
@@ -51,8 +52,15 @@ def publish(
         all_tables = _there(api, name) | {
             place: manifest for place, (_, manifest) in tables.items()
         }
-        given = given_in(_card_there(api, name))
-        card = card_of(name, all_tables, licence=licence or given[0], teacher=teacher or given[1])
+        before = _card_there(api, name)
+        given = given_in(before)
+        card = card_of(
+            name,
+            all_tables,
+            licence=licence or given[0],
+            teacher=teacher or given[1],
+            audits=_audits(before, all_tables, tables),
+        )
         files = [
             (f"{place}/{path.name}", path)
             for place, (folder, manifest) in tables.items()
@@ -87,6 +95,22 @@ def _tables(folders: Sequence[Folder]) -> dict[str, tuple[Path, Manifest]]:
             raise StoreError(f"{damaged[0]}; run its recipe again before it is published")
         tables[f"{manifest.table}/{manifest.fingerprint[:12]}"] = folder, manifest
     return tables
+
+
+def _audits(
+    card: str, there: Mapping[str, Manifest], tables: Mapping[str, tuple[Path, Manifest]]
+) -> dict[str, str]:
+    """Return what is known of audits: of these tables what lies beside them, else by the card."""
+    kept = {
+        place: line
+        for place, line in audits_in(card).items()
+        if place in there and place not in tables
+    }
+    verdicts = {
+        place: verdict_of(folder, manifest.dataset_id)
+        for place, (folder, manifest) in tables.items()
+    }
+    return kept | {place: audit_line(place, found) for place, found in verdicts.items() if found}
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[Path]:

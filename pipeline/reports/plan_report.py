@@ -13,7 +13,14 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Recipe
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
-from pipeline.state.step_state import Progress, calibration_of, is_done, progress_of
+from pipeline.state.audit_state import AuditState, audit_state
+from pipeline.state.step_state import (
+    Progress,
+    calibration_of,
+    finished_manifest,
+    is_done,
+    progress_of,
+)
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_list import ShardTotals
 
@@ -58,7 +65,7 @@ def print_status(
         _print_json(steps, recipe.execution.group_size)
         return
     found = [(step, progress_of(step)) for step in steps]
-    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected")
+    table = Table("step", "state", "shards", "rows", "positions", "B/position", "rejected", "audit")
     for step, progress in found:
         per_position = "-"
         if progress.num_positions and progress.num_bytes is not None:
@@ -71,6 +78,7 @@ def print_status(
             count_cell(progress.num_positions),
             per_position,
             rejects_cell(step),
+            str(_audit(step)),
         )
     console.print(table)
     for step in steps:
@@ -120,6 +128,8 @@ def _as_dict(plan: Sequence[PlannedStep], step: PlannedStep, group_size: int) ->
         "fingerprint": step.fingerprint,
         "folder": str(step.place),
         **asdict(progress),
+        "has_audit": step.stage.has_audit,
+        "audit": _audit(step).as_dict(),
         "groups": _groups(progress.num_shards or 0, group_size) if in_groups else None,
     }
 
@@ -128,6 +138,11 @@ def _groups(num_shards: int, group_size: int) -> list[str]:
     """Return the groups of shards as ``run --shards`` takes them: ``0:16``, ``16:24``."""
     starts = range(0, num_shards, group_size)
     return [f"{start}:{min(start + group_size, num_shards)}" for start in starts]
+
+
+def _audit(step: PlannedStep) -> AuditState:
+    manifest = finished_manifest(step) if step.writes_table else None
+    return AuditState() if manifest is None else audit_state(step.place, manifest.dataset_id)
 
 
 def _of(step: PlannedStep, progress: Progress) -> str:

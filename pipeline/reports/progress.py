@@ -74,6 +74,10 @@ class ConsoleReporter:
             self._last_line = now
             self._say(line)
 
+    def extending(self, line: str) -> None:
+        """Say at once what is copied."""
+        self._say(line)
+
     def engine_starting(self, what: str) -> None:
         """Say at once what the silence is about."""
         self._say(f"starting {what}")
@@ -81,6 +85,8 @@ class ConsoleReporter:
     def shards_expected(self, num_shards: int, num_finished: int) -> None:
         """Begin to count shards."""
         self._expected, self._before = num_shards, num_finished
+        if num_finished < num_shards:  # of an extension: its new rows, then all
+            self._made = _Made()
         if num_finished:
             self._say(f"{num_finished} of {num_shards} shards are finished already")
         self._start_bar(num_shards, num_finished)

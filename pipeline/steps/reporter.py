@@ -3,8 +3,13 @@
 from typing import Any, Protocol
 
 from pipeline.planning.plan import PlannedStep
+from pipeline.planning.recipe import Execution
 from pipeline.state.step_state import Progress
 from schemas.storage.records import ShardRecord
+from stages.models.spec import ModelSpec
+from stages.stage import Stage, StageContext
+
+ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
 class Reporter(Protocol):
@@ -15,6 +20,9 @@ class Reporter(Protocol):
 
     def said(self, line: str) -> None:
         """A line about work that has no shards to count yet."""
+
+    def extending(self, line: str) -> None:
+        """Rows of finished tables are copied: how many, of which."""
 
     def engine_starting(self, what: str) -> None:
         """An engine is about to start on a model, which takes a while."""
@@ -33,3 +41,17 @@ class Reporter(Protocol):
 
     def step_finished(self, step: PlannedStep) -> None:
         """The step is complete."""
+
+
+def engines_starting(
+    stage: Stage, context: StageContext, execution: Execution, reporter: Reporter
+) -> None:
+    """Say which models' engines start."""
+    for _, name in stage.named(stage.RUNS):
+        reporter.engine_starting(_on(context.models[name], execution.workers))
+
+
+def _on(model: ModelSpec, workers: int) -> str:
+    adapted = f" with {model.adapter}" if model.adapter is not None else ""
+    crew = f", in {workers} workers" if workers > 1 else ""
+    return f"{ENGINES[model.engine]} on {model.base}{adapted}{crew}"

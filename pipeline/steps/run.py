@@ -13,6 +13,7 @@ from pipeline.planning.recipe import Execution
 from pipeline.state.finished_files import finished_files
 from pipeline.state.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.state.step_state import Progress, finished_manifest, is_done, progress_of
+from pipeline.steps.extension import extend_table, remove_extension
 from pipeline.steps.folder_step import run_folder
 from pipeline.steps.reporter import Reporter
 from pipeline.steps.table_step import (
@@ -25,18 +26,29 @@ from pipeline.steps.table_step import (
 )
 from pipeline.steps.training_step import run_training
 from schemas.errors import ConfigError, EngineError, StoreError
+from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.records import shard_name
 from schemas.storage.shard_list import ShardList, ShardTotals
 from stages.file_map import FileMapStage
-from stages.stage import FolderStage, SourceStage, TableStage
+from stages.stage import FolderStage, SignalStage, SourceStage, TableStage
 from stages.student.options import TENSORBOARD_FOLDER, TrainOptions
 from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage
 
 
-def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
-    """Bring every step to completion, in order."""
+def run_plan(
+    plan: Sequence[PlannedStep],
+    execution: Execution,
+    reporter: Reporter,
+    *,
+    extends: Sequence[Folder] = (),
+) -> None:
+    """Bring every step to completion, in order.
+
+    Rows of finished tables below the roots ``extends`` are copied where signals are made of more
+    rows, or of fewer, than those were.
+    """
     _refuse_untrainable_steps(plan, execution)
     for step in plan:
         progress = progress_of(step)
@@ -48,7 +60,8 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)
             if not is_done(step):  # another run may have finished it meanwhile
-                _run_step(step, execution, reporter)
+                _run_step(step, execution, reporter, extends)
+            remove_extension(step)
         reporter.step_finished(step)
 
 
@@ -87,8 +100,12 @@ def run_shards(
         return made.totals(shards)
 
 
-def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
+def _run_step(
+    step: PlannedStep, execution: Execution, reporter: Reporter, extends: Sequence[Folder]
+) -> None:
     _refuse_full_disk(step)
+    if isinstance(step.stage, SignalStage):
+        extend_table(step, step.stage, extends, execution, reporter)
     match step.stage:
         case TableStage() | FileMapStage() as stage:
             run_table(step, stage, execution, reporter)

@@ -22,7 +22,7 @@ from pipeline.state.kept_shards import kept_shards
 from pipeline.state.step_state import finished_manifest
 from pipeline.state.working_folder import remove_work, working_folder
 from pipeline.steps.repeated_rows import without_repeated
-from pipeline.steps.reporter import Reporter
+from pipeline.steps.reporter import Reporter, engines_starting
 from schemas.errors import ConfigError, RejectLimitError, StoreError
 from schemas.storage.files import Folder, sha256_of, write_text
 from schemas.storage.manifest import Manifest, write_manifest
@@ -33,7 +33,6 @@ from schemas.storage.shard_list import ShardList, ShardListBuilder
 from schemas.table import BoundTable
 from stages.file_map import FileMapStage, Piece
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
-from stages.models.spec import ModelSpec
 from stages.signals.teacher_logits.calibration import CALIBRATION, require_one_tau
 from stages.stage import Prepared, SignalStage, SourceStage, StageContext, TableStage
 
@@ -41,7 +40,6 @@ WORK_FOLDER = ".work"
 SOURCE_REJECTS = "source.rejects.jsonl"  # the first records of each reason that a source rejected
 MappedStage = TableStage | FileMapStage
 Make = Callable[[Sequence[int]], Iterator[tuple[int, ShardRecord]]]  # the shards of these indices
-ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
 
 def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> None:
@@ -51,7 +49,7 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
     num_shards = len(prepared.shards)
     bound = _bound(step, stage)
     make = _source_maker(step, stage, prepared, work_folder)
-    shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
+    shards = make_missing(step.place, num_shards, range(num_shards), make, reporter).finish()
     if prepared.rejected:
         lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
         write_text(step.place / SOURCE_REJECTS, "".join(lines))
@@ -95,7 +93,7 @@ def run_table(
     source = source_of(step)
     every = range(num_shards_of(source))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
-    bound = stage.bind(_context(step, stage, source, execution))
+    bound = stage.bind(context_of(step, stage, source, execution))
     if isinstance(source, Manifest):
         tokenizer = source.tokenizer
     else:
@@ -148,7 +146,7 @@ def make_shards(
     ``source`` is what ``source_of`` returned.
     """
     make = _table_maker(step, stage, source, execution, reporter)
-    return _make_missing(step, num_shards_of(source), shards, make, reporter)
+    return make_missing(step.place, num_shards_of(source), shards, make, reporter)
 
 
 def make_again(
@@ -197,7 +195,7 @@ def _table_maker(
     execution: Execution,
     reporter: Reporter,
 ) -> Make:
-    context = _context(step, stage, source, execution)
+    context = context_of(step, stage, source, execution)
     notes = made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
@@ -217,15 +215,14 @@ def _table_maker(
             )
         else:
             tasks = PieceTasks(step.place, indices, source, notes)
-        for _, name in stage.named(stage.RUNS):
-            reporter.engine_starting(_on(context.models[name], execution.workers))
-        for record in _run_shards(stage, context, tasks, execution, reporter):
+        engines_starting(stage, context, execution, reporter)
+        for record in on_executor(stage, context, tasks, execution, reporter):
             yield shard_index(record.name), record
 
     return make
 
 
-def _context(
+def context_of(
     step: PlannedStep,
     stage: MappedStage,
     source: Manifest | Sequence[Piece],
@@ -250,8 +247,8 @@ def _context(
     )
 
 
-def _make_missing(
-    step: PlannedStep,
+def make_missing(
+    folder: Folder,
     num_shards: int,
     shards: range,
     make: Make,
@@ -261,7 +258,7 @@ def _make_missing(
 
     Then those whose bytes have changed; returns the records of all.
     """
-    with kept_shards(step.place, num_shards, shards) as kept:
+    with kept_shards(folder, num_shards, shards) as kept:
         reporter.shards_expected(len(shards), kept.num_kept)
         for index, record in make(kept.missing()):
             kept.records.add(index, record)
@@ -270,7 +267,7 @@ def _make_missing(
             first = shard_name(changed[0], num_shards)
             reporter.warned(
                 f"{len(changed)} finished shards no longer have the bytes that were written "
-                f"(first: {step.place / first}.arrow): making them again"
+                f"(first: {folder / first}.arrow): making them again"
             )
             for index, record in make(changed):
                 kept.records.add(index, record)
@@ -278,13 +275,14 @@ def _make_missing(
         return kept.records
 
 
-def _run_shards(
+def on_executor(
     stage: MappedStage,
     context: StageContext,
     tasks: ShardTasks,
     execution: Execution,
     reporter: Reporter,
 ) -> Iterator[ShardRecord]:
+    """Do some shards where the recipe says; yield the record of each as it is finished."""
     limits = Limits(execution.workers, execution.max_attempts, execution.shard_timeout_s)
     if execution.executor == "local":
         return run_local(stage, context, tasks, limits, warned=reporter.warned)
@@ -292,12 +290,6 @@ def _run_shards(
 
     address = execution.address
     return run_on_ray(stage, context, tasks, limits, address=address, warned=reporter.warned)
-
-
-def _on(model: ModelSpec, workers: int) -> str:
-    adapted = f" with {model.adapter}" if model.adapter is not None else ""
-    crew = f", in {workers} workers" if workers > 1 else ""
-    return f"{ENGINES[model.engine]} on {model.base}{adapted}{crew}"
 
 
 def made_by(step: PlannedStep) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from conftest import DAGS, REPOSITORY, World, tables, teachercache
 from teachercache_command import Call, Process, calls, extra_of, raise_for
-from teachercache_tasks import TeachercacheOperator
+from teachercache_tasks import AuditOperator, TeachercacheOperator
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 
@@ -44,7 +45,13 @@ def test_each_recipe_has_a_dag_that_caches_and_one_that_trains(recipes: Path) ->
     assert not found.import_errors
     names = [f"{path.stem.replace('_', '-')}__{what}" for path in EXAMPLES for what in WHAT]
     assert sorted(found.dags) == sorted([*names, "teachercache_audit"])
-    assert set(edges(found.dags["teachercache_audit"])) == {name.split("__")[0] for name in names}
+    recipes_audited = edges(found.dags["teachercache_audit"])
+    verified = {name.split("__")[0] for name in names}
+    assert {name for name, needs in recipes_audited.items() if not needs} == verified
+    assert recipes_audited["quickstart_audit"] == {"quickstart"}
+    live = found.dags["teachercache_audit"].get_task("quickstart_audit")
+    assert live.pool == found.dags["quickstart__cache"].get_task("signals.finish").pool
+    assert [asset.name for asset in live.outlets] == ["teachercache_quickstart_audit"]
     assert edges(found.dags["quickstart__cache"]) == {
         "plan": set(),
         "documents": {"plan"},
@@ -169,6 +176,7 @@ def test_a_folder_that_does_not_exist_is_an_import_error(
 PARSE = """
 import sys, time
 from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import Asset
 sys.path.append(sys.argv[1])
 start = time.process_time()
 bag = DagBag(sys.argv[1])
@@ -401,3 +409,47 @@ def test_the_audit_finds_a_damaged_shard(recipes: Path, world: World, tmp_path: 
     shard = next((root / "documents").glob("*/shard-*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     assert bag().dags["teachercache_audit"].test().state == "failed"
+
+
+STAND_IN = """
+import json, sys
+word, outcome = sys.argv[1], {outcome!r}
+audit = {{"outcome": outcome, "audited_at": "2026-01-06T00:00:00+00:00", "num_rows": 12}}
+step = {{"name": "signals", "kind": "table", "state": {state!r}, "has_audit": True}}
+if word == "plan":
+    print(json.dumps([step | {{"audit": audit}}]))
+else:
+    print("signals:", outcome)
+    sys.exit(outcome != "faithful")
+"""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "ends"),
+    [
+        ("faithful", "done", ""),
+        ("unfaithful", "done", "not what the live teacher says: signals (12 rows audited)"),
+        ("faithful", "pending", "no signal is finished yet"),
+    ],
+)
+def test_the_verdict_of_a_live_teacher_is_an_event_or_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str, state: str, ends: str
+) -> None:
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN.format(outcome=outcome, state=state))
+    monkeypatch.setenv("TEACHERCACHE_COMMAND", f"{sys.executable} {program}")
+    asset = Asset(name="a", uri="teachercache://a/audit")
+    recipe = str(tmp_path / "a.yaml")
+    task = AuditOperator(task_id="audit", recipe=recipe, arguments=["audit"], asset=asset)
+    event = SimpleNamespace(extra={})
+    run = SimpleNamespace(partition_key="2026-01-06")
+    context: Any = {"params": {}, "dag_run": run, "outlet_events": {asset: event}}
+    if ends:
+        with pytest.raises(AirflowException) as raised:
+            task.execute(context)
+        assert str(raised.value).startswith(ends) and "\n" not in str(raised.value)
+        assert event.extra == {}
+    else:
+        task.execute(context)
+        assert event.extra["date"] == "2026-01-06"
+        assert event.extra["verdicts"]["signals"]["outcome"] == "faithful"
