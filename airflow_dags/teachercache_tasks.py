@@ -65,8 +65,8 @@ class VerifyOperator(TeachercacheOperator):
 class AuditOperator(TeachercacheOperator):
     """Let a live teacher make a sample of each finished signal again; its verdict is an event.
 
-    Where no signal is finished for the run's date, or it has no plan, there is nothing to do. Raises AirflowFailException, in one
-    line, for a table that is not its teacher's.
+    Where no signal is finished for the run's date, or the recipe has no plan for it, the task is
+    skipped. Raises AirflowFailException, in one line, for a table that is not its teacher's.
     """
 
     def __init__(self, *, asset: Asset, **options: Any) -> None:
