@@ -60,6 +60,7 @@ COMMANDS = {
     "plan": {"--set", "--json"},
     "show": {"--set"},
     "run": {"--step", "--shards", "--set"},
+    "extend": {"--step", "--from", "--set"},
     "repair": {"--step", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
