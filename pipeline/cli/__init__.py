@@ -1,6 +1,6 @@
 """The ``teachercache`` command, a group of commands a file."""
 
-from pipeline.cli import cache, hub, mend, models, recipes  # each adds its commands to the app
+from pipeline.cli import cache, hub, mend, models, recipes, report  # each adds its commands
 from pipeline.cli.app import app, main
 
-__all__ = ["app", "cache", "hub", "main", "mend", "models", "recipes"]
+__all__ = ["app", "cache", "hub", "main", "mend", "models", "recipes", "report"]
