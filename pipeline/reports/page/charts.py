@@ -45,18 +45,30 @@ Rows = Sequence[Mapping[str, Any]]
 
 def histogram(found: Distribution) -> str:
     """Return bars of how many values lie in each bin."""
+    shift = 0.5 if found.is_whole else 0.0  # so that a whole number stands below its bar
     rows = [
-        {"from": low, "to": high, "count": count, "said": f"{_bin(found, low, high)}: {count:,}"}
+        {
+            "from": low - shift,
+            "to": high - shift,
+            "count": count,
+            "said": f"{_bin(found, low, high)}: {count:,}",
+        }
         for low, high, count in zip(found.edges, found.edges[1:], found.counts, strict=False)
     ]
-    x = {"title": f"{found.name}{f' ({found.unit})' if found.unit else ''}"}
+    x: dict[str, Any] = {"title": f"{found.name}{f' ({found.unit})' if found.unit else ''}"}
+    if found.is_whole:
+        x["tickMinStep"] = 1
     return _svg(
         rows,
         mark={"type": "bar", "color": "var(--series-1)", "binSpacing": 1},
         encoding={
             "x": {"field": "from", "type": "quantitative", "bin": "binned", "axis": x},
             "x2": {"field": "to"},
-            "y": {"field": "count", "type": "quantitative", "axis": {"title": "values"}},
+            "y": {
+                "field": "count",
+                "type": "quantitative",
+                "axis": {"title": "values", "tickMinStep": 1},
+            },
             "description": {"field": "said"},
         },
         about=f"Histogram of {found.name}, {found.num_values:,} values",
@@ -86,7 +98,7 @@ def curves(rows: Rows, *, x: str, y: str, about: str) -> str:
         "color": {
             "field": "series",
             "type": "nominal",
-            "sort": names,
+            "scale": {"domain": names},
             "legend": {} if len(names) > 1 else None,
         },
     }
@@ -115,25 +127,25 @@ def bars(rows: Rows, *, x: str, about: str) -> str:
             "x": {
                 "field": "x",
                 "type": "quantitative",
-                "axis": {"title": x},
+                "axis": {"title": x, "tickCount": 3, "labelOverlap": "greedy"},
                 "scale": {"zero": False, "nice": True},
             },
             "y": {
                 "field": "name",
                 "type": "nominal",
-                "sort": names,
-                "axis": {"title": None, "labelLimit": 110, "grid": True},
+                "scale": {"domain": names},
+                "axis": {"title": None, "labelLimit": 130, "grid": True},
             },
             "color": {
                 "field": "series",
                 "type": "nominal",
-                "sort": series,
+                "scale": {"domain": series},
                 "legend": {"direction": "horizontal"} if len(series) > 1 else None,
             },
             "description": {"field": "said"},
         },
         about=about,
-        width=190,
+        width=170,
     )
 
 
@@ -152,7 +164,7 @@ def _svg(rows: Rows, *, about: str, width: int = WIDTH, height: Any = HEIGHT, **
         "data": {"values": list(rows)},
         "width": width,
         "height": height,
-        "padding": {"left": 2, "top": 6, "right": 8, "bottom": 2},
+        "padding": {"left": 14, "top": 6, "right": 10, "bottom": 2},
         "autosize": {"type": "pad"},
         "description": about,
         "config": _CONFIG,

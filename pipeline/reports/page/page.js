@@ -13,7 +13,7 @@
   }
 
   // Spaces and line ends that stand alone are made visible; text in a sample stays as it is.
-  const visible = (text) => (text.trim() ? text : JSON.stringify(text));
+  const visible = (text) => (text.trim() ? text : text ? JSON.stringify(text) : "(begins a character that the next tokens end)");
   const number = (value) => (value === null ? "not known" : String(Number(value.toPrecision(3))));
 
   // Colour: six steps up to the 95 % quantile of a measure over the table's samples.
@@ -117,7 +117,8 @@
       text.setAttribute("aria-label", `${part.name || "text"}; arrow keys go from token to token`);
       for (const token of part.tokens) {
         const isScored = token[1].some((value) => value !== null);
-        const span = make("span", isScored ? "token scored" : "token read", token[0]);
+        const shown = token[0] || (isScored ? "\u00b7" : "");
+        const span = make("span", isScored ? "token scored" : "token read", shown);
         if (isScored) {
           span.tabIndex = isFirst ? 0 : -1;
           isFirst = false;
@@ -166,7 +167,7 @@
     const table = make("table", "ranked");
     const head = make("thead"), row = make("tr");
     for (const name of ["rank", sample.names_are, sample.values_are, ""]) {
-      const cell = make("th", "", name);
+      const cell = make("th", name === sample.values_are ? "n" : "", name);
       cell.scope = "col";
       row.append(cell);
     }

@@ -1,8 +1,9 @@
 """A plan as a layered drawing: each step below all that it is made of, few lines crossing.
 
-Layers are by the longest way from a step without inputs. A line that passes a layer has a place of
-its own there, so that no box stands on it; places of a layer are ordered by the mean of their
-neighbours', down and up by turns (Sugiyama, Tagawa and Toda 1981, doi:10.1109/TSMC.1981.4308636).
+Layers are by the longest way from a step without inputs. Where lines from a step pass a layer they
+have a place there, one for all of them, so that no box stands on it; places of a layer are ordered
+by the mean of their neighbours', down and up by turns (Sugiyama, Tagawa and Toda 1981,
+doi:10.1109/TSMC.1981.4308636).
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,9 +50,10 @@ def draw(needs: Mapping[str, Sequence[str]]) -> Drawing:
         for other in needed:
             way = [other]
             for layer in range(layer_of[other] + 1, layer_of[name]):
-                place = f"{other} > {name} @ {layer}"  # no step's name has a blank
-                layers[layer].append(place)
-                above.setdefault(place, []).append(way[-1])
+                place = f"{other} @ {layer}"  # no step's name has a blank
+                if place not in above:
+                    layers[layer].append(place)
+                    above[place] = [way[-1]]
                 way.append(place)
             above.setdefault(name, []).append(way[-1])
             ways.append((other, name, [*way, name]))

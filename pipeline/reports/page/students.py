@@ -133,7 +133,8 @@ def _charts(measured: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[Char
 def _is_aside(name: str, numbers: Mapping[str, Any]) -> bool:
     """Whether a number only goes with another one: a deviation, the end of an interval, a count."""
     endings = ("_deviation", "_low", "_high")
-    return name.endswith(endings) or name.startswith("num_") or isinstance(numbers[name], bool)
+    is_count = name.startswith("num_") or name in ("tokens", "cross_model")
+    return name.endswith(endings) or is_count or isinstance(numbers[name], bool)
 
 
 def _words(name: str) -> str:

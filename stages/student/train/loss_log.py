@@ -26,6 +26,11 @@ class RunningSums:
         self.sums: dict[str, Tensor] = {}
         self.units: dict[str, Unit] = {}
         self.counts = [0] * len(UNITS)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock that speeds are told by."""
+        self.clock = time.monotonic()
 
     def add(self, terms: Sequence[Term], counts: Sequence[int]) -> None:
         """Take in one batch: its terms and its counts of ``UNITS``."""
@@ -36,7 +41,7 @@ class RunningSums:
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
     def take(self, device: torch.device, reduce: Callable[..., Any]) -> dict[str, float]:
-        """Return the means over all processes and the counts; start again at zero."""
+        """Return the means over all processes, the counts and speeds; start again at zero."""
         values = [value.float().reshape(()) for value in self.sums.values()]
         local_S = torch.stack([*values, *torch.tensor(self.counts, device=device).float()])
         totals = reduce(local_S, reduction="sum").tolist()
@@ -47,8 +52,11 @@ class RunningSums:
             name: total / max(counted[self.units[name]], 1.0)
             for name, total in zip(self.sums, totals, strict=False)  # the counts come last
         }
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speeds = {f"{unit}_per_s": count / seconds for unit, count in used.items()}
         self.sums, self.counts = {}, [0] * len(UNITS)
-        return means | found
+        self.begin()
+        return means | found | speeds
 
 
 class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -57,13 +65,11 @@ class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is u
     def __init__(self, on_event: OnEvent) -> None:
         """``on_event`` is given each event."""
         self.on_event = on_event
-        self.clock = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the number of steps."""
-        self.clock = time.monotonic()
         self._tell("start", state)
 
     def on_log(
@@ -75,14 +81,8 @@ class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is u
         **kwargs: Any,
     ) -> None:
         """Tell a step's numbers and how fast it was."""
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        seconds = max(now - self.clock, 1e-9)
-        self.clock = now
-        counts = {unit: logs[f"num_{unit}"] for unit in UNITS if f"num_{unit}" in logs}
-        speed = {f"{unit}_per_s": count / seconds for unit, count in counts.items()}
-        self._tell("step", state, **logs, **speed)
+        if logs and "loss" in logs:
+            self._tell("step", state, **logs)
 
     def _tell(self, event: str, state: TrainerState, **values: float) -> None:
         place = {"event": event, "step": state.global_step, "max_steps": state.max_steps}
