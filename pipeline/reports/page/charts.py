@@ -81,8 +81,11 @@ def _bin(found: Distribution, low: float, high: float) -> str:
     return f"{low:.0f}" if high - low == 1 else f"{low:.0f} to {high - 1:.0f}"
 
 
-def curves(rows: Rows, *, x: str, y: str, about: str) -> str:
-    """Return a line for each ``series``; ``rows`` have ``x``, ``y`` and ``series``."""
+def curves(rows: Rows, *, x: str, y: str, about: str, order: Sequence[str] = ()) -> str:
+    """Return a line for each ``series``; ``rows`` have ``x``, ``y`` and ``series``.
+
+    A series has the colour of its place in ``order``, so that it is the same in several charts.
+    """
     told = [
         {**row, "said": f"{row['series']}, {x} {row['x']:g}: {y} {row['y']:.4g}"} for row in rows
     ]
@@ -92,14 +95,14 @@ def curves(rows: Rows, *, x: str, y: str, about: str) -> str:
         "y": {
             "field": "y",
             "type": "quantitative",
-            "axis": {"title": y},
+            "axis": {"title": None},
             "scale": {"zero": False},
         },
         "color": {
             "field": "series",
             "type": "nominal",
-            "scale": {"domain": names},
-            "legend": {} if len(names) > 1 else None,
+            "scale": {"domain": list(order or names)},
+            "legend": {"values": names} if len(order or names) > 1 else None,
         },
     }
     points = {"type": "point", "filled": True, "size": 36, "opacity": 0.9}
@@ -114,11 +117,13 @@ def curves(rows: Rows, *, x: str, y: str, about: str) -> str:
     )
 
 
-def bars(rows: Rows, *, x: str, about: str) -> str:
+def bars(rows: Rows, *, about: str) -> str:
     """Return a dot for each ``name`` at ``x``, in the order given, coloured by ``series``."""
     told = [{**row, "said": f"{row['name']}, {row['series']}: {row['x']:.4g}"} for row in rows]
     names = list(dict.fromkeys(row["name"] for row in rows))
     series = list(dict.fromkeys(row["series"] for row in rows))
+    is_large = any(abs(row["x"]) >= 10_000 for row in rows)
+    large = {"format": "~s"} if is_large else {}
     return _svg(
         told,
         mark={"type": "point", "filled": True, "size": 90, "opacity": 1},
@@ -127,7 +132,7 @@ def bars(rows: Rows, *, x: str, about: str) -> str:
             "x": {
                 "field": "x",
                 "type": "quantitative",
-                "axis": {"title": x, "tickCount": 3, "labelOverlap": "greedy"},
+                "axis": {"title": None, "tickCount": 3, "labelOverlap": "greedy", **large},
                 "scale": {"zero": False, "nice": True},
             },
             "y": {

@@ -266,8 +266,10 @@
       count.textContent = `${shown.length} of ${samples.length} samples`;
     }
 
-    for (const control of [search, split, level, order]) control.addEventListener("input", apply);
-    measure.addEventListener("input", paint);
+    for (const type of ["input", "change"]) {
+      for (const control of [search, split, level, order]) control.addEventListener(type, apply);
+      measure.addEventListener(type, paint);
+    }
     box.replaceChildren(filters, keyBox, count, list);
     paint();
     apply();

@@ -18,8 +18,8 @@ from stages.student.train.stage import TrainStage
 
 # What a log says beside losses; the curves of these come last or not at all.
 LAST = ("tokens_per_s", "learning_rate", "grad_norm")
-NO_CURVE = ("step", "epoch", "total_flos")
-NATS = ("loss", "kl", "kd", "ce", "cross_entropy")
+NO_CURVE = ("step", "epoch", "total_flos", "samples_per_s", "answer_tokens_per_s")
+NATS = ("loss", "kl_to_teacher", "cross_entropy", "kl_to_baseline")
 MOST_CHARTS = 12  # of held-out numbers in one report
 
 
@@ -81,13 +81,16 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Char
                     by_name[name].append(at)
         for name, found in by_name.items():
             points[name] += thinned(found)
-    ordered = sorted(points, key=lambda name: (name in LAST, name != "loss"))
-    return [_curve(name, points[name]) for name in ordered]
+    shown = [name for name, found in points.items() if not _says_nothing(name, found, "y")]
+    shown.sort(
+        key=lambda name: (name in LAST, LAST.index(name) if name in LAST else name != "loss")
+    )
+    return [_curve(name, points[name], list(histories)) for name in shown]
 
 
-def _curve(name: str, points: list[dict[str, Any]]) -> Chart:
+def _curve(name: str, points: list[dict[str, Any]], order: Sequence[str]) -> Chart:
     title = _words(name) + (" (nats)" if name in NATS else "")
-    svg = curves(points, x="step", y=title, about=f"{title} by training step")
+    svg = curves(points, x="step", y=title, about=f"{title} by training step", order=order)
     rows = [(p["series"], f"{p['x']:g}", f"{p['y']:.5g}") for p in points]
     return Chart(title, svg, ("student", "step", title), rows)
 
@@ -122,10 +125,11 @@ def _charts(measured: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[Char
             if isinstance(value, int | float) and not _is_aside(name, numbers):
                 points[name].append({"name": student, "series": series, "x": value})
     charts = []
-    for name in list(points)[:MOST_CHARTS]:
+    shown = [name for name, found in points.items() if not _says_nothing(name, found, "x")]
+    for name in shown[:MOST_CHARTS]:
         title = _words(name)
         rows = [(p["name"], p["series"], f"{p['x']:.5g}") for p in points[name]]
-        svg = bars(points[name], x=title, about=f"{title} of each student")
+        svg = bars(points[name], about=f"{title} of each student")
         charts.append(Chart(title, svg, ("student", "", title), rows))
     return charts
 
@@ -137,7 +141,13 @@ def _is_aside(name: str, numbers: Mapping[str, Any]) -> bool:
     return name.endswith(endings) or is_count or isinstance(numbers[name], bool)
 
 
+def _says_nothing(name: str, points: Sequence[Mapping[str, Any]], value: str) -> bool:
+    """Whether a number is only of interest where it is not 0, or says what another one does."""
+    is_zero = all(not point[value] for point in points)
+    return name == "perplexity" or (name in ("dropped_mass", "rows_without_partner") and is_zero)
+
+
 def _words(name: str) -> str:
     """Return a number's name as a person reads it."""
-    fixed = {"kl": "KL to teacher", "ce": "cross-entropy", "tokens_per_s": "tokens/s"}
+    fixed = {"tokens_per_s": "tokens/s", "kl_to_teacher": "KL to teacher"}
     return fixed.get(name, name.replace("_", " ").replace("kl ", "KL ").replace("cross ", "cross-"))
