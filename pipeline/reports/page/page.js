@@ -234,7 +234,7 @@
     const keyBox = make("div"), list = make("div");
     const cards = samples.map((sample) => {
       const card = make("article", "sample");
-      const title = make("h4", "", `row ${sample.row}`);
+      const title = make("h4", "", `row\u00a0${sample.row}`);
       title.append(make("span", "", sample.split), make("span", "", sample.id));
       if (sample.mean !== null && meanName) title.append(make("span", "", `${meanName} ${number(sample.mean)}`));
       card.append(title);

@@ -19,7 +19,7 @@ from stages.student.train.stage import TrainStage
 # What a log says beside losses; the curves of these come last or not at all.
 LAST = ("tokens_per_s", "learning_rate", "grad_norm")
 NO_CURVE = ("step", "epoch", "total_flos", "samples_per_s", "answer_tokens_per_s")
-NATS = ("loss", "kl_to_teacher", "cross_entropy", "kl_to_baseline")
+NATS = ("loss", "kl", "kl_to_teacher", "cross_entropy", "kl_to_baseline")
 MOST_CHARTS = 12  # of held-out numbers in one report
 
 
@@ -64,7 +64,9 @@ def students_of(steps: Sequence[PlannedStep]) -> Students:
             found.rows_read[name] = summary["samples"]
         if "seconds" in summary:
             found.seconds[name] = summary["seconds"]
-    found.curves = _curves({name: record.history for name, record in trained.items()})
+    found.curves = _curves(
+        {name: [*record.history, *record.speeds] for name, record in trained.items()}
+    )
     if own := _before_after(trained):
         found.heldout.insert(0, ("before and after training", own))
     return found
@@ -149,5 +151,5 @@ def _says_nothing(name: str, points: Sequence[Mapping[str, Any]], value: str) ->
 
 def _words(name: str) -> str:
     """Return a number's name as a person reads it."""
-    fixed = {"tokens_per_s": "tokens/s", "kl_to_teacher": "KL to teacher"}
+    fixed = {"tokens_per_s": "tokens/s", "kl": "KL", "top1_agreement": "top-1 agreement"}
     return fixed.get(name, name.replace("_", " ").replace("kl ", "KL ").replace("cross ", "cross-"))

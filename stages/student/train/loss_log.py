@@ -1,7 +1,7 @@
 """What a run logs: means of the losses' parts over all processes, and events for the caller."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 from stages.student.losses.step import UNITS, Term, Unit
 
 OnEvent = Callable[[dict[str, Any]], None]
+SPEED = "_per_s"  # what the names of speeds end with
 
 
 class RunningSums:
@@ -53,10 +54,21 @@ class RunningSums:
             for name, total in zip(self.sums, totals, strict=False)  # the counts come last
         }
         seconds = max(time.monotonic() - self.clock, 1e-9)
-        speeds = {f"{unit}_per_s": count / seconds for unit, count in used.items()}
+        speeds = {f"{unit}{SPEED}": count / seconds for unit, count in used.items()}
         self.sums, self.counts = {}, [0] * len(UNITS)
         self.begin()
         return means | found | speeds
+
+
+def without_speeds(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return what a step logged that is the same in every run."""
+    return {name: value for name, value in entry.items() if not name.endswith(SPEED)}
+
+
+def speeds_of(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's number and how fast it was."""
+    speeds = {name: value for name, value in entry.items() if name.endswith(SPEED)}
+    return {"step": entry["step"], **speeds} if speeds else {}
 
 
 class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

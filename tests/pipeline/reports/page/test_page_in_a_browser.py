@@ -101,7 +101,7 @@ def test_charts_are_drawn_and_the_console_is_empty(browser: webdriver.Chrome, pa
     plots = all_of(browser, ".plot svg")
     assert len(plots) > 10
     for plot in plots:
-        assert plot.size["width"] > 100 and plot.size["height"] > 50
+        assert plot.size["width"] > 100 and plot.size["height"] > 40
         assert plot.find_elements(By.CSS_SELECTOR, "[aria-roledescription][aria-label]")
     titles = [found.text for found in all_of(browser, "figcaption")]
     for title in ("loss (nats)", "tokens/s", "entropy (nats)", "kept mass"):
@@ -133,7 +133,7 @@ def test_hover_and_keys_show_what_is_kept_at_a_token(
     )
     kept = samples["signals"][0]["parts"][0]["tokens"][1][2]
     tokens = all_of(browser, "#table-signals .sample .token.scored")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[0])  # type: ignore[no-untyped-call]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[0])
     assert not tip(browser).is_displayed()
     ActionChains(browser).move_to_element(tokens[0]).perform()
     assert tip(browser).is_displayed()
@@ -144,7 +144,7 @@ def test_hover_and_keys_show_what_is_kept_at_a_token(
     ActionChains(browser).move_by_offset(0, -300).perform()
     assert not tip(browser).is_displayed()
 
-    browser.execute_script("arguments[0].focus()", tokens[0])  # type: ignore[no-untyped-call]
+    browser.execute_script("arguments[0].focus()", tokens[0])
     first = tip(browser).text
     browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     assert browser.switch_to.active_element == tokens[1]
@@ -159,7 +159,7 @@ def test_hover_on_a_chart_says_its_numbers(browser: webdriver.Chrome, page: Path
     opened(browser, page)
     bars = all_of(browser, "#table-signals .plot [aria-roledescription='bar']")
     tallest = max(bars, key=lambda bar: bar.size["height"])
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tallest)  # type: ignore[no-untyped-call]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tallest)
     ActionChains(browser).move_to_element(tallest).perform()
     assert tip(browser).text == tallest.get_attribute("aria-label")
 
@@ -213,7 +213,7 @@ def test_it_fits_its_window_in_light_and_dark(
     browser: webdriver.Chrome, page: Path, width: int, scheme: str
 ) -> None:
     opened(browser, page, width=width, scheme=scheme)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # type: ignore[no-untyped-call]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     page_colour = browser.find_element(By.TAG_NAME, "body").value_of_css_property(
         "background-color"
     )

@@ -13,13 +13,14 @@ from pipeline.reports.page.charts import MOST_POINTS, curves, histogram, thinned
 from pipeline.reports.page.distributions import distribution, distributions_of
 from pipeline.reports.page.page import json_text
 from pipeline.reports.page.plan_graph import BOX_HEIGHT, BOX_WIDTH, draw
-from pipeline.reports.page.sampled_rows import ROWS_PER_BATCH, SHARDS_READ, sample_rows
+from pipeline.reports.page.sampled_rows import SHARDS_READ, sample_rows
 from pipeline.reports.page.token_view import logits_sample
 from pipeline.reports.page.words import Tokenizers, Words
 from pipeline.reports.step_times import MeasuredTime
 from pipeline.state.step_state import finished_manifest
 from schemas.dataset import open_dataset
 from schemas.distribution import STICK_LEVELS, unpack_threshold
+from schemas.storage.shards import ROWS_PER_BATCH
 from stages.models.checkpoints.tokenizer import open_tokenizer
 from tests.fixtures.tiny_recipe import TinyRecipe
 
@@ -130,7 +131,8 @@ def test_samples_are_the_rows_of_the_table(every_kind: TinyRecipe) -> None:
     assert manifest is not None
     sample = sample_rows(step, manifest)
     assert sample.is_whole and not sample.without_source
-    rows = {row["sample_id"]: row for row in open_dataset([documents.place, step.place])}
+    dataset = open_dataset([documents.place, step.place])
+    rows = {row["sample_id"]: row for row in map(dataset.__getitem__, range(len(dataset)))}
     words = Tokenizers().words_of(step)
     for sampled in sample.rows[:3]:
         row = rows[sampled.row.sample_id]
@@ -152,7 +154,8 @@ def test_samples_are_the_rows_of_the_table(every_kind: TinyRecipe) -> None:
         np.testing.assert_allclose(best, weights_PK.max(axis=1), rtol=1e-3)
     entropy, surprise, mass, *_ = distributions_of("teacher_logits", sample.rows)
     every = np.concatenate([row["entropies_P"] for row in rows.values()]).astype(float)
-    assert (entropy.num_values, entropy.mean) == (len(every), pytest.approx(every.mean()))
+    assert entropy.mean == pytest.approx(every.mean())
+    assert entropy.num_values == len(every)
     assert surprise.num_values == mass.num_values == len(every)
     kept = [
         1 - np.prod(1 - STICK_LEVELS[codes])  # what a broken stick leaves
@@ -174,5 +177,6 @@ def test_of_a_large_table_some_rows_are_read(
     assert first.num_shards == 2 < SHARDS_READ and not first.is_whole
     assert 0 < len(first.rows) <= ROWS_PER_BATCH
     assert [row.index for row in first.rows] == [row.index for row in second.rows]
-    whole = [row["sample_id"] for row in open_dataset([step.place])]
+    dataset = open_dataset([step.place])
+    whole = [dataset[at]["sample_id"] for at in range(len(dataset))]
     assert [whole[row.index] for row in first.rows] == [row.row.sample_id for row in first.rows]

@@ -30,7 +30,6 @@ from stages.student.options import TrainOptions
 from stages.student.train.stage import TrainConfig
 from tests.fixtures.cached_data import VOCAB_SIZE, make_documents, write_table
 from tests.fixtures.episode_data import EpisodeData, make_episode_data
-from tests.fixtures.logged import untimed
 from tests.fixtures.machine_speed import slowness
 from tests.fixtures.tiny_recipe import (
     TinyRecipe,
@@ -109,7 +108,7 @@ def assert_same_run(job: TrainingJob, other: TrainingJob) -> None:
     one, two = record_of(job), record_of(other)
     assert (one.fingerprint, one.identity) == (two.fingerprint, two.identity)
     assert sorted(one.files) == sorted(two.files)
-    for here, there in zip(untimed(one.history), untimed(two.history), strict=True):
+    for here, there in zip(one.history, two.history, strict=True):
         for name in ("step", "epoch", "num_tokens", "num_samples", "learning_rate"):
             assert there[name] == here[name]
         assert there == pytest.approx(here, rel=LOSS_TOLERANCE)
@@ -197,7 +196,7 @@ def test_a_run_goes_on_after_a_killed_rank(
     assert events[1] == {"event": "start", "step": step, "max_steps": 10}
     assert_same_run(whole[1], job)
     if processes == 2:
-        assert untimed(record_of(job).history) == untimed(record_of(whole[2]).history)
+        assert record_of(job).history == record_of(whole[2]).history
 
 
 @pytest.mark.slow
