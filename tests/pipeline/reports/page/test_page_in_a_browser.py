@@ -213,7 +213,11 @@ def test_it_fits_its_window_in_light_and_dark(
     browser: webdriver.Chrome, page: Path, width: int, scheme: str
 ) -> None:
     opened(browser, page, width=width, scheme=scheme)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    page_width, window_width = (
+        browser.execute_script(f"return document.documentElement.{name}")  # type: ignore[no-untyped-call]
+        for name in ("scrollWidth", "clientWidth")
+    )
+    assert page_width <= window_width <= width
     page_colour = browser.find_element(By.TAG_NAME, "body").value_of_css_property(
         "background-color"
     )
