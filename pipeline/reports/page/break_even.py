@@ -61,7 +61,7 @@ def break_evens(
     for step in steps:
         if isinstance(step.stage, TrainStage):
             data = step.inputs[: len(step.stage.data)]
-            read = [source for source in data if source.kind == "table" and source.stage.RUNS]
+            read = [source for source in data if source.identity.get("models")]
             if read:
                 found.append(_break_even(step, read, signals, rows_read.get(step.name)))
     return found

@@ -64,14 +64,15 @@ def write_page(recipe: Recipe, steps: Sequence[PlannedStep], place: Folder) -> N
 
 def page_of(recipe: Recipe, steps: Sequence[PlannedStep]) -> str:
     """Return the page's HTML. A step that is damaged is shown as that and stops nothing."""
-    tokenizers = Tokenizers()
+    tokenizers = Tokenizers(steps)
     sections: dict[str, TableSection] = {}
     problems: dict[str, str] = {}
     for step in steps:
         try:
             manifest = finished_manifest(step) if step.writes_table else None
             if manifest is not None:
-                sections[step.name] = table_section(step, manifest, tokenizers)
+                source = _source_of(steps, step)
+                sections[step.name] = table_section(step, manifest, source, tokenizers)
         except READ_ERRORS as error:
             problems[step.name] = first_line(error)
     students = students_of(steps)
@@ -79,6 +80,14 @@ def page_of(recipe: Recipe, steps: Sequence[PlannedStep]) -> str:
     costs = break_evens(steps, signals, students.rows_read)
     lines = [_step_line(steps, step, sections, students, problems) for step in steps]
     return _filled(recipe, lines, sections, students, costs)
+
+
+def _source_of(steps: Sequence[PlannedStep], step: PlannedStep) -> PlannedStep | None:
+    """Return the step whose rows a table's are about; of a table made elsewhere by its name."""
+    if step.inputs:
+        return step.inputs[0] if step.kind == "table" else None
+    made_of = step.identity.get("inputs") or [None]
+    return next((other for other in steps if other.fingerprint == made_of[0]), None)
 
 
 def _step_line(

@@ -55,8 +55,8 @@ class Sample:
         return len(self.rows) == self.num_rows
 
 
-def sample_rows(step: PlannedStep, manifest: Manifest) -> Sample:
-    """Read rows of a finished table, and those of its first input that they are about.
+def sample_rows(step: PlannedStep, manifest: Manifest, source: PlannedStep | None) -> Sample:
+    """Read rows of a finished table, and those of ``source``, its input, that they are about.
 
     Raises StoreError for a drawn shard that is damaged, SchemaMismatch for a table of another
     version. An input that cannot be read leaves the rows without a source, and says why.
@@ -70,7 +70,9 @@ def sample_rows(step: PlannedStep, manifest: Manifest) -> Sample:
     started = time.perf_counter()
     rows = [opened.table.row(**opened.row(int(at))) for at in places]
     seconds = time.perf_counter() - started
-    sources, problem = _sources(step, drawn, {row.sample_id for row in rows}, len(manifest.shards))
+    sources, problem = _sources(
+        source, drawn, {row.sample_id for row in rows}, len(manifest.shards)
+    )
     starts = _starts(manifest, drawn)
     sampled = []
     for at, row in zip(places.tolist(), rows, strict=True):
@@ -145,12 +147,11 @@ def _starts(manifest: Manifest, drawn: Sequence[int]) -> list[int]:
 
 
 def _sources(
-    step: PlannedStep, drawn: Sequence[int], wanted: set[str], num_shards: int
+    source: PlannedStep | None, drawn: Sequence[int], wanted: set[str], num_shards: int
 ) -> tuple[dict[str, Any], str]:
     """Return the input's rows by ``sample_id``: a map's shards are those of its input, by index."""
-    if not step.inputs or step.kind != "table":
+    if source is None:
         return {}, ""
-    source = step.inputs[0]
     try:
         manifest = finished_manifest(source)
         if manifest is None or len(manifest.shards) != num_shards:

@@ -33,6 +33,8 @@ VIEWS: dict[str, Callable[[SampledRow, Words], dict[str, Any]]] = {
     "response_logprobs": logprobs_sample,
 }
 
+ABOUT_TEXT = ("teacher_logits", "advantages")  # whose rows are nothing to look at alone
+
 
 @dataclass(slots=True)
 class TableSection:
@@ -60,8 +62,13 @@ class TableSection:
         return Signal(self.manifest.num_rows, self.made, read_s)
 
 
-def table_section(step: PlannedStep, manifest: Manifest, tokenizers: Tokenizers) -> TableSection:
-    """Look at a finished table; what cannot be read of it is said, and the rest is shown."""
+def table_section(
+    step: PlannedStep, manifest: Manifest, source: PlannedStep | None, tokenizers: Tokenizers
+) -> TableSection:
+    """Look at a finished table; what cannot be read of it is said, and the rest is shown.
+
+    ``source`` is the step whose rows it is about, where the plan has it.
+    """
     section = TableSection(
         name=step.name,
         place=str(step.place),
@@ -71,7 +78,7 @@ def table_section(step: PlannedStep, manifest: Manifest, tokenizers: Tokenizers)
     )
     looks: tuple[Callable[[], None], ...] = (
         lambda: _judge(section, step),
-        lambda: _sample(section, step),
+        lambda: _sample(section, step, source),
         lambda: _draw(section),
         lambda: _show(section, step, tokenizers),
     )
@@ -89,8 +96,8 @@ def _judge(section: TableSection, step: PlannedStep) -> None:
     section.verdict = verdict_of(step.place, section.manifest.dataset_id)
 
 
-def _sample(section: TableSection, step: PlannedStep) -> None:
-    section.sample = sample_rows(step, section.manifest)
+def _sample(section: TableSection, step: PlannedStep, source: PlannedStep | None) -> None:
+    section.sample = sample_rows(step, section.manifest, source)
     if section.sample.without_source:
         section.notes.append(f"Rows stand alone: {section.sample.without_source}.")
 
@@ -122,6 +129,9 @@ def _show(section: TableSection, step: PlannedStep, tokenizers: Tokenizers) -> N
     if not rows:
         return
     view = VIEWS.get(section.manifest.table)
+    if section.manifest.table in ABOUT_TEXT and all(sampled.source is None for sampled in rows):
+        section.notes.append("The rows that it is about are not at hand: it is shown without text.")
+        return
     words = tokenizers.words_of(step)
     if not words.has_text:
         section.notes.append("No folder of the recipe has this table's tokenizer: ids are shown.")

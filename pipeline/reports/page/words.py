@@ -75,8 +75,9 @@ class Words:
 class Tokenizers:
     """The tokenizers of a plan's tables, each opened once."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, steps: Sequence[PlannedStep] = ()) -> None:
+        """Begin with none; ``steps`` are those that may know a table's tokenizer for another."""
+        self._steps = steps
         self._opened: dict[str, Words] = {}
 
     def words_of(self, step: PlannedStep) -> Words:
@@ -86,7 +87,9 @@ class Tokenizers:
         """
         found = self._opened.get(step.vocabulary)
         if found is None:
-            found = Words(self._open(step))
+            alike = [other for other in self._steps if other.vocabulary == step.vocabulary]
+            opened = map(self._open, [step, *alike])
+            found = Words(next((one for one in opened if one is not None), None))
             self._opened[step.vocabulary] = found
         return found
 

@@ -16,6 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
+from pipeline.state.audit_verdict import AuditVerdict, write_verdict
+from schemas.storage.manifest import read_manifest
 from tests.fixtures.tiny_recipe import (
     EVERY_KIND,
     TinyRecipe,
@@ -214,7 +216,7 @@ def test_it_fits_its_window_in_light_and_dark(
 ) -> None:
     opened(browser, page, width=width, scheme=scheme)
     page_width, window_width = (
-        browser.execute_script(f"return document.documentElement.{name}")  # type: ignore[no-untyped-call]
+        browser.execute_script(f"return document.documentElement.{name}")
         for name in ("scrollWidth", "clientWidth")
     )
     assert page_width <= window_width <= width
@@ -239,6 +241,21 @@ def test_the_tab_key_reaches_links_steps_and_filters(browser: webdriver.Chrome, 
     assert {"skip", "a", "step done", "summary"} <= seen
 
 
+def faithful(dataset_id: str) -> AuditVerdict:
+    return AuditVerdict(
+        outcome="faithful",
+        dataset_id=dataset_id,
+        audited_at="2026-11-28T03:00:00+00:00",
+        num_rows=4,
+        num_positions=188,
+        engine="transformers",
+        settings={},
+        measures={"log-probs": {"largest": 1e-4}},
+        truncation={},
+        failures=[],
+    )
+
+
 def test_what_is_damaged_or_pending_is_said(
     browser: webdriver.Chrome, recipe: TinyRecipe, tmp_path: Path
 ) -> None:
@@ -248,6 +265,8 @@ def test_what_is_damaged_or_pending_is_said(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
+    documents = copied.step("documents").folder
+    write_verdict(documents, faithful(read_manifest(documents).dataset_id))
     (copied.step("signals").folder / "manifest.json").write_text("{")
     edit_recipe(copied, "steps", "distilled", "max_steps", value=3)
     output = tmp_path / "some where" / "page.html"
@@ -260,6 +279,9 @@ def test_what_is_damaged_or_pending_is_said(
     (problem,) = all_of(browser, "#table-states .problem")
     assert shard.name in problem.text and "has changed" in problem.text
     assert all_of(browser, "#table-documents .sample")
+    facts = browser.find_element(By.CSS_SELECTOR, "#table-documents .facts").text
+    assert "audit\nfaithful" in facts
+    assert "not audited" in browser.find_element(By.CSS_SELECTOR, "#table-states .facts").text
     assert "is damaged" in browser.find_element(By.ID, "step-signals").text
     assert "not known" in browser.find_element(By.ID, "costs").text
     assert console(browser) == []

@@ -1,19 +1,22 @@
 """What the page's charts, graph, samples and costs say, each held to something worked by hand."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from pipeline.reports.page.break_even import BreakEven, Signal, break_evens
 from pipeline.reports.page.charts import MOST_POINTS, curves, histogram, thinned
 from pipeline.reports.page.distributions import distribution, distributions_of
-from pipeline.reports.page.page import json_text
+from pipeline.reports.page.page import _source_of, json_text
 from pipeline.reports.page.plan_graph import BOX_HEIGHT, BOX_WIDTH, draw
 from pipeline.reports.page.sampled_rows import SHARDS_READ, sample_rows
+from pipeline.reports.page.table_section import table_section
 from pipeline.reports.page.token_view import logits_sample
 from pipeline.reports.page.words import Tokenizers, Words
 from pipeline.reports.step_times import MeasuredTime
@@ -22,7 +25,7 @@ from schemas.dataset import open_dataset
 from schemas.distribution import STICK_LEVELS, unpack_threshold
 from schemas.storage.shards import ROWS_PER_BATCH
 from stages.models.checkpoints.tokenizer import open_tokenizer
-from tests.fixtures.tiny_recipe import TinyRecipe
+from tests.fixtures.tiny_recipe import TinyRecipe, teachercache
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & \u2028 \u2029"
 
@@ -129,7 +132,7 @@ def test_samples_are_the_rows_of_the_table(every_kind: TinyRecipe) -> None:
     step, documents = every_kind.step("signals"), every_kind.step("documents")
     manifest = finished_manifest(step)
     assert manifest is not None
-    sample = sample_rows(step, manifest)
+    sample = sample_rows(step, manifest, documents)
     assert sample.is_whole and not sample.without_source
     dataset = open_dataset([documents.place, step.place])
     rows = {row["sample_id"]: row for row in map(dataset.__getitem__, range(len(dataset)))}
@@ -173,10 +176,41 @@ def test_of_a_large_table_some_rows_are_read(
     step = every_kind.step("signals")
     manifest = finished_manifest(step)
     assert manifest is not None and len(manifest.shards) > 2
-    first, second = sample_rows(step, manifest), sample_rows(step, manifest)
+    first, second = (sample_rows(step, manifest, None) for _ in range(2))
     assert first.num_shards == 2 < SHARDS_READ and not first.is_whole
     assert 0 < len(first.rows) <= ROWS_PER_BATCH
     assert [row.index for row in first.rows] == [row.index for row in second.rows]
     dataset = open_dataset([step.place])
     whole = [dataset[at]["sample_id"] for at in range(len(dataset))]
     assert [whole[row.index] for row in first.rows] == [row.row.sample_id for row in first.rows]
+
+
+def test_a_command_without_the_extra_names_it(
+    every_kind: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    said = teachercache("report", every_kind.path, "--output", tmp_path / "page.html")
+    assert said.code == 2 and "install teachercache[report]" in said.error
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_table_made_elsewhere_finds_its_text(every_kind: TinyRecipe) -> None:
+    """It names what it was made of by fingerprint alone; without that its numbers are shown."""
+    signals, documents = every_kind.step("signals"), every_kind.step("documents")
+    body = yaml.safe_load(every_kind.path.read_text())
+    body["steps"] = {
+        name: {"stage": "finished_table", "folder": str(step.place)}
+        for name, step in (("text", documents), ("said", signals))
+    }
+    path = every_kind.path.with_name("finished.yaml")
+    path.write_text(yaml.safe_dump(body))
+    recipe = TinyRecipe(path, every_kind.root)
+    text, said = recipe.plan()
+    manifest = finished_manifest(said)
+    assert manifest is not None
+    assert _source_of([text, said], said) is text and _source_of([said], said) is None
+    with_text = table_section(said, manifest, text, Tokenizers())
+    assert with_text.samples and not with_text.problems
+    alone = table_section(said, manifest, None, Tokenizers())
+    assert alone.charts and not alone.samples and not alone.problems
+    assert any("without text" in note for note in alone.notes)
