@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check bench assets tasks pairs chats install airflow test-slow test-airflow stages tree clean
+.PHONY: demo test check bench assets tasks pairs chats install airflow browser test-slow test-airflow stages tree clean
 
 install: $(STAMP)
 
@@ -58,11 +58,22 @@ $(AIRFLOW)/installed: locks/airflow.txt
 	@echo "set-up: Airflow in $(AIRFLOW) (a minute and 450 MB the first time)"; $(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
+# What the report's tests look at its page with: Debian's Chromium.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "set-up: chromium and chromedriver by apt-get (a minute and 500 MB the first time)"; \
+		apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null && exit 0; \
+	fi; \
+	echo "set-up: no chromium and chromedriver, and apt-get cannot bring them: tests in a browser are skipped"
+
 demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
+	@echo "a page to look the run over in a browser:"
+	@$(BIN)/teachercache report examples/quickstart.yaml
 
 # Airflow's tests mostly wait for its scheduler: they go on beside the slow ones.
-test: pairs check airflow
+test: pairs browser check airflow
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-slow test-airflow
 
 test-slow: $(STAMP)

@@ -29,7 +29,12 @@ from teachercache_alerts import deadline_missed, task_failed
 from teachercache_command import calls, extra_of, read_plan
 from teachercache_recipes import Recipe, RecipeError, Schedule, Step, read_folder
 from teachercache_runners import RayJobOperator, kubernetes_operator
-from teachercache_tasks import AuditOperator, TeachercacheOperator, VerifyOperator
+from teachercache_tasks import (
+    AuditOperator,
+    ReportOperator,
+    TeachercacheOperator,
+    VerifyOperator,
+)
 
 MAX_RETRY_DELAY = datetime.timedelta(hours=1)
 PARAMS = {
@@ -99,7 +104,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def cache_dag(recipe: Recipe) -> DAG:
-    """Make the DAG of all that makes tables: plan, each step, verify, publish the asset."""
+    """Make the DAG of all that makes tables: plan, each step, verify, publish the asset, report."""
     schedule = recipe.schedule
     timetable = None
     if schedule.cron is not None:  # a run is about the interval that lies behind it
@@ -122,7 +127,7 @@ def cache_dag(recipe: Recipe) -> DAG:
             ends[step.name] = last
         leaves = [end for end in ends.values() if not end.downstream_task_ids]
         verify = VerifyOperator(task_id="verify", recipe=path, arguments=["verify"])
-        leaves >> verify >> _publish(path, _asset(recipe))
+        leaves >> verify >> _publish(path, _asset(recipe)) >> _report(recipe)
     return dag
 
 
@@ -148,6 +153,7 @@ def train_dag(recipe: Recipe) -> DAG:
             for name in step.needs:
                 if name in ends:
                     ends[name] >> ends[step.name]
+        [end for end in ends.values() if not end.downstream_task_ids] >> _report(recipe)
     return dag
 
 
@@ -263,6 +269,10 @@ def _groups(path: str, step: str, runner: str) -> list[str]:
     if found["state"] == "done":
         return []
     return [f"0:{found['num_shards']}"] if runner == "ray" else list(found["groups"])
+
+
+def _report(recipe: Recipe) -> BaseOperator:
+    return ReportOperator(task_id="report", recipe=str(recipe.path), arguments=["report"])
 
 
 def _publish(path: str, asset: Asset) -> BaseOperator:

@@ -16,7 +16,7 @@ import yaml
 from teachercache_stages import KINDS, REFERENCES
 
 RUNNERS = ("local", "ray", "kubernetes")
-OWN_TASKS = ("plan", "verify", "publish")
+OWN_TASKS = ("plan", "verify", "publish", "report")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 

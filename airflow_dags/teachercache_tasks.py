@@ -1,10 +1,12 @@
 """What a task does: it runs the ``teachercache`` command, and ends it when it is ended."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
-from airflow.sdk import Asset, BaseOperator, Context
+from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, Context
 from airflow.sdk.exceptions import (
     AirflowException,
     AirflowFailException,
@@ -41,11 +43,11 @@ class TeachercacheOperator(BaseOperator):
         """Run the command to its end."""
         self.follow(call.arguments(*self.words), call)
 
-    def follow(self, arguments: Sequence[str], call: Call) -> None:
-        """Run ``teachercache`` with these words on this machine."""
+    def follow(self, arguments: Sequence[str], call: Call) -> str:
+        """Run ``teachercache`` with these words on this machine; return its last line."""
         self.log.info("DS=%s teachercache %s", call.date, shlex.join(arguments))
         self._process = Process(arguments, call)
-        self._process.follow(self.log.info)
+        return self._process.follow(self.log.info)
 
     def on_kill(self) -> None:
         """End the command."""
@@ -108,3 +110,40 @@ class AuditOperator(TeachercacheOperator):
 
 def _is_signal(step: Mapping[str, Any]) -> bool:
     return bool(step["state"] == "done" and step["has_audit"])
+class ReportLink(BaseOperatorLink):
+    """The button of a task that leads to the page it made."""
+
+    name = "Report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: Any) -> str:
+        """Return where the page is; nothing of a task that made none."""
+        from airflow.sdk.execution_time.xcom import XCom  # not to parse DAGs
+
+        return str(XCom.get_value(ti_key=ti_key, key=REPORT) or "")
+
+
+REPORT = "report"  # the XCom that holds a page's address
+
+
+class ReportOperator(TeachercacheOperator):
+    """Make the page of a run, and link to it; skipped where the command cannot draw one."""
+
+    operator_extra_links = (ReportLink(),)
+
+    def carry_out(self, call: Call, context: Context) -> None:
+        """Make it, and keep its address for the link."""
+        try:
+            place = self.follow(call.arguments(*self.words), call)
+        except AirflowFailException as error:
+            if "teachercache[report]" in str(error):
+                raise AirflowSkipException(str(error)) from error
+            raise
+        context["ti"].xcom_push(key=REPORT, value=address_of(place))
+
+
+def address_of(place: str) -> str:
+    """Return what leads to a page: below ``TEACHERCACHE_REPORTS_URL``, else where it lies."""
+    served = os.environ.get("TEACHERCACHE_REPORTS_URL")
+    if served:
+        return f"{served.rstrip('/')}/{PurePosixPath(place).name}"
+    return place if "://" in place else PurePosixPath(place).as_uri()

@@ -7,7 +7,8 @@ from pipeline.cli import (
     mend,
     models,
     recipes,
+    report,
 )  # each adds its commands to the app
 from pipeline.cli.app import app, main
 
-__all__ = ["app", "audit", "cache", "hub", "main", "mend", "models", "recipes"]
+__all__ = ["app", "audit", "cache", "hub", "main", "mend", "models", "recipes", "report"]

@@ -18,6 +18,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("trl", "peft"), "teachercache[align]"),
     "ray": "teachercache[ray]",
+    "vl_convert": "teachercache[report]",
 }
 
 

@@ -1,7 +1,6 @@
 """What came of a run: students before and after, evaluations, tables."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,19 +12,16 @@ from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
 from pipeline.reports.seeds_report import COLUMNS, seeds_table
+from pipeline.reports.step_times import measured_time
 from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
-from schemas.storage.manifest import Manifest
 from schemas.storage.object_path import ObjectPath
-from schemas.storage.records import all_notes
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate_preferences.stage import PreferenceEvaluationStage
 from stages.student.objectives.mend import MendConfig
 from stages.student.train.stage import TrainStage
-
-RECORDS_READ = 1000  # of a table, to say how fast it was made
 
 
 def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
@@ -154,7 +150,7 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
         size = folder_bytes(step.place)
         tokens_of_text = max(tokens_of_text, manifest.num_tokens)
         bytes_of_all += size
-        speed = _positions_a_second(step.place, manifest)
+        speed = measured_time(step.place, manifest).positions_per_s
         table.add_row(
             f"{step.name} ({manifest.variant or manifest.table})",
             count_cell(manifest.num_rows),
@@ -175,15 +171,3 @@ def folder_bytes(folder: Folder) -> int:
     if isinstance(folder, ObjectPath):
         return sum(folder.find().values())
     return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
-
-
-def _positions_a_second(folder: Folder, manifest: Manifest) -> float | None:
-    """Return the speed that the shards' records tell; of many shards, evenly spaced ones."""
-    num_positions, seconds = 0, 0.0
-    every = math.ceil(len(manifest.shards) / RECORDS_READ) or 1
-    shards = manifest.shards[::every]
-    for shard, notes in zip(shards, all_notes(folder, [s.name for s in shards]), strict=True):
-        if notes is not None:
-            num_positions += shard.num_positions
-            seconds += notes["notes"].get("seconds", 0.0)  # of an import none is told
-    return num_positions / seconds if num_positions and seconds else None

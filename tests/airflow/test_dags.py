@@ -1,6 +1,7 @@
 """The DAGs by themselves: their graphs, what is wrong with a recipe, runs without a scheduler."""
 
 import importlib.util
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,16 @@ import psutil
 import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import Asset
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowSkipException,
+    AirflowTaskTimeout,
+)
+from airflow.serialization.serialized_objects import DagSerialization as SerializedDAG
 from conftest import DAGS, REPOSITORY, World, tables, teachercache
 from teachercache_command import Call, Process, calls, extra_of, raise_for
-from teachercache_tasks import AuditOperator, TeachercacheOperator
+from teachercache_tasks import AuditOperator, ReportOperator, TeachercacheOperator
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
 
@@ -60,11 +67,13 @@ def test_each_recipe_has_a_dag_that_caches_and_one_that_trains(recipes: Path) ->
         "signals.finish": {"signals.shards"},
         "verify": {"signals.finish"},
         "publish": {"verify"},
+        "report": {"publish"},
     }
     assert edges(found.dags["quickstart__train"]) == {
         "student": set(),
         "cross_entropy_only": {"student"},
         "distilled": {"student"},
+        "report": {"cross_entropy_only", "distilled"},
     }
     chain = edges(found.dags["adpa__cache"])  # a table of a model that an earlier step trains
     assert chain["sft_responses.groups"] == {"pairs", "sft"}
@@ -388,6 +397,45 @@ def test_a_recipe_run_by_its_dags_gives_the_bytes_of_a_plain_run(
     states = {task.task_id: task.state for task in again.get_task_instances()}
     assert again.state == "success" and states["signals.shards"] == "skipped"
     assert states["signals.finish"] == states["publish"] == "success"
+
+
+def test_the_last_task_links_to_the_page_of_the_run(
+    recipes: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page lies below the root; the link is to there, or to where reports are served."""
+    root = tmp_path / "root"
+    world.write(recipes / "tiny.yaml", root)
+    dag, page = bag().dags["tiny__cache"], root / "reports" / "tiny.html"
+    for served, link in (
+        ("", page.as_uri()),
+        ("https://reports.example/x/", "https://reports.example/x/tiny.html"),
+    ):
+        monkeypatch.setenv("TEACHERCACHE_REPORTS_URL", served)
+        page.unlink(missing_ok=True)
+        run = dag.test(run_conf={"date": "2026-01-05"})
+        (report,) = (task for task in run.get_task_instances() if task.task_id == "report")
+        assert run.state == report.state == "success"
+        assert "Content-Security-Policy" in page.read_text()
+        key = dag.get_task("report").operator_extra_links[0].xcom_key
+        assert report.xcom_pull(task_ids="report", key=key) == link
+    stored = SerializedDAG.to_dict(dag)["dag"]["tasks"]
+    (task,) = (each["__var"] for each in stored if each["__var"]["task_id"] == "report")
+    assert task["_operator_extra_links"] == {"Report": key}
+
+
+def test_a_command_that_cannot_draw_skips_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "bare.py"
+    task = ReportOperator(task_id="report", recipe=str(tmp_path / "r.yaml"), arguments=["report"])
+    monkeypatch.setenv("TEACHERCACHE_COMMAND", f"{sys.executable} {script}")
+    for problem, raised in (
+        ("vl_convert is not installed: install teachercache[report]", AirflowSkipException),
+        ("steps.x: bad", AirflowFailException),
+    ):
+        script.write_text(f"import sys; sys.exit(print('error: {problem}') or 2)")
+        with pytest.raises(raised, match=re.escape(problem)):
+            task.execute(context_of())
 
 
 def test_a_wrong_override_fails_the_plan_at_its_first_try(

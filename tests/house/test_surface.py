@@ -62,6 +62,7 @@ COMMANDS = {
     "run": {"--step", "--shards", "--set"},
     "extend": {"--step", "--from", "--set"},
     "repair": {"--step", "--set"},
+    "report": {"--output", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
     "verify": set(),
@@ -142,7 +143,8 @@ def test_the_wheel_holds_our_packages_and_the_command(tmp_path: Path) -> None:
     command = "teachercache = teachercache.__main__:main"
     assert command in zipfile.ZipFile(wheel).read(entry).decode()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert all(name.endswith(".py") for name in names if ".dist-info" not in name)
+    others = {name for name in names if not name.endswith(".py") and ".dist-info" not in name}
+    assert others == {f"pipeline/reports/page/page.{kind}" for kind in ("html", "css", "js")}
 
 
 def test_a_trainer_only_install_names_no_vllm() -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,17 @@ EVALUATION = "evaluation.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """A finished step: its identity, its results, and the checksum of each file of the folder."""
+    """A finished step: its identity, its results, and the checksum of each file of the folder.
+
+    ``history`` is what a run logged, the same however often it was killed; ``speeds``, by step,
+    are of the clock.
+    """
 
     fingerprint: str
     identity: Mapping[str, Any]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     history: tuple[Mapping[str, float], ...] = ()
+    speeds: Sequence[Mapping[str, float]] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -154,6 +154,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
 
     def get_train_dataloader(self) -> StepLoader:
         """Load this process's share of each step; accelerate's own would repeat rows to fill it."""
+        self._logged.begin()
         args = self.args
         rows = StepRows(
             len(self.train_dataset),

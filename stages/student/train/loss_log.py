@@ -1,7 +1,7 @@
 """What a run logs: means of the losses' parts over all processes, and events for the caller."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 from stages.student.losses.step import UNITS, Term, Unit
 
 OnEvent = Callable[[dict[str, Any]], None]
+SPEED = "_per_s"  # what the names of speeds end with
 
 
 class RunningSums:
@@ -26,6 +27,11 @@ class RunningSums:
         self.sums: dict[str, Tensor] = {}
         self.units: dict[str, Unit] = {}
         self.counts = [0] * len(UNITS)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock that speeds are told by."""
+        self.clock = time.monotonic()
 
     def add(self, terms: Sequence[Term], counts: Sequence[int]) -> None:
         """Take in one batch: its terms and its counts of ``UNITS``."""
@@ -36,7 +42,7 @@ class RunningSums:
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
     def take(self, device: torch.device, reduce: Callable[..., Any]) -> dict[str, float]:
-        """Return the means over all processes and the counts; start again at zero."""
+        """Return the means over all processes, the counts and speeds; start again at zero."""
         values = [value.float().reshape(()) for value in self.sums.values()]
         local_S = torch.stack([*values, *torch.tensor(self.counts, device=device).float()])
         totals = reduce(local_S, reduction="sum").tolist()
@@ -47,8 +53,22 @@ class RunningSums:
             name: total / max(counted[self.units[name]], 1.0)
             for name, total in zip(self.sums, totals, strict=False)  # the counts come last
         }
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speeds = {f"{unit}{SPEED}": count / seconds for unit, count in used.items()}
         self.sums, self.counts = {}, [0] * len(UNITS)
-        return means | found
+        self.begin()
+        return means | found | speeds
+
+
+def without_speeds(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return what a step logged that is the same in every run."""
+    return {name: value for name, value in entry.items() if not name.endswith(SPEED)}
+
+
+def speeds_of(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's number and how fast it was."""
+    speeds = {name: value for name, value in entry.items() if name.endswith(SPEED)}
+    return {"step": entry["step"], **speeds} if speeds else {}
 
 
 class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -57,13 +77,11 @@ class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is u
     def __init__(self, on_event: OnEvent) -> None:
         """``on_event`` is given each event."""
         self.on_event = on_event
-        self.clock = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the number of steps."""
-        self.clock = time.monotonic()
         self._tell("start", state)
 
     def on_log(
@@ -75,14 +93,8 @@ class EventReporter(TrainerCallback):  # type: ignore[misc]  # transformers is u
         **kwargs: Any,
     ) -> None:
         """Tell a step's numbers and how fast it was."""
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        seconds = max(now - self.clock, 1e-9)
-        self.clock = now
-        counts = {unit: logs[f"num_{unit}"] for unit in UNITS if f"num_{unit}" in logs}
-        speed = {f"{unit}_per_s": count / seconds for unit, count in counts.items()}
-        self._tell("step", state, **logs, **speed)
+        if logs and "loss" in logs:
+            self._tell("step", state, **logs)
 
     def _tell(self, event: str, state: TrainerState, **values: float) -> None:
         place = {"event": event, "step": state.global_step, "max_steps": state.max_steps}

@@ -45,6 +45,7 @@ from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer, OnCheckpoint, OnEvent
 from stages.student.train.early_stopping import EarlyStop, is_of_numbers, require_heldout
 from stages.student.train.loading import Start, load_start
+from stages.student.train.loss_log import speeds_of, without_speeds
 from stages.student.train.sharding import (
     own_part,
     require_same_sharding,
@@ -244,10 +245,12 @@ class _Run:
         if trackers is not None and trainer.is_world_process_zero():
             trackers.finish(args, trainer.state, trainer.control, after)
         metrics = {"before": before, "after": after, "train": summary}
-        history = tuple(dict(entry) for entry in trainer.state.log_history if is_of_numbers(entry))
+        logged = [entry for entry in trainer.state.log_history if is_of_numbers(entry)]
+        history = tuple(without_speeds(entry) for entry in logged)
+        speeds = [found for entry in logged if (found := speeds_of(entry))]
         weights = whole_weights(model, trainer) if divided else None
         if trainer.is_world_process_zero():
-            self._save(model, folders.student, metrics, history, weights)
+            self._save(model, folders.student, metrics, (history, speeds), weights)
         trainer.accelerator.wait_for_everyone()
         return TrainResult(self.output, self.fingerprint, metrics, history)
 
@@ -316,7 +319,7 @@ class _Run:
         model: PreTrainedModel,
         student: Path,
         metrics: Mapping[str, Mapping[str, float]],
-        history: tuple[Mapping[str, float], ...],
+        logged: tuple[tuple[Mapping[str, float], ...], Sequence[Mapping[str, float]]],
         weights: Mapping[str, Tensor] | None,
     ) -> None:
         """Write the folder, ``checkpoint.json`` last; only then do the checkpoints go."""
@@ -327,8 +330,13 @@ class _Run:
         copy_tokenizer(student, self.output)
         equal_modes(self.output)
         write_text(self.output / METRICS, json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+        history, speeds = logged
         record = CheckpointRecord(
-            fingerprint=self.fingerprint, identity=self.identity, metrics=metrics, history=history
+            fingerprint=self.fingerprint,
+            identity=self.identity,
+            metrics=metrics,
+            history=history,
+            speeds=speeds,
         )
         write_checkpoint(self.output, record)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
