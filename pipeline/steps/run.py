@@ -5,7 +5,6 @@ that die with the process, and whoever comes too late is refused in one line.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 
 from pipeline.planning.plan import PlannedStep, needs
@@ -13,6 +12,7 @@ from pipeline.planning.recipe import Execution
 from pipeline.state.finished_files import finished_files
 from pipeline.state.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.state.step_state import Progress, finished_manifest, is_done, progress_of
+from pipeline.steps.fit import require_fit
 from pipeline.steps.folder_step import run_folder
 from pipeline.steps.reporter import Reporter
 from pipeline.steps.table_step import (
@@ -35,9 +35,21 @@ from stages.student.packages import require_packages
 from stages.student.train.stage import TrainStage
 
 
-def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Reporter) -> None:
-    """Bring every step to completion, in order."""
+def run_plan(
+    plan: Sequence[PlannedStep],
+    execution: Execution,
+    reporter: Reporter,
+    *,
+    fit_check: bool = True,
+) -> None:
+    """Bring every step to completion, in order.
+
+    With ``fit_check`` what is known not to fit on the disk or into the memory is refused: all of it
+    before the first step, and each step once what it reads is finished.
+    """
     _refuse_untrainable_steps(plan, execution)
+    if fit_check:
+        require_fit(plan, execution)
     for step in plan:
         progress = progress_of(step)
         reporter.step_started(step, progress)
@@ -48,12 +60,19 @@ def run_plan(plan: Sequence[PlannedStep], execution: Execution, reporter: Report
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)
             if not is_done(step):  # another run may have finished it meanwhile
+                if fit_check:
+                    require_fit([step], execution)
                 _run_step(step, execution, reporter)
         reporter.step_finished(step)
 
 
 def run_shards(
-    step: PlannedStep, shards: range, execution: Execution, reporter: Reporter
+    step: PlannedStep,
+    shards: range,
+    execution: Execution,
+    reporter: Reporter,
+    *,
+    fit_check: bool = True,
 ) -> ShardTotals:
     """Bring some shards of a table step to completion; ``run_plan`` writes its manifest later.
 
@@ -82,13 +101,13 @@ def run_shards(
     reporter.step_started(step, Progress("partial", why, num_shards=num_shards))
     with shards_lock(step.place, shards, warned=reporter.warned):
         remove_torn_files(step.place, {shard_name(index, num_shards) for index in shards})
-        _refuse_full_disk(step)
+        if fit_check:
+            require_fit([step], execution)
         made = make_shards(step, step.stage, source, shards, execution, reporter)
         return made.totals(shards)
 
 
 def _run_step(step: PlannedStep, execution: Execution, reporter: Reporter) -> None:
-    _refuse_full_disk(step)
     match step.stage:
         case TableStage() | FileMapStage() as stage:
             run_table(step, stage, execution, reporter)
@@ -162,21 +181,6 @@ def _refuse_trackers_without_place(step: PlannedStep, execution: Execution) -> N
         raise ConfigError(
             f"report_to: tensorboard writes into a step's folder, and {step.place} is in a store: "
             f"set {TENSORBOARD_FOLDER} to a folder of this machine"
-        )
-
-
-def _refuse_full_disk(step: PlannedStep) -> None:
-    if isinstance(step.place, ObjectPath):  # a store has no end
-        return
-    progress = progress_of(step)
-    if progress.num_bytes is None or not progress.num_shards:
-        return
-    needed = progress.num_bytes * (1 - progress.shards_done / progress.num_shards)
-    free = shutil.disk_usage(step.place).free
-    if needed > free:
-        raise StoreError(
-            f"step '{step.name}' needs about {needed / 1e6:,.1f} MB in {step.place}, only "
-            f"{free / 1e6:,.1f} MB are free: free some or move execution.root"
         )
 
 

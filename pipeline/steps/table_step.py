@@ -49,18 +49,19 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
     work_folder = working_folder(step.place) / WORK_FOLDER
     prepared = stage.prepare(work_folder, on_progress=reporter.said)
     num_shards = len(prepared.shards)
-    bound = _bound(step, stage)
+    bound = bound_source(step, stage)
     make = _source_maker(step, stage, prepared, work_folder)
     shards = _make_missing(step, num_shards, range(num_shards), make, reporter).finish()
     if prepared.rejected:
         lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
         write_text(step.place / SOURCE_REJECTS, "".join(lines))
     fingerprint = tokenizer_fingerprint(Path(stage.tokenizer))
-    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
+    write_table_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
     remove_source_work(step)
 
 
-def _bound(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
+def bound_source(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
+    """Return the table of a source with its vocabulary known."""
     vocab_size = vocab_size_of(Path(stage.tokenizer))
     return stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
 
@@ -68,7 +69,7 @@ def _bound(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
 def _source_maker(
     step: PlannedStep, stage: SourceStage, prepared: Prepared, work_folder: Path
 ) -> Make:
-    bound, num_shards = _bound(step, stage), len(prepared.shards)
+    bound, num_shards = bound_source(step, stage), len(prepared.shards)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         for index in indices:
@@ -95,7 +96,7 @@ def run_table(
     source = source_of(step)
     every = range(num_shards_of(source))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
-    bound = stage.bind(_context(step, stage, source, execution))
+    bound = stage.bind(context_of(step, stage, source, execution))
     if isinstance(source, Manifest):
         tokenizer = source.tokenizer
     else:
@@ -107,7 +108,7 @@ def run_table(
     _require_rows(step, shards)
     if CALIBRATION in _side_files(stage):
         require_one_tau(step.place, [shard.name for shard in shards])
-    _write_manifest(step, bound, shards, tokenizer, {})
+    write_table_manifest(step, bound, shards, tokenizer, {})
 
 
 def _require_rows(step: PlannedStep, shards: ShardList) -> None:
@@ -197,7 +198,7 @@ def _table_maker(
     execution: Execution,
     reporter: Reporter,
 ) -> Make:
-    context = _context(step, stage, source, execution)
+    context = context_of(step, stage, source, execution)
     notes = made_by(step)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
@@ -225,13 +226,16 @@ def _table_maker(
     return make
 
 
-def _context(
+def context_of(
     step: PlannedStep,
     stage: MappedStage,
     source: Manifest | Sequence[Piece],
     execution: Execution,
 ) -> StageContext:
-    """Ids are those of the model that is run; where none is, of the input or the tokenizer."""
+    """Return what a worker of the step is given.
+
+    Ids are those of the model that is run; where none is, of the input or the tokenizer.
+    """
     models = {name: model.spec() for name, model in step.models.items()}
     if isinstance(stage, SignalStage):
         vocab_size = vocab_size_of(models[stage.model].path)
@@ -310,13 +314,14 @@ def made_by(step: PlannedStep) -> dict[str, Any]:
     return {"fingerprint": step.fingerprint, "models": models, **names}
 
 
-def _write_manifest(
+def write_table_manifest(
     step: PlannedStep,
     bound: BoundTable[Any],
     shards: ShardList,
     tokenizer: str,
     source_rejects: dict[str, int],
 ) -> None:
+    """Write what a reader of the bare shards needs, then the manifest."""
     assert isinstance(step.stage, SourceStage | TableStage)
     table = step.stage.table
     side_files = _side_files(step.stage)
