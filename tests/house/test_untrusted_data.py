@@ -2,12 +2,20 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 
-from tests.house.tree import REPOSITORY, sources
+from tests.house.tree import REPOSITORY
+from tests.house.tree import sources as read_sources
 
 # Between processes that one run has started itself: a socket in a folder of its own.
 PICKLE_SITES = {"pipeline/executors/local/training.py", "pipeline/executors/local/training_rank.py"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+@cache
+def sources() -> list[tuple[str, ast.Module]]:
+    """Every module of the product, read once."""
+    return list(read_sources())
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
