@@ -29,7 +29,7 @@ class Marker:
 def weights(tiny_model: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     shutil.copytree(tiny_model, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    found = load_file(file)
+    found: dict[str, torch.Tensor] = load_file(file)
     file.unlink()
     return found
 
