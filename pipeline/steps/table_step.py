@@ -232,10 +232,7 @@ def context_of(
     source: Manifest | Sequence[Piece],
     execution: Execution,
 ) -> StageContext:
-    """Return what a worker of the step is given.
-
-    Ids are those of the model that is run; where none is, of the input or the tokenizer.
-    """
+    """Return a worker's context: ids are those of the model, else of the input or tokenizer."""
     models = {name: model.spec() for name, model in step.models.items()}
     if isinstance(stage, SignalStage):
         vocab_size = vocab_size_of(models[stage.model].path)

@@ -57,9 +57,9 @@ PUBLIC = [
     "weighted_tokens",
 ]
 COMMANDS = {
-    "plan": {"--set", "--json"},
+    "plan": {"--estimate", "--set", "--json"},
     "show": {"--set"},
-    "run": {"--step", "--shards", "--set"},
+    "run": {"--no-fit-check", "--step", "--shards", "--set"},
     "repair": {"--step", "--set"},
     "submit": {"--set", "--address"},
     "status": {"--set", "--json"},
