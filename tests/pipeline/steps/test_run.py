@@ -275,15 +275,22 @@ def test_a_root_that_cannot_be_written_is_one_line(copied: TinyRecipe) -> None:
 
 
 def test_what_will_not_fit_is_refused_before_an_engine_starts(
-    tiny_model: Path, paragraphs: list[str], tmp_path: Path
+    tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A config that claims a width of 10^15: its exact encoding fits no disk on earth."""
+    """A config that claims a width of 10^15: its exact encoding fits no disk on earth.
+
+    Nor its head any memory, which is refused even before there are documents.
+    """
     model = shutil.copytree(tiny_model, tmp_path / "wide")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 10**15}))
     recipe = make_recipe(tmp_path / "recipe", model, paragraphs[:20])
     edit_recipe(recipe, "steps", "signals", "encoding", value={"kind": "exact"})
     edit_recipe(recipe, "steps", "documents", "tokenizer", value=str(tiny_model))
+    said = teachercache("run", recipe.path)
+    assert said.code == 2 and "GB of memory for weights and head" in said.error
+    assert not recipe.step("documents").folder.exists()
+    monkeypatch.setattr("stages.models.engines.memory.available_memory", lambda: 0)  # unknown
     said = teachercache("run", recipe.path)
     assert said.code == StoreError.exit_code
     assert re.match(r"step 'signals' needs about [\d,.]+ MB in .*, only [\d,.]+ MB are", said.error)
