@@ -28,9 +28,14 @@ def _tell(line: str) -> None:
     _log.error(line)
     address = os.environ.get("TEACHERCACHE_WEBHOOK")
     if address:
-        request = urllib.request.Request(
-            address,
-            data=json.dumps({"text": line}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        urllib.request.urlopen(request, timeout=10).close()
+        try:
+            request = urllib.request.Request(
+                address,
+                data=json.dumps({"text": line}).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            urllib.request.urlopen(request, timeout=10).close()
+        except (OSError, ValueError) as error:  # the address itself lets anybody post there
+            _log.error(
+                "the webhook of TEACHERCACHE_WEBHOOK did not take it: %s", type(error).__name__
+            )

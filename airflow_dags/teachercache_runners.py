@@ -89,15 +89,20 @@ class RayJobOperator(TeachercacheOperator):
     @staticmethod
     def _client() -> httpx.Client:
         address = os.environ.get("TEACHERCACHE_RAY_ADDRESS", "http://127.0.0.1:8265")
-        token = ray_token()
+        token, url = ray_token(), httpx.URL(address)
+        # Apart from the URL, which is part of what httpx says of a request that failed.
+        user = (url.username, url.password) if url.userinfo and not token else None
+        url = url.copy_with(userinfo=b"")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
 
         def let_in(answer: httpx.Response) -> None:
             if answer.status_code in (401, 403):
-                raise AirflowFailException(_no_entry(address, token))
+                raise AirflowFailException(_no_entry(str(url), token))
 
         hooks = {"response": [let_in]}
-        return httpx.Client(base_url=address, headers=headers, timeout=60.0, event_hooks=hooks)
+        return httpx.Client(
+            base_url=url, headers=headers, auth=user, timeout=60.0, event_hooks=hooks
+        )
 
 
 def ray_token() -> str | None:

@@ -110,6 +110,8 @@ class AuditOperator(TeachercacheOperator):
 
 def _is_signal(step: Mapping[str, Any]) -> bool:
     return bool(step["state"] == "done" and step["has_audit"])
+
+
 class ReportLink(BaseOperatorLink):
     """The button of a task that leads to the page it made."""
 

@@ -4,7 +4,42 @@ Messages are one readable line: what was got, what was expected, which file or s
 do about it. A fault only we can cause is an ``assert``, never one of these.
 """
 
+import os
+import re
+
 _LONGEST = 300  # characters of a library's own line
+_HIDDEN = "***"
+# What stands before the host of a URL, values in its query that let somebody in, and headers.
+_SECRETS = (
+    (
+        re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s'\"@]+|[^/:\s'\"@]+:[^\s'\"@]+)@"),
+        rf"\1{_HIDDEN}@",
+    ),
+    (
+        re.compile(
+            r"(?i)([?&][\w-]*(?:token|secret|signature|password|credential|key)=)[^&\s'\"]+"
+        ),
+        rf"\1{_HIDDEN}",
+    ),
+    (re.compile(r"(?i)\b(bearer|basic) [A-Za-z0-9._~+/=-]{6,}"), rf"\1 {_HIDDEN}"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), _HIDDEN),
+)
+_SECRET_NAME = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCESS_KEY_ID)$")
+_SHORTEST = 8  # characters of a variable's value that is taken for a secret
+
+
+def redacted(text: str) -> str:
+    """Return a text without what lets somebody in, ``***`` in its place.
+
+    That is user information and keys in URLs, tokens of the hub, values of headers, and the values
+    of this process's variables whose names end as those of secrets do.
+    """
+    for pattern, hidden in _SECRETS:
+        text = pattern.sub(hidden, text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, _HIDDEN)
+    return text
 
 
 def first_line(error: Exception) -> str:
@@ -21,9 +56,16 @@ def first_line(error: Exception) -> str:
 
 
 class TeacherCacheError(Exception):
-    """Base of every error that the command line prints as one line instead of a traceback."""
+    """Base of every error that the command line prints as one line instead of a traceback.
+
+    Whatever a library or a setting brought into its text, there is no secret in it: ``redacted``.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        """Keep the message without secrets."""
+        super().__init__(redacted(str(message)))
 
 
 class ConfigError(TeacherCacheError):

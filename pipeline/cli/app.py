@@ -5,6 +5,7 @@ Commands parse, call and print; heavy imports happen inside them.
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from pipeline.planning.extras import extras_named
-from schemas.errors import TeacherCacheError
+from schemas.errors import TeacherCacheError, redacted
 
 if TYPE_CHECKING:
     from pipeline.reports.progress import ConsoleReporter
@@ -39,6 +40,9 @@ def main() -> None:
             app()
     except TeacherCacheError as error:
         _end_with(error)
+    except Exception:  # noqa: BLE001  a fault of ours: all of it is told, without secrets
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
+        sys.exit(1)
 
 
 def _end_with(error: TeacherCacheError) -> NoReturn:

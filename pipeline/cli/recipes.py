@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from pipeline.cli.app import AsJson, app, console, quiet_libraries, reporting
 
@@ -30,13 +31,43 @@ def _plan(path: Path, overrides: list[str]) -> "tuple[Recipe, list[PlannedStep]]
     return recipe, make_plan(recipe)
 
 
+NoFitCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-fit-check", help="Start even where bytes or weights are more than there is room for."
+    ),
+]
+
+
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Run each step on a few rows, and say rows, bytes, time and memory of the whole.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what would run, what is done and why, and the rows, bytes and disk it comes to."""
     from pipeline.reports.plan_report import print_plan
 
     loaded, steps = _plan(recipe, overrides)
-    print_plan(console, loaded, steps, as_json=as_json)
+    if not estimate:
+        print_plan(console, loaded, steps, as_json=as_json)
+        return
+    from pipeline.estimate.estimate import estimate_recipe
+    from pipeline.estimate.report import print_estimate
+
+    quiet_libraries()
+    said = Console(stderr=True)
+    found = estimate_recipe(
+        loaded, steps, lambda line: said.print(line, highlight=False, markup=False, soft_wrap=True)
+    )
+    print_estimate(console, found, as_json=as_json)
 
 
 @app.command()
@@ -57,6 +88,7 @@ def run(
         str | None,
         typer.Option(metavar="A:B", help="With --step: make shards A to B-1 alone, no manifest."),
     ] = None,
+    no_fit_check: NoFitCheck = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Do all of a recipe that is not done yet, then print what came of it.
@@ -75,9 +107,11 @@ def run(
     quiet_libraries()
     with reporting() as reporter:
         if chosen is None:
-            run_plan(steps, loaded.execution, reporter)
+            run_plan(steps, loaded.execution, reporter, fit_check=not no_fit_check)
         else:
-            made = run_shards(steps[0], chosen, loaded.execution, reporter)
+            made = run_shards(
+                steps[0], chosen, loaded.execution, reporter, fit_check=not no_fit_check
+            )
     if chosen is None:
         print_results(console, steps)
     else:

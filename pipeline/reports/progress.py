@@ -17,6 +17,7 @@ from rich.progress import (
 
 from pipeline.planning.plan import PlannedStep
 from pipeline.state import step_state
+from schemas.errors import redacted
 from schemas.storage.records import ShardRecord
 
 LINE_EVERY_S = 10.0
@@ -100,7 +101,7 @@ class ConsoleReporter:
 
     def warned(self, line: str) -> None:
         """Say at once what went wrong and is being made good."""
-        self._say(line)
+        self._say(redacted(line))
 
     def trained(self, values: dict[str, Any]) -> None:
         """Show a training step's loss, or the numbers of an evaluation."""

@@ -5,7 +5,6 @@ that die with the process, and whoever comes too late is refused in one line.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 
 from pipeline.planning.plan import PlannedStep, needs
@@ -14,6 +13,7 @@ from pipeline.state.finished_files import finished_files
 from pipeline.state.step_lock import remove_torn_files, shards_lock, step_lock
 from pipeline.state.step_state import Progress, finished_manifest, is_done, progress_of
 from pipeline.steps.extension import extend_table, remove_extension
+from pipeline.steps.fit import require_fit
 from pipeline.steps.folder_step import run_folder
 from pipeline.steps.reporter import Reporter
 from pipeline.steps.table_step import (
@@ -43,13 +43,18 @@ def run_plan(
     reporter: Reporter,
     *,
     extends: Sequence[Folder] = (),
+    fit_check: bool = True,
 ) -> None:
     """Bring every step to completion, in order.
 
     Rows of finished tables below the roots ``extends`` are copied where signals are made of more
-    rows, or of fewer, than those were.
+    rows, or of fewer, than those were. With ``fit_check`` what is known not to fit on the disk or
+    into the memory is refused: all of it before the first step, and each step once what it reads is
+    finished.
     """
     _refuse_untrainable_steps(plan, execution)
+    if fit_check:
+        require_fit(plan, execution)
     for step in plan:
         progress = progress_of(step)
         reporter.step_started(step, progress)
@@ -60,13 +65,20 @@ def run_plan(
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)
             if not is_done(step):  # another run may have finished it meanwhile
+                if fit_check:
+                    require_fit([step], execution)
                 _run_step(step, execution, reporter, extends)
             remove_extension(step)
         reporter.step_finished(step)
 
 
 def run_shards(
-    step: PlannedStep, shards: range, execution: Execution, reporter: Reporter
+    step: PlannedStep,
+    shards: range,
+    execution: Execution,
+    reporter: Reporter,
+    *,
+    fit_check: bool = True,
 ) -> ShardTotals:
     """Bring some shards of a table step to completion; ``run_plan`` writes its manifest later.
 
@@ -95,7 +107,8 @@ def run_shards(
     reporter.step_started(step, Progress("partial", why, num_shards=num_shards))
     with shards_lock(step.place, shards, warned=reporter.warned):
         remove_torn_files(step.place, {shard_name(index, num_shards) for index in shards})
-        _refuse_full_disk(step)
+        if fit_check:
+            require_fit([step], execution)
         made = make_shards(step, step.stage, source, shards, execution, reporter)
         return made.totals(shards)
 
@@ -103,7 +116,6 @@ def run_shards(
 def _run_step(
     step: PlannedStep, execution: Execution, reporter: Reporter, extends: Sequence[Folder]
 ) -> None:
-    _refuse_full_disk(step)
     if isinstance(step.stage, SignalStage):
         extend_table(step, step.stage, extends, execution, reporter)
     match step.stage:
@@ -179,21 +191,6 @@ def _refuse_trackers_without_place(step: PlannedStep, execution: Execution) -> N
         raise ConfigError(
             f"report_to: tensorboard writes into a step's folder, and {step.place} is in a store: "
             f"set {TENSORBOARD_FOLDER} to a folder of this machine"
-        )
-
-
-def _refuse_full_disk(step: PlannedStep) -> None:
-    if isinstance(step.place, ObjectPath):  # a store has no end
-        return
-    progress = progress_of(step)
-    if progress.num_bytes is None or not progress.num_shards:
-        return
-    needed = progress.num_bytes * (1 - progress.shards_done / progress.num_shards)
-    free = shutil.disk_usage(step.place).free
-    if needed > free:
-        raise StoreError(
-            f"step '{step.name}' needs about {needed / 1e6:,.1f} MB in {step.place}, only "
-            f"{free / 1e6:,.1f} MB are free: free some or move execution.root"
         )
 
 

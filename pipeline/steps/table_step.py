@@ -47,18 +47,19 @@ def run_source(step: PlannedStep, stage: SourceStage, reporter: Reporter) -> Non
     work_folder = working_folder(step.place) / WORK_FOLDER
     prepared = stage.prepare(work_folder, on_progress=reporter.said)
     num_shards = len(prepared.shards)
-    bound = _bound(step, stage)
+    bound = bound_source(step, stage)
     make = _source_maker(step, stage, prepared, work_folder)
     shards = make_missing(step.place, num_shards, range(num_shards), make, reporter).finish()
     if prepared.rejected:
         lines = [json.dumps(dict(row), sort_keys=True) + "\n" for row in prepared.rejected]
         write_text(step.place / SOURCE_REJECTS, "".join(lines))
     fingerprint = tokenizer_fingerprint(Path(stage.tokenizer))
-    _write_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
+    write_table_manifest(step, bound, shards, fingerprint, dict(prepared.rejects))
     remove_source_work(step)
 
 
-def _bound(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
+def bound_source(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
+    """Return the table of a source with its vocabulary known."""
     vocab_size = vocab_size_of(Path(stage.tokenizer))
     return stage.bind(StageContext(folder=step.place, vocab_size=vocab_size))
 
@@ -66,7 +67,7 @@ def _bound(step: PlannedStep, stage: SourceStage) -> BoundTable[Any]:
 def _source_maker(
     step: PlannedStep, stage: SourceStage, prepared: Prepared, work_folder: Path
 ) -> Make:
-    bound, num_shards = _bound(step, stage), len(prepared.shards)
+    bound, num_shards = bound_source(step, stage), len(prepared.shards)
 
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         for index in indices:
@@ -105,7 +106,7 @@ def run_table(
     _require_rows(step, shards)
     if CALIBRATION in _side_files(stage):
         require_one_tau(step.place, [shard.name for shard in shards])
-    _write_manifest(step, bound, shards, tokenizer, {})
+    write_table_manifest(step, bound, shards, tokenizer, {})
 
 
 def _require_rows(step: PlannedStep, shards: ShardList) -> None:
@@ -228,7 +229,7 @@ def context_of(
     source: Manifest | Sequence[Piece],
     execution: Execution,
 ) -> StageContext:
-    """Ids are those of the model that is run; where none is, of the input or the tokenizer."""
+    """Return a worker's context: ids are those of the model, else of the input or tokenizer."""
     models = {name: model.spec() for name, model in step.models.items()}
     if isinstance(stage, SignalStage):
         vocab_size = vocab_size_of(models[stage.model].path)
@@ -302,13 +303,14 @@ def made_by(step: PlannedStep) -> dict[str, Any]:
     return {"fingerprint": step.fingerprint, "models": models, **names}
 
 
-def _write_manifest(
+def write_table_manifest(
     step: PlannedStep,
     bound: BoundTable[Any],
     shards: ShardList,
     tokenizer: str,
     source_rejects: dict[str, int],
 ) -> None:
+    """Write what a reader of the bare shards needs, then the manifest."""
     assert isinstance(step.stage, SourceStage | TableStage)
     table = step.stage.table
     side_files = _side_files(step.stage)

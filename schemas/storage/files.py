@@ -28,7 +28,8 @@ Folder = Path | ObjectPath
 def as_folder(place: Folder | str) -> Folder:
     """Return ``s3://`` and ``gs://`` places as an ObjectPath, ``file://`` and any other as a Path.
 
-    Raises ConfigError for another scheme, or a place without a bucket.
+    Raises ConfigError for another scheme, a place without a bucket, or one with credentials in it:
+    places are written into records and logs.
     """
     if isinstance(place, Path | ObjectPath):
         return place
@@ -44,6 +45,11 @@ def as_folder(place: Folder | str) -> Folder:
     parts = [part for part in rest.split("/") if part]
     if not parts:
         raise ConfigError(f"'{place}' names no bucket: expected {scheme}://bucket/prefix")
+    if "@" in parts[0] or (":" in parts[0] and "@" in rest and not parts[0].startswith("arn:")):
+        raise ConfigError(
+            f"'{place}' has credentials before its bucket: give them where the provider looks "
+            f"(environment, ~/.aws, instance role), and the place as {scheme}://bucket/prefix"
+        )
     return ObjectPath(f"{scheme}://{'/'.join(parts)}")
 
 

@@ -57,9 +57,9 @@ PUBLIC = [
     "weighted_tokens",
 ]
 COMMANDS = {
-    "plan": {"--set", "--json"},
+    "plan": {"--estimate", "--set", "--json"},
     "show": {"--set"},
-    "run": {"--step", "--shards", "--set"},
+    "run": {"--no-fit-check", "--step", "--shards", "--set"},
     "extend": {"--step", "--from", "--set"},
     "repair": {"--step", "--set"},
     "report": {"--output", "--set"},

@@ -33,7 +33,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from schemas.errors import ConfigError, StoreError, first_line
 from schemas.storage.files import Folder, atomic_file, write_text
-from stages.models.checkpoints.own_code import open_pretrained
+from stages.models.checkpoints.own_code import is_pickle_refused, more_than_tensors, open_pretrained
 from stages.models.checkpoints.rotary_scaling import fixed_window
 
 HEAD_TENSORS = "head.safetensors"
@@ -281,9 +281,18 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     )
 
 
+def _loaded(file: Path) -> dict[str, Tensor]:
+    try:
+        return dict(torch.load(file, mmap=True, weights_only=True))
+    except Exception as error:
+        if is_pickle_refused(error):
+            raise more_than_tensors(file) from error
+        raise
+
+
 def _tensor_names(file: Path) -> list[str]:
     if file.suffix == ".bin":
-        return list(torch.load(file, mmap=True, weights_only=True))
+        return list(_loaded(file))
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
 
@@ -293,7 +302,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     if not file.is_file():
         raise ConfigError(f"{file} is missing: the weight files of {file.parent} are incomplete")
     if file.suffix == ".bin":
-        loaded = torch.load(file, mmap=True, weights_only=True)
+        loaded = _loaded(file)
         return {name: loaded[name] for name in names if name in loaded}
     with safe_open(file, framework="pt") as tensors:
         return {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118

@@ -73,7 +73,8 @@ def open_pretrained(kind: Any, folder: Path, **settings: Any) -> Any:
     """Return what ``kind.from_pretrained`` makes of a model folder, never from the network.
 
     Raises ValueError, in one line, where the folder's own code is needed and not trusted, or is
-    trusted and fails; else what transformers raises.
+    trusted and fails, ConfigError for weights that are more than tensors; else what transformers
+    raises.
     """
     trusted = is_trusted(folder)
     try:
@@ -83,6 +84,8 @@ def open_pretrained(kind: Any, folder: Path, **settings: Any) -> Any:
         if trusted:
             _require_own(kind, folder, opened)
     except Exception as error:
+        if is_pickle_refused(error):
+            raise more_than_tensors(folder) from error
         if trusted:  # code of others may raise anything
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -95,6 +98,19 @@ def open_pretrained(kind: Any, folder: Path, **settings: Any) -> Any:
             ) from error
         raise
     return opened
+
+
+def is_pickle_refused(error: Exception) -> bool:
+    """Whether torch has refused to make an object of a ``.bin`` that is no tensor."""
+    return type(error).__name__ == "UnpicklingError"
+
+
+def more_than_tensors(place: Path) -> ConfigError:
+    """Return the error of such a file: what is in it could run code, so it is never made."""
+    return ConfigError(
+        f"{place}: its .bin weights are damaged or hold objects that are no tensors, which could "
+        f"run code and are never loaded: save the tensors alone, as safetensors"
+    )
 
 
 def built_from(kind: Any, config: Any) -> Any:

@@ -275,9 +275,12 @@ def test_a_root_that_cannot_be_written_is_one_line(copied: TinyRecipe) -> None:
 
 
 def test_what_will_not_fit_is_refused_before_an_engine_starts(
-    tiny_model: Path, paragraphs: list[str], tmp_path: Path
+    tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A config that claims a width of 10^15: its exact encoding fits no disk on earth."""
+    """A config that claims a width of 10^15: its exact encoding fits no disk on earth.
+
+    Nor its head any memory, which is refused even before there are documents.
+    """
     model = shutil.copytree(tiny_model, tmp_path / "wide")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 10**15}))
@@ -285,9 +288,13 @@ def test_what_will_not_fit_is_refused_before_an_engine_starts(
     edit_recipe(recipe, "steps", "signals", "encoding", value={"kind": "exact"})
     edit_recipe(recipe, "steps", "documents", "tokenizer", value=str(tiny_model))
     said = teachercache("run", recipe.path)
+    assert said.code == 2 and "GB of memory for weights and head" in said.error
+    assert not recipe.step("documents").folder.exists()
+    monkeypatch.setattr("stages.models.engines.memory.available_memory", lambda: 0)  # unknown
+    said = teachercache("run", recipe.path)
     assert said.code == StoreError.exit_code
     assert re.match(r"step 'signals' needs about [\d,.]+ MB in .*, only [\d,.]+ MB are", said.error)
-    assert said.error.endswith("free some or move execution.root")
+    assert said.error.endswith("or run with --no-fit-check")
     assert stamps(recipe.step("signals").folder) == {}
     assert "about" in teachercache("plan", recipe.path).out
 
