@@ -69,6 +69,8 @@ browser:
 
 demo: assets
 	$(BIN)/teachercache run examples/quickstart.yaml
+	@echo "is the cache what its teacher says? a sample of it, by the other engine:"
+	$(BIN)/teachercache audit examples/quickstart.yaml
 	@echo "a page to look the run over in a browser:"
 	@$(BIN)/teachercache report examples/quickstart.yaml
 

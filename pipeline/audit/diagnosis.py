@@ -84,8 +84,8 @@ def what_differs(found: Compared, measures: Mapping[str, Any], allowed: Mapping[
         if not len(apart_P):
             continue
         at = int(np.argmax(np.where(np.isnan(apart_P), np.inf, apart_P)))
-        ratio = apart_P[at] / allowed[name]
-        if not ratio <= worst:
+        ratio = np.inf if np.isnan(apart_P[at]) else apart_P[at] / allowed[name]
+        if ratio > worst:
             worst = float(ratio)
             measure = measures[name]
             place = int(found.places_P[at]) if len(apart_P) == len(found.places_P) else at

@@ -60,6 +60,9 @@ class Clock:
     def said(self, line: str) -> None:
         """Say nothing."""
 
+    def extending(self, line: str) -> None:
+        """Say nothing: a probe copies no rows."""
+
     def engine_starting(self, what: str) -> None:
         """Say which engine starts, which takes a while."""
         self.said_line(f"starting {what}")

@@ -52,6 +52,7 @@ from stages.signals.scoring.agreement import (
     beyond_float16,
     beyond_mantissa,
     of_other_shape,
+    over_length,
 )
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import prompted_of, sums_of
@@ -225,8 +226,7 @@ class Live:
         found = {}
         for name, stored_PD, live in zip(_HIDDEN, states, self.asked.hidden_PD, strict=False):
             live_PD = live.double().cpu().numpy()
-            lengths_P = np.linalg.norm(live_PD, axis=1)
-            found[name] = np.linalg.norm(np.asarray(stored_PD) - live_PD, axis=1) / lengths_P
+            found[name] = over_length(np.asarray(stored_PD) - live_PD, live_PD)
         return found
 
 

@@ -109,6 +109,18 @@ def _beyond(stored_P: Array, live_P: Array, half_P: Array) -> F64Array:
     return np.asarray(np.maximum(apart_P - np.asarray(half_P, np.float64), 0.0))
 
 
+def over_length(missed_PD: Array, live_PD: Array) -> F64Array:
+    """Return the length of what is missed over that of the live state, [P].
+
+    A state may be 0 (after a norm, where its input is): the least length that counts is a
+    thousandth of the row's largest.
+    """
+    lengths_P = np.linalg.norm(np.asarray(live_PD, np.float64), axis=1)
+    least = max(1e-3 * float(lengths_P.max(initial=0.0)), 1e-6)
+    missed_P = np.linalg.norm(np.asarray(missed_PD, np.float64), axis=1)
+    return np.asarray(missed_P / np.maximum(lengths_P, least))
+
+
 def beyond_levels(levels: F64Array, codes: Array, uniforms: Array, values: Array) -> F64Array:
     """Return by how much live values miss those that are rounded to ``codes`` by ``uniforms``.
 

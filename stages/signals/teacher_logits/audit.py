@@ -35,6 +35,7 @@ from stages.signals.scoring.agreement import (
     beyond_float16,
     beyond_mantissa,
     of_other_shape,
+    over_length,
 )
 from stages.signals.scoring.encoding import measure
 from stages.signals.scoring.possible_draw import Entries, draw_apart
@@ -169,8 +170,7 @@ class Live:
                 hidden_PD = np.asarray(stored["hidden_PD"])[places_P]
                 states_PD = self.states.hidden_PD[at].float().cpu().numpy()
                 missed_PD = beyond_float16(hidden_PD, states_PD)
-                lengths_P = np.linalg.norm(states_PD.astype(np.float64), axis=1)
-                apart["hidden_PD"] = np.linalg.norm(missed_PD, axis=1) / lengths_P
+                apart["hidden_PD"] = over_length(missed_PD, states_PD)
                 assert self.stored_head is not None
                 # Rounded as the stored ones are, by the live head: what is left is the stored head.
                 logits = self.stored_head.logits(torch.from_numpy(hidden_PD)).double()
@@ -200,8 +200,7 @@ class Live:
                 part["logprobs_PK"] = np.abs(logs[0] - logs[1]).max(axis=1)
             if isinstance(self.stage.encoding, ExactEncoding):
                 a_PD, b_PD = (x.states.hidden_PD[at].double().cpu().numpy() for x in (self, other))
-                lengths_P = np.linalg.norm(a_PD, axis=1)
-                part["hidden_PD"] = np.linalg.norm(a_PD - b_PD, axis=1) / lengths_P
+                part["hidden_PD"] = over_length(a_PD - b_PD, a_PD)
             parts.append(part)
         names = measures(self.stage)
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
