@@ -14,10 +14,11 @@ from rich.text import Text
 from pipeline.cache.entries import Entry, Origins, entries_of
 from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from pipeline.planning.plan import PlannedStep
+from pipeline.state.audit_state import NONE
 from schemas.storage.files import Folder
 
 COLUMNS = (
-    *("table", "address", "what", "state", "audit", "rows", "tokens", "bytes"),
+    *("table", "address", "what", "state", "rows", "tokens", "bytes"),
     *("made of", "made by"),
 )
 WIDTHS = dict.fromkeys(("address", "made of"), ADDRESS_DIGITS)
@@ -79,8 +80,7 @@ def _cells(line: _Line) -> list[Text]:
         entry.folder.parent.name,
         entry.folder.name,
         entry.what or "-",
-        entry.state,
-        entry.audit,
+        entry.state if entry.audit == NONE else f"{entry.state}, {entry.audit}",
         _count(entry.num_rows),
         _count(entry.num_tokens),
         decimal(entry.files.num_bytes),

@@ -237,15 +237,18 @@ def test_a_package_that_is_not_installed_is_one_line_with_the_extra(
 
 
 def test_a_module_of_our_own_that_is_missing_is_not_taken_for_a_package(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> None:
         raise ModuleNotFoundError("No module named 'stages.gone'", name="stages.gone")
 
     app_module = sys.modules["pipeline.cli.app"]  # `pipeline.cli.app` is the command itself
     monkeypatch.setattr(app_module, "app", broken)
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(SystemExit) as ended:
         app_module.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("Traceback")
+    assert said.endswith("ModuleNotFoundError: No module named 'stages.gone'\n")
 
 
 def test_the_version_is_told() -> None:

@@ -20,6 +20,7 @@ from tests.house.tree import sources
 # The only places that may look at the time of day, and what for.
 TIME_OF_DAY = {
     "pipeline/executors/shard_task.py": "started_at_s in a record's notes, which nobody compares",
+    "pipeline/reports/page/page.py": "when a page was made, at its head",
     "pipeline/audit/audit.py": "when an audit was made, in its verdict, which nobody compares",
     "schemas/open_table.py": "when a table was opened, held against times of files of this machine",
     "schemas/storage/object_path.py": "a gs:// object's age, where a store gives no time itself",

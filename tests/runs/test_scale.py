@@ -82,7 +82,9 @@ def dispatched(workers: int, num_shards: int) -> tuple[float, SimulatedCrew]:
     clock = VirtualClock()
     crew = SimulatedCrew(world, clock)
     limits = Limits(workers, max_attempts=3, shard_timeout_s=3600.0)
-    records = dispatch(crew, step_tasks(num_shards), limits, warned=unheard, clock=clock)
+    records = dispatch(
+        crew, step_tasks(num_shards), limits, warned=unheard, clock=clock, files=crew
+    )
     started = time.process_time()
     names = {record.name for record in records}
     assert len(names) == num_shards
@@ -102,7 +104,9 @@ def test_simulated_seconds_add_up() -> None:
     clock = VirtualClock()
     world = World(shard_s=60.0, relative_S=np.ones(1), slow_fraction=0.0, mean_life_s=1e15)
     crew = SimulatedCrew(world, clock)
-    records = dispatch(crew, step_tasks(80), Limits(8, 3, None), warned=unheard, clock=clock)
+    records = dispatch(
+        crew, step_tasks(80), Limits(8, 3, None), warned=unheard, clock=clock, files=crew
+    )
     assert len(list(records)) == 80
     assert clock.now == pytest.approx(world.load_s + 10 * 60.0)
     assert crew.spent.seconds["the teacher"] == pytest.approx(80 * 60.0)
@@ -117,7 +121,9 @@ def test_requests_wait_for_the_rate_of_their_prefix() -> None:
         shard_s=1e-9, relative_S=np.ones(1), mean_life_s=1e15, shard_bytes=2e8, store=store
     )
     crew = SimulatedCrew(world, clock)
-    records = dispatch(crew, step_tasks(100), Limits(100, 3, None), warned=unheard, clock=clock)
+    records = dispatch(
+        crew, step_tasks(100), Limits(100, 3, None), warned=unheard, clock=clock, files=crew
+    )
     assert len(list(records)) == 100 and crew.spent.num_requests == 200
     assert clock.now == pytest.approx(world.load_s + 99 / 10.0 + 2 * 0.5 + 2.0, rel=1e-3)
 
@@ -129,7 +135,7 @@ def test_a_few_of_a_thousand_workers_may_die_before_they_are_ready() -> None:
         World(shard_s=60.0, relative_S=np.ones(1), mean_life_s=60_000.0, seed=1), clock
     )
     limits = Limits(1000, max_attempts=3, shard_timeout_s=None)
-    records = dispatch(crew, step_tasks(1000), limits, warned=unheard, clock=clock)
+    records = dispatch(crew, step_tasks(1000), limits, warned=unheard, clock=clock, files=crew)
     next(records)
     assert 3 <= crew.num_lost_at_start < 1000
 
@@ -138,7 +144,7 @@ def test_the_dispatcher_holds_jobs_in_hand_and_no_others() -> None:
     tasks = step_tasks(100_000)
     clock = VirtualClock()
     crew = SimulatedCrew(World(shard_s=60.0, relative_S=np.ones(1)), clock)
-    records = dispatch(crew, tasks, Limits(100, 3, None), warned=unheard, clock=clock)
+    records = dispatch(crew, tasks, Limits(100, 3, None), warned=unheard, clock=clock, files=crew)
     next(records)
     tracemalloc.start()
     for _ in itertools.islice(records, 2000):

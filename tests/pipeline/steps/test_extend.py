@@ -48,13 +48,13 @@ def copied(finished: TinyRecipe, tmp_path: Path) -> TinyRecipe:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of the rows that the teacher was given."""
     seen: list[str] = []
-    score = teacher_work.score_shard
+    states = teacher_work.document_states
 
-    def noted(stage: Any, engine: Any, shard: Any) -> Any:
+    def noted(engine: Any, shard: Any) -> Any:
         seen.extend(shard["sample_id"].to_pylist())
-        return score(stage, engine, shard)
+        return states(engine, shard)
 
-    monkeypatch.setattr(teacher_work, "score_shard", noted)
+    monkeypatch.setattr(teacher_work, "document_states", noted)
     return seen
 
 
