@@ -25,6 +25,7 @@ from pipeline.steps.extension_plan import (
     MADE,
     ExtensionPlan,
     begun,
+    is_there,
     known_rows,
     planned,
     remove,
@@ -66,6 +67,8 @@ def extend_table(
     nothing is made. Hold the step's lock for it; ``run_table`` then makes the rest.
     """
     folder = step.place / EXTENSION
+    if not (roots or is_there(folder)):
+        return
     source = source_of(step)
     assert isinstance(source, Manifest)
     num_shards = len(source.shards)
@@ -98,8 +101,9 @@ def extend_table(
 
 def remove_extension(step: PlannedStep) -> None:
     """Free what an extension needed on the way; a run killed just before left that behind."""
-    if isinstance(step.stage, SignalStage):
-        remove(step.place / EXTENSION)
+    folder = step.place / EXTENSION
+    if isinstance(step.stage, SignalStage) and is_there(folder):
+        remove(folder)
 
 
 def _make_new(

@@ -49,6 +49,11 @@ class ExtensionPlan:
         return sum(source.num_rows for source in self.sources)
 
 
+def is_there(folder: Folder) -> bool:
+    """Whether an extension was begun: one look, and no listing of a store."""
+    return folder.is_dir() if isinstance(folder, Path) else (folder / _PLAN).is_file()
+
+
 def begun(folder: Folder, missing: Sequence[int]) -> ExtensionPlan | None:
     """Return the plan of a killed run, None where there is none or it no longer holds."""
     text = read_if_there(folder / _PLAN)
