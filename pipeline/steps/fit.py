@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.planning.fingerprint import hidden_size_of, vocab_size_of
 from pipeline.planning.plan import Model, PlannedStep
 from pipeline.planning.recipe import Execution
-from pipeline.state.step_state import progress_of
+from pipeline.state.step_state import is_done, progress_of
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
@@ -80,7 +80,7 @@ def require_memory(step: PlannedStep, execution: Execution) -> None:
     if not isinstance(step.stage, TableStage) or not step.models:
         return
     there = [model for model in step.models.items() if (model[1].base / "config.json").is_file()]
-    if not there or progress_of(step).state == "done":
+    if not there or is_done(step):
         return
     memory = free_memory(execution)
     if memory is None:
