@@ -16,6 +16,7 @@ from pipeline.executors.worker import Job
 from schemas.storage.records import ShardRecord, commit_copy, drop_copy
 
 SLOW = 2.0  # times the median of the latest shards
+LEAST_S = 10.0  # what is over sooner is not worth a worker's engine, and may be late by chance
 _LATEST, _ENOUGH = 99, 3
 
 
@@ -55,7 +56,8 @@ class Stragglers:
     @property
     def slow_s(self) -> float | None:
         """Seconds after which a shard is slow; None: too few have been made to say."""
-        return SLOW * median(self._seconds) if len(self._seconds) >= _ENOUGH else None
+        enough = len(self._seconds) >= _ENOUGH
+        return max(LEAST_S, SLOW * median(self._seconds)) if enough else None
 
     def may_copy(self, job: Job) -> bool:
         """Whether a job in hand is one that a second worker could do as well."""

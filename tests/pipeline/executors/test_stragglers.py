@@ -160,6 +160,9 @@ def test_nothing_is_copied_while_too_little_is_known_or_all_take_alike() -> None
     few = TimedCrew({(1, False): 500.0})
     few.run(3, workers=2)
     assert few.copies == []
+    short = TimedCrew({(index, False): 0.1 for index in range(6)} | {(5, False): 9.0})
+    short.run(6, workers=2)
+    assert short.copies == []
     alike = TimedCrew()
     alike.run(40, workers=7)
     assert alike.copies == []
