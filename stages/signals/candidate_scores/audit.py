@@ -1,6 +1,6 @@
 """What an audit asks of a live teacher about rows of ``candidate_scores``: scores, made again."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,8 +9,8 @@ import pyarrow as pa
 from schemas.tables.episodes import EPISODES
 from stages.signals.candidate_scores.stage import CandidateScoresStage
 from stages.signals.candidate_scores.work import Branches, open_work
-from stages.signals.scoring.agreement import SUMS, Answer, Ask, Measure, Question, Remade
-from stages.stage import Rejected, StageContext
+from stages.signals.scoring.agreement import SUMS, Ask, Measure, Question, remade
+from stages.stage import StageContext
 
 _CLOSE = {"candidate_logprobs_N": "candidate_logprobs_N"}
 
@@ -38,12 +38,4 @@ def questions(
 def open_live(stage: CandidateScoresStage, context: StageContext) -> Iterator[Ask]:
     """Open the stage's own work for single rows."""
     with open_work(stage, context) as work:
-
-        def ask(asked: Sequence[Question]) -> Iterable[Answer | Rejected]:
-            rows = work(pa.concat_tables([question.rows for question in asked]))
-            for question, row in zip(asked, rows, strict=True):
-                is_row = not isinstance(row, Rejected)
-                exact = ("candidate_num_tokens_N",)
-                yield Remade(question, row, exact, _CLOSE) if is_row else row
-
-        yield ask
+        yield remade(work, ("candidate_num_tokens_N",), _CLOSE)

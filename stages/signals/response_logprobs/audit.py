@@ -1,6 +1,6 @@
 """What an audit asks of a live model about rows of ``response_logprobs``: the sums, made again."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.response_logprobs.work import open_work
-from stages.signals.scoring.agreement import SUMS, Answer, Ask, Measure, Question, Remade
+from stages.signals.scoring.agreement import SUMS, Ask, Measure, Question, remade
 from stages.signals.scoring.responses import prompted_of
-from stages.stage import Rejected, StageContext
+from stages.stage import StageContext
 
 _CLOSE = {"response_logprobs_N": "response_logprobs_N"}
 
@@ -36,12 +36,4 @@ def questions(
 def open_live(stage: ResponseLogprobsStage, context: StageContext) -> Iterator[Ask]:
     """Open the stage's own work for single rows."""
     with open_work(stage, context) as work:
-
-        def ask(asked: Sequence[Question]) -> Iterable[Answer | Rejected]:
-            rows = work(pa.concat_tables([question.rows for question in asked]))
-            for question, row in zip(asked, rows, strict=True):
-                is_row = not isinstance(row, Rejected)
-                exact = ("response_num_tokens_N",)
-                yield Remade(question, row, exact, _CLOSE) if is_row else row
-
-        yield ask
+        yield remade(work, ("response_num_tokens_N",), _CLOSE)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages.stage import Rejected
+from stages.stage import Rejected, Work
 
 F64Array = npt.NDArray[np.float64]
 I64Array = npt.NDArray[np.int64]
@@ -197,3 +197,20 @@ class Remade:
             live_P = np.asarray(getattr(self.row, name), np.float64)
             found[measure] = np.abs(np.asarray(other(name), np.float64) - live_P)
         return found
+
+
+def remade(
+    work: Work,
+    exact: tuple[str, ...],
+    close: Mapping[str, str],
+    problem: Callable[[Row], str] = lambda stored: "",
+) -> Ask:
+    """Return what answers questions by a stage's own work, rows of any shards at once."""
+
+    def ask(asked: Sequence[Question]) -> Iterable[Answer | Rejected]:
+        rows = work(pa.concat_tables([question.rows for question in asked]))
+        for question, row in zip(asked, rows, strict=True):
+            is_row = not isinstance(row, Rejected)
+            yield Remade(question, row, exact, close, problem) if is_row else row
+
+    return ask

@@ -1,6 +1,6 @@
 """What an audit asks of a live teacher about rows of ``subset_preferences``: draws and scores."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.tables.episodes import EPISODES
-from stages.signals.scoring.agreement import SUMS, Answer, Ask, Measure, Question, Remade, Row
+from stages.signals.scoring.agreement import SUMS, Ask, Measure, Question, Row, remade
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.subset_preferences.work import open_work, ranks_of
-from stages.stage import Rejected, StageContext
+from stages.stage import StageContext
 
 _CLOSE = {"answer_logprobs_N": "answer_logprobs_N"}
 _EXACT = ("subset_demonstrations_S", "subset_sizes_N", "num_answer_tokens")
@@ -39,15 +39,7 @@ def questions(
 def open_live(stage: SubsetPreferencesStage, context: StageContext) -> Iterator[Ask]:
     """Open the stage's own work for single rows."""
     with open_work(stage, context) as work:
-
-        def ask(asked: Sequence[Question]) -> Iterable[Answer | Rejected]:
-            rows = work(pa.concat_tables([question.rows for question in asked]))
-            ranked = partial(_other_ranks, stage)
-            for question, row in zip(asked, rows, strict=True):
-                is_row = not isinstance(row, Rejected)
-                yield Remade(question, row, _EXACT, _CLOSE, ranked) if is_row else row
-
-        yield ask
+        yield remade(work, _EXACT, _CLOSE, partial(_other_ranks, stage))
 
 
 def _other_ranks(stage: SubsetPreferencesStage, stored: Row) -> str:
