@@ -29,6 +29,7 @@ Dimensions: P = scored positions, K = kept entries (the most of a position), H =
 positions together, E = tail entries of all positions (of ``threshold``: its head entries).
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,12 @@ _CELLS = 2048
 _CELL_LEVELS = np.searchsorted(STICK_LEVELS, np.arange(_CELLS + 1) / _CELLS, side="right") - 1
 MAX_MASS_ERROR = 0.02  # of top_k: float16 log-probs alone move the sum of its buckets by under 0.01
 _DROPPED_BITS = 4  # of the ten that float16 stores of a mantissa
+
+
+def row_key(seed: int, sample_id: str) -> int:
+    """Return the key of a row's draws: equal for equal seeds, whatever is drawn beside the row."""
+    digest = hashlib.blake2b(f"{seed}:{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def uniforms(key: int, num_positions: int, per_position: int) -> F32Array:

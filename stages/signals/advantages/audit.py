@@ -5,7 +5,6 @@ Both models read a row's prompt and responses whole: the row holds sums over who
 Dimensions: P = response positions of a row, N = responses, V = vocabulary, D = hidden width.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from schemas.distribution import uniforms
+from schemas.distribution import row_key, uniforms
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shard_cache import local_files
 from schemas.tables.advantages import HEAD_FOLDERS
@@ -157,7 +156,8 @@ class Live:
         }
         if (other := of_other_shape(self.question, found)) is not None:
             return other
-        parts = [self._kept(stored, at, scored)[0] for at, scored in self._blocks()]
+        uniforms_PN = self._uniforms()
+        parts = [self._kept(stored, at, scored, uniforms_PN)[0] for at, scored in self._blocks()]
         apart = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         live_P, sums = self._said()
         is_rounded = isinstance(self.stage.support, ThresholdSupport)
@@ -178,9 +178,10 @@ class Live:
     def beside_live(self, other: "Live", stored: Row) -> dict[str, F64Array]:
         """Return how far two passes are apart in the live numbers that a stored row is held to."""
         found: dict[str, list[F64Array]] = {}
+        uniforms_PN = self._uniforms()
         # Answers of two questions never share the memory of their blocks.
         for (at, one), (_, two) in zip(self._blocks(), other._blocks(), strict=True):
-            ours, theirs = (self._kept(stored, at, scored)[1] for scored in (one, two))
+            ours, theirs = (self._kept(stored, at, each, uniforms_PN)[1] for each in (one, two))
             for name, values in ours.items():
                 differences = np.abs(values - theirs[name]).reshape(len(values), -1)
                 by_position = differences.sum(axis=1) if name in DRAWS else differences.max(axis=1)
@@ -199,16 +200,14 @@ class Live:
         return scored_blocks(self.stage, self.blocks, self.asked, self.num_ids)
 
     def _kept(
-        self, stored: Row, at: slice, scored: Scored
+        self, stored: Row, at: slice, scored: Scored, uniforms_PN: npt.NDArray[Any]
     ) -> tuple[dict[str, F64Array], dict[str, F64Array]]:
         student = student_of(self.asked.row, scored.aligned_PV.device)
         student = StudentTop(student.token_ids_PS[at], student.logprobs_PS[at])
-        uniforms_PN = self._uniforms()[at]
-        return kept_apart(self.stage.support, stored, at, scored, student, uniforms_PN)
+        return kept_apart(self.stage.support, stored, at, scored, student, uniforms_PN[at])
 
     def _uniforms(self) -> npt.NDArray[Any]:
-        seed = f"{self.stage.seed}:{self.question.sample_id}".encode()
-        key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
+        key = row_key(self.stage.seed, self.question.sample_id)
         most = getattr(self.stage.support, "max_k", None) or 0
         return uniforms(key, len(self.question.places_P), 1 + most)
 

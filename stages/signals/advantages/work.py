@@ -15,7 +15,6 @@ Dimensions: P = response positions of a row, N = responses, V = vocabulary, K = 
 S = likeliest tokens known of the student, D = hidden width.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from schemas.advantage_values import LEVEL_SIZES, value_codes
-from schemas.distribution import round_mantissa, split_gaps, uniforms
+from schemas.distribution import round_mantissa, row_key, split_gaps, uniforms
 from schemas.errors import ConfigError
 from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
 from schemas.tables.responses import RESPONSES, Responses
@@ -218,11 +217,11 @@ class _Keeper:
         self.stage, self.asked = stage, asked
         self.columns: dict[str, list[AnyArray]] = {}
         self.student = student_of(row, device)
-        seed = f"{stage.seed}:{row.sample_id}".encode()
-        key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
         # One for the draw; with tau one a token too, for rounding its value.
         most = getattr(stage.support, "max_k", None) or 0
-        self.uniforms_PN = uniforms(key, len(row.response_ids_A), 1 + most)
+        self.uniforms_PN = uniforms(
+            row_key(stage.seed, row.sample_id), len(row.response_ids_A), 1 + most
+        )
         self.offsets_P = torch.from_numpy(self.uniforms_PN[:, 0].copy()).to(device)
 
     def add(self, scored: Scored, at: slice) -> None:

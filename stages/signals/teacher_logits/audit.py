@@ -5,7 +5,6 @@ The live teacher's states go through its head to the whole distribution, positio
 Dimensions: P = compared positions, V = vocabulary, K = kept entries, D = hidden width.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from schemas.distribution import uniforms, unpack_top_k, weighted_tokens
+from schemas.distribution import row_key, uniforms, unpack_top_k, weighted_tokens
 from schemas.errors import StoreError
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shard_cache import local_files
@@ -125,7 +124,8 @@ class Live:
         }
         if (other := of_other_shape(self.question, found)) is not None:
             return other
-        parts = [self._beside(stored, at, probs) for at, probs in self._blocks()]
+        drawn = self._drawn(stored)
+        parts = [self._beside(stored, drawn, at, probs) for at, probs in self._blocks()]
         joined = [
             {name: np.concatenate([part[kind][name] for part in parts]) for name in parts[0][kind]}
             for kind in range(3)
@@ -141,7 +141,7 @@ class Live:
         )
 
     def _beside(
-        self, stored: Row, at: slice, live: "_Probs"
+        self, stored: Row, drawn: "_Drawn | None", at: slice, live: "_Probs"
     ) -> tuple[dict[str, F64Array], dict[str, F64Array], dict[str, F64Array]]:
         places_P = self.question.places_P[at]
         encoding = self.stage.encoding
@@ -153,13 +153,12 @@ class Live:
         apart = {name: beyond(stored[name][places_P], values) for name, values in named.items()}
         match encoding:
             case ThresholdEncoding(tau=tau):
+                assert drawn is not None
                 most = encoding.most(self.head.vocab_size)
-                entries, uniforms_PN = Entries.of(stored).at(places_P), self._uniforms(stored, most)
-                apart |= draw_apart(
-                    entries, live.probs_PV, uniforms_PN[places_P], tau=tau, most=most
-                )
-                ids_PK, weights_PK = (values[places_P] for values in weighted_tokens(stored))
-                truncation = _left_out(ids_PK, weights_PK * entries.is_kept_PK, live)
+                entries, uniforms_PN = drawn.entries.at(places_P), drawn.uniforms_PN[places_P]
+                apart |= draw_apart(entries, live.probs_PV, uniforms_PN, tau=tau, most=most)
+                weights_PK = drawn.weights_PK[places_P] * entries.is_kept_PK
+                truncation = _left_out(drawn.ids_PK[places_P], weights_PK, live)
             case TopKEncoding():
                 ids_PK = np.asarray(stored["token_ids_PK"][places_P], np.int64)
                 kept = stored["logprobs_PK"][places_P], stored["rest_logprobs_P"][places_P]
@@ -181,9 +180,15 @@ class Live:
                 truncation = {"kl": _kl(live.probs_PV, probs_PV)}
         return apart, truncation, {"entropies_P": live.entropies_P}
 
+    def _drawn(self, stored: Row) -> "_Drawn | None":
+        """Lay out a sampled row once, not for each block of it; None: it is of no sample."""
+        if not isinstance(self.stage.encoding, ThresholdEncoding):
+            return None
+        uniforms_PN = self._uniforms(stored, self.stage.encoding.most(self.head.vocab_size))
+        return _Drawn(Entries.of(stored), uniforms_PN, *weighted_tokens(stored))
+
     def _uniforms(self, stored: Row, most: int) -> Array:
-        seed = f"{self.stage.seed}:{self.question.sample_id}".encode()
-        key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
+        key = row_key(self.stage.seed, self.question.sample_id)
         return uniforms(key, len(stored["next_token_logprobs_P"]), most + 1)
 
     def beside_live(self, other: "Live", stored: Row) -> dict[str, F64Array]:
@@ -213,6 +218,16 @@ class Live:
             at = slice(start, min(start + size, len(targets_P)))
             logits_PV = self.head.logits(self.states.hidden_PD[at])
             yield at, _Probs.of(logits_PV, targets_P[at].to(logits_PV.device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A sampled row: its entries, the uniforms of its draw, its tokens with their weights."""
+
+    entries: Entries
+    uniforms_PN: Array
+    ids_PK: Array
+    weights_PK: Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ Dimensions: P = scored positions, V = vocabulary, K = kept entries (the most of 
 D = hidden width, N = uniforms of a position.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from schemas.distribution import STICK_LEVELS, quantise_sticks, round_mantissa, split_gaps, uniforms
+from schemas.distribution import (
+    STICK_LEVELS,
+    quantise_sticks,
+    round_mantissa,
+    row_key,
+    split_gaps,
+    uniforms,
+)
 from schemas.tables.teacher_logits import AnyLogits
 from stages.signals.scoring.encoding import Measured, threshold_sample, top_k
 from stages.signals.teacher_logits.stage import (
@@ -48,8 +54,7 @@ class RowEncoder:
         self.columns: dict[str, list[Array]] = {}
         if isinstance(self.encoding, ThresholdEncoding):
             self.most = self.encoding.most(vocab_size)
-            seed = f"{stage.seed}:{asked.sample_id}".encode()
-            key = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "little")
+            key = row_key(stage.seed, asked.sample_id)
             count = self.most + 1  # one for the systematic sample, the others for rounding sticks
             self.uniforms_PN = uniforms(key, len(asked.targets_P), count)
 
