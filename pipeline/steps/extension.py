@@ -8,8 +8,9 @@ engine. A copied row has the bytes it had; a run of all rows might have given it
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pipeline.steps.extension_plan import (
 from pipeline.steps.predecessors import is_calibrated, predecessors
 from pipeline.steps.reporter import Reporter, engines_starting
 from pipeline.steps.table_step import (
+    Make,
     context_of,
     made_by,
     make_missing,
@@ -49,7 +51,7 @@ from schemas.storage.manifest import (
 )
 from schemas.storage.records import ShardRecord, read_notes, shard_index
 from stages.signals.teacher_logits.calibration import keep_first, read_calibration
-from stages.stage import SignalStage
+from stages.stage import SignalStage, StageContext, TableStage
 
 _OF_THE_ENGINE = ("head_check", "tau")  # notes in a record that say what its rows were made by
 
@@ -118,26 +120,21 @@ def _make_new(
     done = manifest_if_there(folder)
     if done is not None:
         return done
-    gathered = read_manifest(step.place / EXTENSION / INPUT)
+    place = step.place / EXTENSION / INPUT
+    gathered = read_manifest(place)
     context = context_of(step, stage, gathered, execution)
     # What the whole step would put up with: these rows stand for all of it.
     most_rejected = min(1.0, stage.max_rejected_fraction * plan.num_rows / plan.num_new)
 
-    def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
-        if not indices:
-            return
-        tasks = StepTasks(
-            folder=folder,
-            indices=indices,
-            input_folder=step.place / EXTENSION / INPUT,
-            input_shards=gathered.shard_list,
-            max_rejected_fraction=most_rejected,
-            made_by=made_by(step),
-        )
-        engines_starting(stage, context, execution, reporter)
-        for record in on_executor(stage, context, tasks, execution, reporter):
-            yield shard_index(record.name), record
-
+    tasks = partial(
+        StepTasks,
+        folder=folder,
+        input_folder=place,
+        input_shards=gathered.shard_list,
+        max_rejected_fraction=most_rejected,
+        made_by=made_by(step),
+    )
+    make = _maker(stage, context, tasks, execution, reporter)
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     remove_torn_files(folder)
@@ -194,22 +191,36 @@ def _put_together(
     no_device = execution.engine.model_copy(update={"device": "cpu"})
     place = replace(context, models={}, engine=no_device)
 
+    tasks = partial(
+        StepTasks,
+        folder=step.place,
+        input_folder=step.inputs[0].place,
+        input_shards=source.shard_list,
+        max_rejected_fraction=stage.max_rejected_fraction,
+        made_by={**made_by(step), **notes, "extended_from": extended},
+    )
+    make = _maker(copy, place, tasks, execution, reporter)
+    num_shards = len(source.shards)
+    make_missing(step.place, num_shards, range(num_shards), make, reporter)
+
+
+def _maker(
+    stage: TableStage,
+    context: StageContext,
+    tasks: Callable[..., StepTasks],
+    execution: Execution,
+    reporter: Reporter,
+) -> Make:
+    """Return what makes shards by the step's executor; ``tasks`` lacks their indices alone."""
+
     def make(indices: Sequence[int]) -> Iterator[tuple[int, ShardRecord]]:
         if not indices:
             return
-        tasks = StepTasks(
-            folder=step.place,
-            indices=indices,
-            input_folder=step.inputs[0].place,
-            input_shards=source.shard_list,
-            max_rejected_fraction=stage.max_rejected_fraction,
-            made_by={**made_by(step), **notes, "extended_from": extended},
-        )
-        for record in on_executor(copy, place, tasks, execution, reporter):
+        engines_starting(stage, context, execution, reporter)
+        for record in on_executor(stage, context, tasks(indices=indices), execution, reporter):
             yield shard_index(record.name), record
 
-    num_shards = len(source.shards)
-    make_missing(step.place, num_shards, range(num_shards), make, reporter)
+    return make
 
 
 def _engine_notes(folder: Folder) -> dict[str, Any]:

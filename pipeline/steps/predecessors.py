@@ -24,7 +24,7 @@ from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, manifes
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shards import read_verified
 from schemas.table import Table
-from stages.signals.teacher_logits.calibration import CALIBRATION, Calibration, read_calibration
+from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
 from stages.stage import TableStage
 
 
@@ -71,23 +71,15 @@ def predecessors(
     largest = sorted(found.values(), key=lambda one: (-one.manifest.num_rows, str(one.folder)))
     if not is_calibrated(step):
         return largest
-    tau = read_calibration(step.place)
-    tau = tau or next(filter(None, map(_calibration_of, largest)), None)
-    return [one for one in largest if tau is not None and _tau_of(one) == tau.tau]
+    own, theirs = read_calibration(step.place), [read_calibration(one.folder) for one in largest]
+    wanted = own or next(filter(None, theirs), None)
+    pairs = zip(largest, theirs, strict=True)
+    return [one for one, found in pairs if found and wanted and found.tau == wanted.tau]
 
 
 def is_calibrated(step: PlannedStep) -> bool:
     """Whether the step's table has a tau that is found (``mean_k``)."""
     return isinstance(step.stage, TableStage) and CALIBRATION in step.stage.side_files
-
-
-def _calibration_of(one: Predecessor) -> Calibration | None:
-    return read_calibration(one.folder)
-
-
-def _tau_of(one: Predecessor) -> float | None:
-    calibration = read_calibration(one.folder)
-    return None if calibration is None else calibration.tau
 
 
 def _tables_in(group: Folder) -> list[Folder]:
