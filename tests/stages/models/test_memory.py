@@ -10,6 +10,8 @@ from stages.models.engines.memory import UntouchedZeros
 from stages.models.spec import EngineOptions
 
 MIB = 1 << 20
+# What the rest of the process may take or give back meanwhile.
+OTHERS = 64 * MIB
 
 
 def resident() -> int:
@@ -23,14 +25,14 @@ def test_bytes_are_taken_as_they_are_written() -> None:
     start = resident()
     with UntouchedZeros():
         cache = torch.zeros(512 * MIB, dtype=torch.int8, device="cpu")
-    assert resident() - start < 64 * MIB
+    assert resident() - start < OTHERS
     assert not cache.any() and cache.data_ptr() % 4096 == 0
-    assert resident() - start < 64 * MIB, "reading zeros takes none"
+    assert resident() - start < OTHERS, "reading zeros takes none"
     cache[: 128 * MIB].view(torch.float32).fill_(1.5)
-    assert 128 * MIB <= resident() - start < 192 * MIB
+    assert abs(resident() - start - 128 * MIB) < OTHERS
     assert cache.view(torch.float32).double().sum() == 1.5 * 32 * MIB
     del cache
-    assert resident() - start < 64 * MIB, "freed with the tensor"
+    assert resident() - start < OTHERS, "freed with the tensor"
 
 
 @pytest.mark.parametrize(
