@@ -63,7 +63,7 @@ PAGE = """# Estimates: what `plan --estimate` says, beside what the run came to
 
 Written by `python benchmarks/estimate/estimate.py --docs docs/measured/`. Parts of three examples
 on SmolLM2-135M (float32, vLLM), each estimated and then run, in processes of their own. 2 CPU
-cores, shared with other work. "seconds" of a run are those of the whole command; those of an
+cores. "seconds" of a run are those of the whole command; those of an
 estimate are the sum over its steps, without the imports.
 
 {bars}
