@@ -16,6 +16,8 @@ from tests.conftest import PARAGRAPHS
 from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
 from tests.servers.hub_server import TOKEN, Hub, hub_server, use_hub
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/signals"
 
 

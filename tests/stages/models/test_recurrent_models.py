@@ -21,6 +21,8 @@ from stages.models.engines.engine import open_engine
 from stages.models.engines.generator import open_generator
 from stages.models.spec import EngineOptions
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 64
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 48}

@@ -18,6 +18,8 @@ from stages.models.checkpoints.tokenizer_identity import first_tokens, tokenizer
 from stages.sources.reading.tokens import TextTokenizer
 from tests.fixtures.tokenizer_kinds import BOS, EOS, KINDS, save_kind
 
+pytestmark = pytest.mark.slow
+
 # The class that real folders of each kind name first, then ones that they should not.
 DECLARED = [
     *(("byte_level", name) for name in ("PreTrainedTokenizerFast", "LlamaTokenizerFast")),

@@ -24,6 +24,8 @@ from tests.fixtures.demonstration_data import context_of, cut, kept, shard_of
 from tests.fixtures.tiny_t5 import END, GENERATIONS, PAD, save_t5
 from tests.fixtures.tiny_teacher import ENCODINGS, sampled_of, stage_of
 
+pytestmark = pytest.mark.slow
+
 # Float16 of the table and float32 of the forward, of log-probs down to -20; 7 significant bits.
 CLOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 COARSE: dict[str, Any] = {"rtol": 1 / 128 + 2e-3, "atol": 2e-3}
@@ -189,7 +191,6 @@ def test_a_row_that_cannot_be_scored_costs_itself_alone(older: Path, tmp_path: P
         run(folder, rows, tmp_path / "out", "threshold", max_model_len=9)
 
 
-@pytest.mark.slow
 def test_the_start_up_check_finds_another_head(older: Path, tmp_path: Path) -> None:
     """The reference is kept by the files' times: those of a copy with another head are older."""
     out, folder = tmp_path / "out", tmp_path / "copy"

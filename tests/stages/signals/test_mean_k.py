@@ -44,6 +44,8 @@ from tests.fixtures.cached_data import VOCAB_SIZE, save_model
 from tests.fixtures.preference_data import make_pairs
 from tests.fixtures.tiny_teacher import as_document
 
+pytestmark = pytest.mark.slow
+
 Array = npt.NDArray[Any]
 FOUND = Calibration(tau=0.0397, mean_entries=7.52, num_positions=4335, num_rows=17)
 

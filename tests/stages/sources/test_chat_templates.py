@@ -30,6 +30,8 @@ from tests.stages.sources.test_preference_pairs import (
     template,
 )
 
+pytestmark = pytest.mark.slow
+
 USER = "{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 EMPTY = "<think>\n\n</think>\n\n"

@@ -27,7 +27,7 @@ from tests.fixtures.token_file_kinds import (
     write_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 
 def rows_of(recipe: TinyRecipe, split: str | None = None) -> list[dict[str, Any]]:
@@ -166,7 +166,6 @@ def test_equal_rows_are_one_wherever_they_lie(tiny_model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.slow
 def test_a_plan_reads_headers_alone(
     form: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,8 @@ from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data,
 from tests.house.tree import REPOSITORY
 from tests.servers.warm_python import WarmProcess
 
+pytestmark = pytest.mark.slow
+
 ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact")
 CPU = torch.device("cpu")
 Gradients = dict[str, Tensor]
@@ -122,7 +124,6 @@ def test_a_step_of_a_plain_trainer_is_ours(
     assert_equal_steps(step_of(trainer), our_step(data.student, tables, weight=0.7))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(18, 1), (9, 2)], ids=["one batch", "two accumulated"])
 @pytest.mark.parametrize("rows", ["documents", "conversations"])
 def test_a_step_of_trls_trainer_is_ours(
@@ -144,7 +145,6 @@ def test_a_step_of_trls_trainer_is_ours(
     assert_equal_steps(step_of(trainer), our_step(data.student, tables, weight=0.7))
 
 
-@pytest.mark.slow
 def test_trls_trainer_says_what_to_set(data: CachedData, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -211,7 +211,6 @@ def test_a_short_run_brings_the_held_out_loss_down(
     assert trainer.evaluate()["eval_loss"] < before
 
 
-@pytest.mark.slow
 def test_workers_read_the_rows(data: CachedData, tmp_path: Path) -> None:
     """Started anew they get the open tables by pickle."""
     settings = arguments(tmp_path, per_device_train_batch_size=18, dataloader_num_workers=1)
@@ -244,7 +243,6 @@ if args.process_index == 0:
 """
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(data: CachedData, tmp_path: Path) -> None:
     """Each has 9 of the 18 rows, with unlike counts of tokens."""
     with socket.socket() as free:

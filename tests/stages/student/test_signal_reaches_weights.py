@@ -37,6 +37,8 @@ from tests.fixtures.objective_sources import (
 from tests.fixtures.position_gradients import Place, Trained, changed_places
 from tests.fixtures.signal_places import answer_places, places_in_student, row_of
 
+pytestmark = pytest.mark.slow
+
 CHANGED_ROW = 1
 CASES = [
     (loss, table, variant)

@@ -22,6 +22,8 @@ from tests.conftest import save_tiny_model
 from tests.fixtures.cached_data import save_model
 from tests.fixtures.demonstration_data import MendData, SlowMend, make_mend_data, make_models
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = TrainOptions(num_workers=0)
 COUNT = 7  # vectors, and so positions
 

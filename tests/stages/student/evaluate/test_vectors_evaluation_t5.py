@@ -20,6 +20,8 @@ from tests.fixtures.demonstration_data import MendData, make_mend_data
 from tests.fixtures.t5_mend import SlowT5Mend, make_t5_models
 from tests.fixtures.tiny_t5 import END, PAD
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = TrainOptions(num_workers=0)
 
 

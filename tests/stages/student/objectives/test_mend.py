@@ -24,6 +24,8 @@ from tests.fixtures.cached_data import VOCAB_SIZE
 from tests.fixtures.demonstration_data import MendData, SlowMend, make_mend_data
 from tests.fixtures.tiny_teacher import ENCODINGS
 
+pytestmark = pytest.mark.slow
+
 F64, CPU = torch.float64, torch.device("cpu")
 
 

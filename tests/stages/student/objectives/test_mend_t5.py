@@ -32,6 +32,8 @@ from tests.fixtures.demonstration_data import MendData, make_mend_data
 from tests.fixtures.t5_mend import SlowT5Mend, halves, make_t5_models, num_scored
 from tests.fixtures.tiny_t5 import END, PAD
 
+pytestmark = pytest.mark.slow
+
 F64, CPU = torch.float64, torch.device("cpu")
 FRAME = Frame(PAD, END)
 STAGE_1, STAGE_2 = MendConfig(answer_weight=0.0), MendConfig(answer_weight=0.7, kl_weight=1.3)
@@ -158,7 +160,6 @@ def run(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", [STAGE_1, STAGE_2], ids=["1", "2"])
 def test_the_distiller_learns_and_the_reader_does_not(
     data: MendData, tmp_path: Path, objective: MendConfig
@@ -182,7 +183,6 @@ def test_the_distiller_learns_and_the_reader_does_not(
     assert found["kl_to_teacher"] == pytest.approx(torch.cat(kl).mean().item(), rel=2e-3)
 
 
-@pytest.mark.slow
 def test_a_row_does_not_hear_of_its_neighbours(data: MendData, tmp_path: Path) -> None:
     """Padding in encoder, decoder and distiller: one batch of four, or four of one."""
     whole = run(data, tmp_path / "a", STAGE_2, max_steps=2)
@@ -208,7 +208,6 @@ def stop_at_four(event: dict[str, Any]) -> None:
         raise Stopped
 
 
-@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_losses(data: MendData, tmp_path: Path) -> None:
     """A T5's encoder has its embeddings twice under one weight: checkpoints hold them once."""
     whole = run(data, tmp_path / "whole", STAGE_2, max_steps=6)

@@ -41,7 +41,7 @@ CONFIG = TrainConfig.model_validate(
     | {"objective": {"loss": "kd", "weight": 1.0}}
 )
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,6 @@ for output in sys.argv[2].split(","):
 """
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_adapter(data: CachedData, tmp_path: Path) -> None:
     """With dropout, whose draws go on too; the second process makes a whole run to compare with."""
     config = changed(CONFIG, max_steps=7).model_dump_json()
@@ -210,7 +209,6 @@ def recipe(tiny_model: Path, paragraphs: list[str], tmp_path: Path) -> TinyRecip
     return recipe
 
 
-@pytest.mark.slow
 def test_later_steps_use_an_adapter_with_its_base(recipe: TinyRecipe) -> None:
     recipe.run()
     steps = {step.name: step for step in recipe.plan()}

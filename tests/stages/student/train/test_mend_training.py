@@ -27,6 +27,8 @@ from tests.conftest import save_tiny_model
 from tests.fixtures.cached_data import VOCAB_SIZE, save_model, write_table
 from tests.fixtures.demonstration_data import MendData, SlowMend, make_mend_data, make_models
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 OPTIONS = TrainOptions(num_workers=0, log_every=1, checkpoint_every=3)
 STAGE_1, STAGE_2 = MendConfig(answer_weight=0.0), MendConfig()
@@ -100,7 +102,6 @@ def keys_of(rows: Sequence[Any]) -> dict[str, Any]:
     return {"keys": [row["sample_id"] for row in rows]}
 
 
-@pytest.mark.slow
 def test_the_loss_curve_from_the_cache_is_the_live_one(data: MendData, tmp_path: Path) -> None:
     """Both run the reader; only the teacher's pass is cached, in 11 significant bits."""
     cached = losses(run(data, tmp_path / "cached"))

@@ -23,6 +23,8 @@ from stages.student.train.work import train
 from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data, save_model
 from tests.fixtures.demonstration_data import SlowMend, make_mend_data
 
+pytestmark = pytest.mark.slow
+
 TALL = VOCAB_SIZE + 13
 OPTIONS = TrainOptions(num_workers=0, log_every=1)
 CONFIG = TrainConfig(max_steps=2, per_device_batch_size=8)
@@ -73,7 +75,6 @@ def test_a_shorter_student_trains_on_what_tokens_have(
 
 
 @pytest.mark.parametrize("encoding", ["exact", "threshold"])
-@pytest.mark.slow
 def test_a_distiller_learns_what_tokens_have(encoding: str, tmp_path: Path) -> None:
     """Its reader is the teacher with the padding, its own matrix has none; queries alone count."""
     cache = make_mend_data(tmp_path / "mend", [encoding], ["episodes"], teacher_rows=TALL)
