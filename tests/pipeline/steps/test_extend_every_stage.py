@@ -17,9 +17,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schemas.open_table import open_table
+from schemas.storage.files import write_text
 from schemas.storage.manifest import read_manifest
 from stages.registry import STAGES
-from stages.signals.teacher_logits.calibration import read_calibration
+from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
 from stages.stage import SignalStage
 from tests.conftest import save_tiny_model
 from tests.fixtures.tiny_recipe import (
@@ -34,7 +35,7 @@ from tests.stages.sources.test_preference_pairs import CHATML
 
 pytestmark = pytest.mark.slow
 LABELS = ("glad", "sad and blue")
-KNOWN, ALL = 110, 121  # documents: tau of a mean_k is found over the first 87 rows of 48 tokens
+KNOWN, ALL = 110, 121  # documents of 48 tokens: a tau is found over the first 88 of them
 ENCODINGS: dict[str, dict[str, Any]] = {
     "threshold_tau": {"kind": "threshold"},
     "threshold_packed": {"kind": "threshold", "layout": "packed"},
@@ -129,7 +130,7 @@ SIGNALS = [
 
 @dataclass(frozen=True)
 class Grown:
-    """A recipe whose inputs have grown: extended, and run from nothing beside it.
+    """A recipe whose inputs have grown: extended, and run from nothing beside it, with equal taus.
 
     ``earlier`` are the folders of the tables that it had on the smaller inputs, by step.
     """
@@ -152,7 +153,6 @@ def grown(
     body["steps"]["documents"] |= {
         "mode": "truncate",
         "rows_per_shard": 25,
-        "heldout_fraction": 0.1,
     }
     body["models"]["student"] = {**body["models"]["teacher"], "path": str(folder / "student")}
     body["models"]["encoder"] = {**body["models"]["teacher"], "path": str(tiny_encoder)}
@@ -171,6 +171,10 @@ def grown(
     full = TinyRecipe(folder / "full.yaml", folder / "full")
     shutil.copy(recipe.path, full.path)
     edit_recipe(full, "execution", "root", value=str(full.root))
+    for step in full.plan():  # of other first rows: an extension keeps the tau that there was
+        tau = earlier[step.name] / CALIBRATION
+        if tau.is_file():
+            write_text(step.folder / CALIBRATION, tau.read_text())
     full.run()
     said = teachercache("extend", recipe.path)
     assert said.code == 0, said.err
