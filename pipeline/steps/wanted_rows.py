@@ -76,7 +76,8 @@ class WantedRows:
         first = order[np.concatenate([np.ones(min(len(keys), 1), bool), ~is_again])]
         nowhere = np.full(len(first), NOWHERE, np.int16)
         places = np.zeros(len(first), np.int64)
-        return cls(*(column[first] for column in columns), nowhere, places, num_rows=len(keys))
+        keys_N, digests_N, shards_N, rows_N = (column[first] for column in columns)
+        return cls(keys_N, digests_N, shards_N, rows_N, nowhere, places, len(keys))
 
     @property
     def num_new(self) -> int:

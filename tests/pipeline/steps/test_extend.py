@@ -260,14 +260,18 @@ def test_of_many_earlier_tables_no_more_are_read_than_serve(
         extend(copied)
     last = copied.step("documents").folder
     hashed: list[Path] = []
-    monkeypatch.setattr(
-        predecessors, "damaged_shards", lambda folder, manifest: hashed.append(folder) or []
-    )
+    damaged = predecessors.damaged_shards
+
+    def noted(folder: Path, manifest: Any) -> list[str]:
+        hashed.append(folder)
+        return damaged(folder, manifest)
+
+    monkeypatch.setattr(predecessors, "damaged_shards", noted)
     with_texts(copied, paragraphs[:28])
     read = read_inputs(monkeypatch)
     extend(copied)
     assert read == {last, copied.step("documents").folder} and len(hashed) == 1
-    assert worked == [*dict.fromkeys(worked)] and len(worked) == 2
+    assert len(worked) == 2  # of the two nights before
 
 
 def read_inputs(patch: pytest.MonkeyPatch) -> set[Path]:
