@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from schemas.errors import ConfigError
+from schemas.tables.teacher_logits import WHOLE
 from stages.stage import StageConfig
 from stages.student.objectives.objective import TEXT, Objective, Reads, TableKind
 
@@ -103,9 +104,9 @@ class KdConfig(Objective):
         """Refuse, beside other tables, an encoding that does not hold what is asked for."""
         super().require(data, lm_data)
         (encoding,) = (variant for table, variant in data if table == "teacher_logits")
-        if self.is_plain or encoding == "exact":
+        if self.is_plain or encoding in WHOLE:
             return
-        asked = self.divergence.kind
+        asked: str = self.divergence.kind
         if self.temperature != 1.0:
             asked += f" at temperature {self.temperature:g}"
         raise ConfigError(

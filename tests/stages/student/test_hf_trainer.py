@@ -30,7 +30,7 @@ from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data,
 from tests.house.tree import REPOSITORY
 from tests.servers.warm_python import WarmProcess
 
-ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact")
+ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact", "exact_int8")
 CPU = torch.device("cpu")
 Gradients = dict[str, Tensor]
 
