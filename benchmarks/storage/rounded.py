@@ -54,8 +54,8 @@ from stages.signals.teacher_logits.work import score_shard
 
 Array = npt.NDArray[Any]
 MAX_RATIO, MAX_KL = 0.55, 1e-4
-ROWS, QUICK_ROWS = 16, 4
-ALLOWED = (None, 1e-5, 1e-4, 1e-3)
+ROWS, QUICK_ROWS = 6, 3
+ALLOWED = (None, 1e-4, 1e-3)
 CHUNK = 128
 
 PAGE = """# `exact` in steps

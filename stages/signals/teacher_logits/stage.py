@@ -233,8 +233,10 @@ class TeacherLogitsStage(SignalStage):
                 mean = mean_k or min(0.5 / (tau or 1.0), max_k or MOST)
                 per_position = mean * (id_bytes - 0.15) + 3.6
                 per_position *= 0.82 if layout == "packed" else 1.0
-            case ExactEncoding(mean_kl=mean_kl):
-                per_position = (1.9 if mean_kl is None else 1.0) * hidden_size + 4.5
+            case ExactEncoding(mean_kl=None):
+                per_position = 2.0 * hidden_size * 0.95 + 4.5
+            case ExactEncoding():
+                per_position = 1.0 * hidden_size + 4.5
             case encoding:
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows
