@@ -9,6 +9,7 @@ import torch
 
 from schemas.dataset import CachedDataset
 from schemas.tables.advantages import HEAD_FOLDERS
+from schemas.tables.teacher_logits import WHOLE
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.encoder_decoder.halves import Frame
 from stages.student.batches.signals import (
@@ -67,7 +68,7 @@ def teacher_head_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> LanguageHead | None:
     """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
-    folder = _exact_table(dataset, "teacher_logits")
+    folder = _exact_table(dataset, "teacher_logits", WHOLE)
     return None if folder is None else _loaded(folder, device, num_token_ids)
 
 
@@ -79,15 +80,15 @@ def advantage_heads_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> tuple[LanguageHead, LanguageHead] | None:
     """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
-    folder = _exact_table(dataset, "advantages")
+    folder = _exact_table(dataset, "advantages", ("exact",))
     if folder is None:
         return None
     teacher, reference = (_loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS)
     return teacher, reference
 
 
-def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
+def _exact_table(dataset: CachedDataset, table: str, variants: Sequence[str]) -> Path | None:
     for index, manifest in enumerate(dataset.manifests):
-        if (manifest.table, manifest.variant) == (table, "exact"):
+        if manifest.table == table and manifest.variant in variants:
             return dataset.local_folder(index)
     return None
