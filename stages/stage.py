@@ -84,11 +84,16 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class TableRef:
-    """A table that a step reads: the step that writes it, and the model that made it, if any."""
+    """A table that a step reads: the step that writes it, and the model that made it, if any.
+
+    ``inputs`` are the fingerprints of the tables that it was made of.
+    """
 
     step: str
     table: Table[Any]
     made_by: Mapping[str, Any] | None
+    fingerprint: str = ""
+    inputs: tuple[str, ...] = ()
 
 
 def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
