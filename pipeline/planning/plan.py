@@ -113,8 +113,6 @@ class PlannedStep:
 def make_plan(recipe: Recipe) -> list[PlannedStep]:
     """Resolve and fingerprint every step, in order; raises ConfigError for a dangling reference.
 
-    Each round of a training step is steps of its own.
-
     A model of the hub is fetched, as its content is its identity; of its data sets the commit is.
     """
     recipe = with_commits(with_local_folders(with_rounds(recipe)))
@@ -251,8 +249,7 @@ def _check(
         assert isinstance(step.stage, SourceStage | TableStage | FinishedTableStage)
         made_by = next(iter(step.identity.get("models", ())), None)
         made_of = tuple(step.identity.get("inputs", ()))
-        ref = TableRef(step.name, step.stage.table, made_by, step.fingerprint, made_of)
-        tables.append(ref)
+        tables.append(TableRef(step.name, step.stage.table, made_by, step.fingerprint, made_of))
     try:
         stage.check(tables, {name: model.identity for name, model in models.items()})
     except ConfigError as error:
