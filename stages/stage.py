@@ -84,21 +84,20 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class TableRef:
-    """A table that a step reads: the step that writes it, and the model that made it, if any."""
+    """A table that a step reads: the step that writes it, its model, if any, and its ``inputs``."""
 
     step: str
     table: Table[Any]
     made_by: Mapping[str, Any] | None
+    fingerprint: str = ""
+    inputs: tuple[str, ...] = ()  # the fingerprints of the tables that it was made of
 
 
 def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether two identities are of one model, whatever dtype and engine it is run in."""
     how = ("dtype", "engine", "engine_extra")
-    without = [
-        {name: value for name, value in identity.items() if name not in how}
-        for identity in (one, other)
-    ]
-    return without[0] == without[1]
+    one, other = ({name: of[name] for name in of if name not in how} for of in (one, other))
+    return one == other
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from pipeline.planning.fingerprint import (
 from pipeline.planning.hub_data import with_commits
 from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
+from pipeline.planning.rounds import with_rounds
 from schemas.errors import ConfigError, IdentityMismatch, TeacherCacheError
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import trained_name
@@ -114,7 +115,7 @@ def make_plan(recipe: Recipe) -> list[PlannedStep]:
 
     A model of the hub is fetched, as its content is its identity; of its data sets the commit is.
     """
-    recipe = with_commits(with_local_folders(recipe))
+    recipe = with_commits(with_local_folders(with_rounds(recipe)))
     _admit_code(recipe)
     planned: dict[str, PlannedStep] = {}
     for name, stage in recipe.steps.items():
@@ -247,7 +248,8 @@ def _check(
     for step in inputs:
         assert isinstance(step.stage, SourceStage | TableStage | FinishedTableStage)
         made_by = next(iter(step.identity.get("models", ())), None)
-        tables.append(TableRef(step.name, step.stage.table, made_by))
+        made_of = tuple(step.identity.get("inputs", ()))
+        tables.append(TableRef(step.name, step.stage.table, made_by, step.fingerprint, made_of))
     try:
         stage.check(tables, {name: model.identity for name, model in models.items()})
     except ConfigError as error:

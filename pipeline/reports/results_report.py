@@ -63,18 +63,20 @@ def print_metrics(
 
 
 def _students_table(results: Sequence[tuple[PlannedStep, Mapping[str, Any]]]) -> Table:
-    table = Table("student", *COLUMNS, title="held-out rows")
+    found = {name for _, metrics in results for name in (*metrics["before"], *metrics["after"])}
+    columns = COLUMNS | {head: name for head, name in OF_RESPONSES.items() if name in found}
+    table = Table("student", *columns, title="held-out rows")
     seen: set[tuple[str, ...]] = set()
     trained = {step.name for step, _ in results}
     for step, metrics in results:
-        before = tuple(_metric_cells(metrics["before"]))
+        before = tuple(_metric_cells(metrics["before"], columns))
         if before not in seen:
             seen.add(before)
             start = next(iter(step.models))
             when = f"before {step.name}" if start in trained else "untrained"
             table.add_row(f"{start}, {when}", *before)
     for step, metrics in results:
-        table.add_row(_name(step), *_metric_cells(metrics["after"]))
+        table.add_row(_name(step), *_metric_cells(metrics["after"], columns))
     return table
 
 
@@ -85,6 +87,8 @@ def _name(step: PlannedStep) -> str:
     return f"{step.name} (cross_model)" if is_cross_model else step.name
 
 
+# What is measured of a student's own responses, where the teacher scored their tokens.
+OF_RESPONSES = {"reverse KL to teacher": "reverse_kl", "staleness": "staleness"}
 # Numbers of a step that measures students; one that no student has is left out.
 MEASURED = {
     "KL to teacher": "kl_to_teacher",
@@ -102,6 +106,7 @@ MEASURED = {
     "P@1": "precision_at_1",
     "P@10": "precision_at_10",
     "exact match": "exact_match",
+    **OF_RESPONSES,
 }
 BASELINES = ("majority", "random", "teacher")
 
@@ -135,8 +140,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
-    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in COLUMNS.values()]
+def _metric_cells(metrics: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in columns.values()]
 
 
 def _tables_table(steps: Sequence[PlannedStep]) -> Table:

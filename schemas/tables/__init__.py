@@ -11,6 +11,7 @@ from .documents import DOCUMENTS
 from .episodes import EPISODES
 from .preference_pairs import PREFERENCE_PAIRS
 from .response_logprobs import RESPONSE_LOGPROBS
+from .response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
 from .responses import RESPONSES
 from .subset_preferences import SUBSET_PREFERENCES
 from .teacher_logits import ENCODINGS
@@ -25,6 +26,7 @@ _KNOWN: tuple[Table[Any], ...] = (
     PREFERENCE_PAIRS,
     RESPONSES,
     RESPONSE_LOGPROBS,
+    RESPONSE_TOKEN_LOGPROBS,
     *ENCODINGS.values(),
     *SUPPORTS.values(),
 )

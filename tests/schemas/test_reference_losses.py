@@ -25,6 +25,7 @@ from stages.student.objectives.dckd import DckdConfig
 from stages.student.objectives.dpo import DpoConfig
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.opd import OpdConfig
 from stages.student.objectives.sft import SftConfig
 
 N, V, U, K, D = 7, 23, 19, 5, 6
@@ -191,6 +192,14 @@ def test_icl_distillation(kind: Any, gold: int, tmp_path: Path) -> None:
     cross_N = token_losses.cross_entropy(LOGITS_NV, NEXT_N)
     text_N = icl_losses.icl_text(kl_N, cross_N, columns["entropies_N"], alpha)
     assert found == pytest.approx(episode + 0.2 * text_N.sum(), abs=1e-9)
+
+
+def test_opd() -> None:
+    teacher_N, writer_N = -RNG.random(N) * 4, -RNG.random(N) * 4
+    others = {"teacher_logprobs_N": teacher_N, "writer_logprobs_N": writer_N}
+    found = total_of(OpdConfig(clip=0.3), others | {"next_token_ids_N": NEXT_N}, on_logits())
+    expected = token_losses.opd(LOGITS_NV, NEXT_N, teacher_N, writer_N, clip=0.3).sum()
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_dpo() -> None:

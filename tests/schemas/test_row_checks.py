@@ -88,6 +88,11 @@ def some_row(name: str, variant: str, index: int) -> Values:
             "response_logprobs_N": np.array([-2.0, -1.0]),
             "response_num_tokens_N": np.array([2, 1]),
         },
+        ("response_token_logprobs", ""): {
+            "sample_id": key,
+            "token_logprobs_A": np.array([-2.0, -1.0, -0.5]),
+            "response_num_tokens_N": np.array([2, 1]),
+        },
         ("responses", ""): {
             "sample_id": key,
             "prompt_ids_T": np.array([1, 2]),
@@ -297,6 +302,9 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("candidate_scores", "", plant("candidate_num_tokens_N", 0), "holds 0, expected 1"),
     ("response_logprobs", "", plant("response_logprobs_N", 3.0), "holds 3"),
     ("response_logprobs", "", plant("response_num_tokens_N", 0), "holds 0, expected 1"),
+    ("response_token_logprobs", "", plant("token_logprobs_A", 3.0), "holds 3"),
+    ("response_token_logprobs", "", plant("response_num_tokens_N", 0), "holds 0, expected 1"),
+    ("response_token_logprobs", "", plant("response_num_tokens_N", 9), "3 scores, responses of 11"),
     ("responses", "", plant("prompt_ids_T", VOCAB), "prompt_ids_T holds 300"),
     ("responses", "", plant("finish_reasons_N", 2), "finish_reasons_N holds 2, expected 0 to 1"),
     ("responses", "", plant("logprobs_A", np.nan), "logprobs_A holds nan"),

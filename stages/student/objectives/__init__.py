@@ -12,6 +12,7 @@ from stages.student.objectives.dpo import DpoConfig
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.objectives.mend import MendConfig
+from stages.student.objectives.opd import OpdConfig
 from stages.student.objectives.sft import SftConfig
 
 ObjectiveConfig = Annotated[
@@ -23,6 +24,7 @@ ObjectiveConfig = Annotated[
     | DpoConfig
     | DckdConfig
     | AdpaConfig
+    | OpdConfig
     | MendConfig,
     Field(discriminator="loss"),
 ]

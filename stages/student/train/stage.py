@@ -159,7 +159,7 @@ class TrainConfig(StageConfig):
             problem = (
                 f"objective '{self.objective.loss}' is not one forward of the student a batch, and "
                 f"the processes have to run a divided one together: use kd, cross_entropy, sft, "
-                f"dckd or adpa"
+                f"dckd, adpa or opd"
             )
         elif self.lora is not None:
             problem = "lora trains few weights and holds the student's whole: leave one of them out"
@@ -201,13 +201,15 @@ class TrainStage(TrainConfig, Stage):
     running text and its signals, for the LM part of ``icl_distillation`` and for nothing else.
     ``reader`` names the model that reads a distiller's vectors, for ``mend`` alone.
     Held-out shards are never trained on: they measure the student before and after.
+    With ``rounds`` the tables of ``data`` that ``student`` makes are made anew, by what the round
+    before trained, and trained on so often (``pipeline.planning.rounds``).
     """
 
     KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 2
     NOT_HASHED: ClassVar[tuple[str, ...]] = (
         *("student", "data", "lm_data", "reader"),
-        "max_missing_fraction",
+        *("max_missing_fraction", "rounds"),
     )
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
     RUNS: ClassVar[tuple[str, ...]] = ("student", "reader")
@@ -218,6 +220,7 @@ class TrainStage(TrainConfig, Stage):
     data: tuple[str, ...] = Field(min_length=1)
     lm_data: tuple[str, ...] = ()
     reader: str | None = None
+    rounds: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _text_where_used(self) -> "TrainStage":
@@ -257,6 +260,7 @@ class TrainStage(TrainConfig, Stage):
         """
         kinds = [(ref.table.name, ref.table.variant) for ref in tables]
         self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
+        self.objective.check(tables)
         if not isinstance(self.objective, MendConfig) or self.reader is None:
             return
         reader = models[self.reader]

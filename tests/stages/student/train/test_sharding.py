@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": KD | {"max_steps": 3, "dtype": "bfloat16"},
     "packed": KD | {"max_steps": 2, "packing": True, "gradient_checkpointing": True},
     "dckd": KD | {"max_steps": 2, "objective": {"loss": "dckd"}},
+    "opd": KD | {"max_steps": 2, "objective": {"loss": "opd", "max_staleness": 5.0}},
 }
 
 
@@ -95,6 +96,8 @@ def runs(
         student, tables = data.student, data.tables("threshold")
         if name == "dckd":
             student, tables = pairs.student, pairs.dckd("threshold")
+        if name == "opd":
+            student, tables = pairs.student, pairs.opd
         if name == "untied":
             student = data.root / "untied"
         options = TrainOptions(num_workers=0, log_every=1)
