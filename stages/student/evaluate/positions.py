@@ -7,7 +7,10 @@ estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers o
 without (``stages.student.losses.kl``).
 A distiller is measured by what its reader says of queries and answers after its vectors, and
 ``answer_cross_entropy`` is over the answers' tokens alone, where there are answers.
-Of preference pairs the chosen responses are measured.
+Of preference pairs the chosen responses are measured, of aligned spans the tokens of the spans:
+``bits_per_byte`` is the sum of their cross-entropy over the bytes they are (a special token is
+none), a number that students of different tokenizers can be compared by; ``teacher_bits_per_byte``
+is the teacher's, of the same bytes in its own tokens.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
@@ -25,6 +28,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
+from schemas.tables.aligned_spans import ALIGNED_SPANS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
@@ -51,6 +55,7 @@ from stages.student.batches.signals import (
     encoding_of,
     worker_errors_as_raised,
 )
+from stages.student.batches.spans import SpansCollator
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.reader import read_scored_states
 from stages.student.losses.cross_entropy import CrossEntropy
@@ -151,7 +156,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(9, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(11, dtype=torch.float64, device=model.device)
     # What a divided student gathers is used in training, too: no tensors of inference alone.
     without_grad = torch.no_grad() if held_out.together else torch.inference_mode()
     with without_grad, worker_errors_as_raised():
@@ -191,6 +196,8 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
         collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
     elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
+    elif held_out.dataset.manifests[0].table == ALIGNED_SPANS.name:
+        collator = SpansCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
         batch_size=held_out.options.eval_batch_size,
@@ -212,7 +219,8 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     answers = _answer_sums(batch, hidden_ND, head, dtype)
     teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
-    return torch.stack([*sums.values(), teacher_ce, count, *answers]).double()
+    of_spans = _span_sums(batch, hidden_ND)
+    return torch.stack([*sums.values(), teacher_ce, count, *answers, *of_spans]).double()
 
 
 def _hidden_states(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
@@ -234,9 +242,16 @@ def _answer_sums(
     return total, in_answer_N.sum().to(total)
 
 
+def _span_sums(batch: dict[str, Tensor], hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the teacher's log-prob of a batch's spans and their bytes; zeros without spans."""
+    if "span_bytes_S" not in batch:
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    return batch["span_logprobs_S"].sum(), batch["span_bytes_S"].sum().to(hidden_ND.dtype)
+
+
 def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
-    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *answers = sums.tolist()
-    answer_ce, answered = answers
+    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *others = sums.tolist()
+    answer_ce, answered, span_logprob, num_bytes = others
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -246,6 +261,10 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
     }
     if answered:
         means["answer_cross_entropy"] = answer_ce / answered
+    if num_bytes:
+        bits = num_bytes * math.log(2.0)
+        means["bits_per_byte"] = cross_entropy / bits
+        means["teacher_bits_per_byte"] = -span_logprob / bits
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
         if not math.isnan(teacher_ce):  # of distributions that were imported it is not known
