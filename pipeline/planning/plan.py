@@ -147,12 +147,12 @@ def _plan_step(
     if isinstance(stage, FinishedTableStage):
         return _finished_step(name, stage)
     tokenizer = None
-    if isinstance(stage, SourceStage):
-        tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
-        stage = stage.model_copy(update={"tokenizer": str(tokenizer)})
+    if (reference := getattr(stage, stage.TOKENIZER, None)) is not None:
+        tokenizer = _tokenizer_folder(reference, recipe, f"{place}.{stage.TOKENIZER}")
+        stage = stage.model_copy(update={stage.TOKENIZER: str(tokenizer)})
     identity = stage.hashed()
     if tokenizer is not None:
-        identity["config"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        identity["config"][stage.TOKENIZER] = tokenizer_fingerprint(tokenizer)
         identity["vocab_size"] = vocab_size_of(tokenizer)
         vocabulary = vocabulary_fingerprint(tokenizer)
     inputs = tuple(

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..table import Table
 from .advantages import SUPPORTS
+from .aligned_spans import ALIGNED_ENTRIES, ALIGNED_SPANS
 from .candidate_scores import CANDIDATE_SCORES
 from .conversations import CONVERSATIONS
 from .demonstrations import DEMONSTRATIONS
@@ -28,6 +29,8 @@ _KNOWN: tuple[Table[Any], ...] = (
     RESPONSE_LOGPROBS,
     RESPONSE_TOKEN_LOGPROBS,
     *ENCODINGS.values(),
+    ALIGNED_SPANS,
+    ALIGNED_ENTRIES,
     *SUPPORTS.values(),
 )
 TABLES: dict[tuple[str, str], Table[Any]] = {(table.name, table.variant): table for table in _KNOWN}

@@ -22,6 +22,7 @@ from schemas.tables.advantages import (
     ThresholdAdvantages,
     UnionAdvantages,
 )
+from schemas.tables.aligned_spans import ALIGNED_ENTRIES, ALIGNED_SPANS
 from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.demonstrations import DEMONSTRATIONS
@@ -54,6 +55,8 @@ BOUND: dict[str, BoundTable[Any]] = {
     "demonstrations": DEMONSTRATIONS.bind(vocab_size=49_152),
     "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
     "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),
+    "aligned_spans": ALIGNED_SPANS.bind(vocab_size=49_152),
+    "aligned_spans_entries": ALIGNED_ENTRIES.bind(vocab_size=49_152),
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
     "teacher_logits_threshold_tau": THRESHOLD_TAU.bind(vocab_size=49_152),
     "teacher_logits_threshold_tau_large_vocabulary": THRESHOLD_TAU.bind(vocab_size=151_936),

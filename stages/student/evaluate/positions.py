@@ -10,6 +10,10 @@ A distiller is measured by what its reader says of queries and answers after its
 Of preference pairs the chosen responses are measured. Of a student's responses with the teacher's
 log-probs of their tokens ``reverse_kl`` estimates KL(student || teacher) at the writer's prefixes,
 and ``staleness`` how far the student is from the writer (``stages.student.losses.opd``).
+Of aligned spans the tokens of the spans are measured:
+``bits_per_byte`` is the sum of their cross-entropy over the bytes they are (a special token is
+none), a number that students of different tokenizers can be compared by; ``teacher_bits_per_byte``
+is the teacher's, of the same bytes in its own tokens.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
@@ -27,6 +31,7 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
+from schemas.tables.aligned_spans import ALIGNED_SPANS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.responses import RESPONSES
 from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
@@ -55,6 +60,7 @@ from stages.student.batches.signals import (
     encoding_of,
     worker_errors_as_raised,
 )
+from stages.student.batches.spans import SpansCollator
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.reader import read_scored_states
 from stages.student.losses.cross_entropy import CrossEntropy
@@ -156,7 +162,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(11, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(13, dtype=torch.float64, device=model.device)
     # What a divided student gathers is used in training, too: no tensors of inference alone.
     without_grad = torch.no_grad() if held_out.together else torch.inference_mode()
     with without_grad, worker_errors_as_raised():
@@ -199,6 +205,8 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
         collator = ChosenCollator(collator)
     elif held_out.dataset.manifests[0].table == RESPONSES.name:
         collator = OpdCollator.of(held_out.dataset, vocab_size)
+    elif held_out.dataset.manifests[0].table == ALIGNED_SPANS.name:
+        collator = SpansCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
         batch_size=held_out.options.eval_batch_size,
@@ -223,7 +231,10 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     responses = _response_sums(batch, hidden_ND, head, dtype)
     teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
-    return torch.stack([*sums.values(), teacher_ce, count, *answers, *responses]).double()
+    of_spans = _span_sums(batch, hidden_ND)
+    return torch.stack(
+        [*sums.values(), teacher_ce, count, *answers, *responses, *of_spans]
+    ).double()
 
 
 def _hidden_states(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
@@ -258,9 +269,16 @@ def _response_sums(
     return sums["reverse_kl"], sums["staleness"]
 
 
+def _span_sums(batch: dict[str, Tensor], hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the teacher's log-prob of a batch's spans and their bytes; zeros without spans."""
+    if "span_bytes_S" not in batch:
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    return batch["span_logprobs_S"].sum(), batch["span_bytes_S"].sum().to(hidden_ND.dtype)
+
+
 def _means(sums: Tensor, *, has_teacher: bool, is_scored: bool) -> dict[str, float]:
     cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *others = sums.tolist()
-    answer_ce, answered, reverse_kl, staleness = others
+    answer_ce, answered, reverse_kl, staleness, span_logprob, num_bytes = others
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -272,6 +290,10 @@ def _means(sums: Tensor, *, has_teacher: bool, is_scored: bool) -> dict[str, flo
         means["answer_cross_entropy"] = answer_ce / answered
     if is_scored:
         means |= {"reverse_kl": reverse_kl / tokens, "staleness": staleness / tokens}
+    if num_bytes:
+        bits = num_bytes * math.log(2.0)
+        means["bits_per_byte"] = cross_entropy / bits
+        means["teacher_bits_per_byte"] = -span_logprob / bits
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
         if not math.isnan(teacher_ce):  # of distributions that were imported it is not known

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.alm import AlmConfig
 from stages.student.objectives.bialign import BiAlignConfig
 from stages.student.objectives.cross_entropy import CrossEntropyConfig
 from stages.student.objectives.dckd import DckdConfig
@@ -18,6 +19,7 @@ from stages.student.objectives.sft import SftConfig
 ObjectiveConfig = Annotated[
     CrossEntropyConfig
     | KdConfig
+    | AlmConfig
     | BiAlignConfig
     | IclDistillationConfig
     | SftConfig

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from schemas.errors import ConfigError
-from stages.stage import TableRef, is_one_model
+from stages.models.spec import is_one_model
+from stages.stage import TableRef
 from stages.student.objectives.objective import Objective, Reads, TableKind
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
 from stages.models.encoder_decoder.kind import kinds_problem
-from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
+from stages.models.spec import is_one_model
+from stages.stage import Kind, Stage, StageConfig, TableRef
 from stages.student.lora import LoraSettings
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
