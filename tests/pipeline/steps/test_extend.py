@@ -18,7 +18,7 @@ from pipeline.planning.plan import make_plan
 from pipeline.steps import extension, predecessors, wanted_rows
 from pipeline.steps.run import run_plan
 from schemas.open_table import open_table
-from schemas.storage.manifest import read_manifest
+from schemas.storage.manifest import damaged_shards, read_manifest
 from stages.signals.teacher_logits import work as teacher_work
 from stages.stage import Rejected
 from tests.fixtures.tiny_recipe import (
@@ -260,7 +260,7 @@ def test_of_many_earlier_tables_no_more_are_read_than_serve(
         extend(copied)
     last = copied.step("documents").folder
     hashed: list[Path] = []
-    damaged = predecessors.damaged_shards
+    damaged = damaged_shards
 
     def noted(folder: Path, manifest: Any) -> list[str]:
         hashed.append(folder)
