@@ -58,7 +58,7 @@ def some_row(name: str, variant: str, index: int) -> Values:
     hidden_PD = rng.normal(size=(P, 3))
     codes_PD, beyond_E = in_steps(hidden_PD, 0.01)
     ids_T = np.array([index, 7, 8])
-    spans = {
+    aligned: Values = {
         "sample_id": sample_id_of(ids_T, [(1, 2), (2, 3), *id_spans(key)]),
         "split": "train",
         "source_id": key,
@@ -69,9 +69,9 @@ def some_row(name: str, variant: str, index: int) -> Values:
         "num_bytes": 5,
     }
     rows: dict[tuple[str, str], Values] = {
-        ("aligned_spans", ""): spans,
+        ("aligned_spans", ""): aligned,
         ("aligned_spans", "entries"): {
-            **spans,
+            **aligned,
             "num_entries_S": np.array([2, 1]),
             "entry_ids_E": np.array([7, 9, 7]),
             "entry_logprobs_E": np.array([-0.5, -2.0, -1.0]),

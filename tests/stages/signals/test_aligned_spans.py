@@ -21,7 +21,7 @@ from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shards import with_split
 from schemas.table import BoundTable
-from schemas.tables.aligned_spans import ALIGNED_SPANS, AlignedSpans
+from schemas.tables.aligned_spans import ALIGNED_SPANS, AlignedEntries, AlignedSpans
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES
 from schemas.tables.teacher_logits import ENCODINGS
@@ -206,7 +206,13 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spans_of(
-    teacher: Teacher, student: Path, kind: str, folder: Path, documents: list[Document]
+    teacher: Teacher,
+    student: Path,
+    kind: str,
+    folder: Path,
+    documents: list[Document],
+    *,
+    entries: bool = False,
 ) -> list[AlignedSpans | Rejected]:
     """Run ``teacher_logits`` and then the stage, as workers do."""
     bound = DOCUMENTS.bind(vocab_size=teacher.vocab_size)
@@ -216,7 +222,7 @@ def spans_of(
     signals: BoundTable[Any] = ENCODINGS[kind].bind(vocab_size=teacher.vocab_size, sizes=sizes)
     splits = {document.sample_id: document.split for document in teacher.documents}
     write_table(folder / "signals", signals, rows, teacher.folder, splits=splits)
-    stage = stage_on(student)
+    stage = stage_on(student, entries=entries)
     context = StageContext(
         folder / "spans",
         400,
@@ -230,10 +236,10 @@ def spans_of(
         return list(work(shard))
 
 
-def stage_on(student: Path) -> AlignedSpansStage:
+def stage_on(student: Path, *, entries: bool = False) -> AlignedSpansStage:
     body = {"stage": "aligned_spans", "input": "signals", "documents": "documents"}
     return AlignedSpansStage.model_validate(
-        {**body, "teacher": "teacher", "tokenizer": str(student)}
+        {**body, "teacher": "teacher", "tokenizer": str(student), "entries": entries}
     )
 
 
@@ -268,6 +274,48 @@ def test_sums_are_those_of_a_forward_pass(
     assert compared > 10
 
 
+@pytest.mark.parametrize("kind", ["threshold", "threshold_tau", "top_k"])
+def test_entries_are_the_teachers_tokens_of_the_same_bytes(
+    teacher: Teacher, student: Path, kind: str, tmp_path: Path
+) -> None:
+    """Their probabilities are those of a forward pass; of ``top_k`` no likely one is left out."""
+    rows = spans_of(teacher, student, kind, tmp_path, teacher.documents, entries=True)
+    one, other = ByteTokenizer(teacher.folder), ByteTokenizer(student)
+    spelled = {part: index for index, part in one.bytes_of.items()}
+    found = 0
+    for row, document, logprobs_PV in zip(
+        rows, teacher.documents, teacher.logprobs_PV, strict=True
+    ):
+        if isinstance(row, Rejected):
+            continue
+        assert isinstance(row, AlignedEntries)
+        alignment = align(document.input_ids_T, one, other)
+        begins = alignment.student_S2[:, 0].tolist(), alignment.teacher_S2[:, 0].tolist()
+        first_of = dict(zip(*begins, strict=True))
+        ends = np.cumsum(row.num_entries_S)
+        for span, (start, _) in enumerate(row.scored_S2.tolist()):
+            kept = slice(int(ends[span]) - int(row.num_entries_S[span]), int(ends[span]))
+            p_V = np.exp(logprobs_PV[first_of[start] - 1])
+            entries = zip(row.entry_ids_E[kept], row.entry_logprobs_E[kept], strict=True)
+            total = 0.0
+            for index, logprob in entries:
+                part = other.bytes_of.get(int(index))
+                if part is None:
+                    assert int(index) == other.named["eos"]
+                    continue
+                expected = p_V[spelled[part]]
+                coarse = 0.25 if kind != "top_k" else 5e-3  # six bits a stick, at random
+                assert np.exp(float(logprob)) == pytest.approx(expected, rel=coarse, abs=2e-3)
+                total += np.exp(float(logprob))
+                found += 1
+            assert total <= 1.001
+            if kind == "top_k":
+                top = [int(v) for v in np.argsort(-p_V)[: K - 1] if int(v) in one.bytes_of]
+                both = {one.bytes_of[v] for v in top} & set(other.bytes_of.values())
+                assert both <= {other.bytes_of.get(int(i), b"") for i in row.entry_ids_E[kept]}
+    assert found >= 5  # of a nearly flat teacher
+
+
 def test_coverage_is_counted(teacher: Teacher, student: Path, tmp_path: Path) -> None:
     rows = spans_of(teacher, student, "threshold", tmp_path, teacher.documents)
     made = [row for row in rows if isinstance(row, AlignedSpans)]
@@ -300,5 +348,9 @@ def test_the_stage_refuses_other_tables(student: Path) -> None:
     signals = TableRef("signals", ENCODINGS["threshold"], None)
     with pytest.raises(ConfigError, match="documents: step 'few' writes episodes, expected"):
         stage_on(student).check([signals, TableRef("few", EPISODES, None)], {})
+    states = TableRef("states", ENCODINGS["exact"], None)
+    with pytest.raises(ConfigError, match=r"entries: step 'states' keeps hidden states \(exact\)"):
+        stage_on(student, entries=True).check([states, TableRef("text", DOCUMENTS, None)], {})
+    stage_on(student).check([states, TableRef("text", DOCUMENTS, None)], {})
     with pytest.raises(ConfigError, match="input: step 'few' writes episodes, this stage reads"):
         stage_on(student).check([TableRef("few", EPISODES, None), signals], {})
