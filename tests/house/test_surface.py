@@ -104,10 +104,16 @@ def test_public_names_of_teachercache() -> None:
 
 
 def test_the_slim_wheels_modules_have_their_names_in_the_whole_package() -> None:
-    from teachercache.reference import head, icl_losses, preference_losses, token_losses
+    from teachercache.reference import (
+        divergences,
+        head,
+        icl_losses,
+        preference_losses,
+        token_losses,
+    )
     from teachercache.torch_rows import ShardedRows
 
-    modules = (token_losses, icl_losses, preference_losses, head)
+    modules = (token_losses, divergences, icl_losses, preference_losses, head)
     own = "teachercache.own.schemas"
     assert all(module.__name__.startswith(f"{own}.reference.") for module in modules)
     assert ShardedRows.__module__ == f"{own}.torch_rows"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.reference import icl_losses, preference_losses, token_losses
+from schemas.reference import divergences, icl_losses, preference_losses, token_losses
 from schemas.reference.head import read_head
 from stages.models.causal_lm.chunked_loss import PositionLoss, logits_loss
 from stages.models.causal_lm.language_head import LanguageHead
@@ -118,6 +118,32 @@ def test_kd_of_each_encoding(encoding: str, tmp_path: Path) -> None:
     cross_N = token_losses.cross_entropy(LOGITS_NV, NEXT_N)
     expected = token_losses.kd(kl_N, cross_N, 0.7).sum()
     assert found == pytest.approx(expected, abs=2e-5 if encoding == "exact" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("forward_kl", {}),
+        ("reverse_kl", {}),
+        ("skewed_kl", {"alpha": 0.3}),
+        ("skewed_reverse_kl", {"alpha": 0.3}),
+        ("jensen_shannon", {"beta": 0.2}),
+        ("total_variation", {}),
+    ],
+)
+def test_kd_by_divergence(kind: str, settings: dict[str, float], tmp_path: Path) -> None:
+    """The student has four tokens more than the teacher."""
+    columns, head, _ = teachers("exact", tmp_path)
+    chosen: Any = {"kind": kind, **settings}
+    config = KdConfig(weight=0.7, divergence=chosen, temperature=1.7)
+    step = on_logits(teacher_head=head)
+    found = total_of(config, columns | {"next_token_ids_N": NEXT_N}, step)
+    teacher_NU = read_head(tmp_path).logits(columns["hidden_ND"])
+    apart_N = getattr(divergences, kind)(LOGITS_NV, teacher_NU, temperature=1.7, **settings)
+    factor = 1.7 if kind == "total_variation" else 1.7**2
+    cross_N = token_losses.cross_entropy(LOGITS_NV, NEXT_N)
+    expected = token_losses.kd(factor * apart_N, cross_N, 0.7).sum()
+    assert found == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("objective", [CrossEntropyConfig(), SftConfig()])

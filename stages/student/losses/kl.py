@@ -32,7 +32,7 @@ was dropped, 1 - P, is reported as ``dropped_mass``. The student's softmax has a
 it has wherever the student is run: q is 0 on its padding, which is pushed down.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary of the student,
-K = kept entries, D = hidden width of the teacher. All values in nats.
+K = kept entries, D = hidden width of the teacher, U <= V = ids that tokens use. All values in nats.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,6 +50,13 @@ class Divergence(NamedTuple):
     """KL [C] to what is trained on, and the mass [C] that was dropped, on padding ids."""
 
     kl_C: Tensor
+    dropped_C: Tensor
+
+
+class Told(NamedTuple):
+    """The teacher's log-probs [C, U] over tokens alone, and the mass [C] dropped on other ids."""
+
+    logprobs_CU: Tensor
     dropped_C: Tensor
 
 
@@ -174,6 +181,19 @@ class ExactTeacher:
             logprobs_CV.exp_()
             known_CV.sub_(probs_CV, alpha=weight)
         return Divergence(-kept_C - entropies_C, dropped_C)
+
+    def logprobs(self, rows: slice, temperature: float, dtype: torch.dtype) -> Told:
+        """Return what is trained on, in ``dtype``, its logits divided by ``temperature``."""
+        logits_CU = self.head.logits(self.hidden_ND[rows]).to(dtype)
+        dropped_C = logits_CU.new_zeros(len(logits_CU))
+        num_ids = self.head.num_token_ids
+        if num_ids is not None and num_ids < logits_CU.shape[1]:
+            whole_C = logits_CU.logsumexp(dim=1)
+            dropped_C = (logits_CU[:, num_ids:].logsumexp(dim=1) - whole_C).exp()
+            logits_CU = logits_CU[:, :num_ids]
+        if temperature != 1.0:
+            logits_CU.div_(temperature)
+        return Told(logits_CU.log_softmax(dim=1), dropped_C)
 
     def top_token_ids(self, rows: slice) -> Tensor:
         """The argmax of the teacher's logits."""

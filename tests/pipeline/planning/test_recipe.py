@@ -290,6 +290,17 @@ TRAINED = {"stage": "train", "student": "teacher", "objective": {"loss": "kd"}, 
             "steps.trained.data: objective 'kd' needs a teacher_logits table, the data has: docume",
         ),
         (
+            {
+                "steps.trained": {
+                    **TRAINED,
+                    "data": ["documents", "signals"],
+                    "objective": {"loss": "kd", "divergence": {"kind": "reverse_kl"}},
+                }
+            },
+            "steps.trained.data: objective 'kd' asks for reverse_kl, which needs whole "
+            "distributions, and the teacher_logits are of encoding threshold",
+        ),
+        (
             {"steps.trained": {**TRAINED, "data": ["documents", "signals", "documents"]}},
             "steps.trained.data: 2 of its tables are documents, expected one of each kind",
         ),

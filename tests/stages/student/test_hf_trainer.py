@@ -124,6 +124,20 @@ def test_a_step_of_a_plain_trainer_is_ours(
     assert_equal_steps(step_of(trainer), our_step(data.student, tables, weight=0.7))
 
 
+def test_a_step_by_another_divergence_is_ours(data: CachedData, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "weight": 0.7,
+        "divergence": {"kind": "jensen_shannon", "beta": 0.3},
+        "temperature": 1.5,
+    }
+    trainer = Trainer(
+        LlamaForCausalLM.from_pretrained(data.student),
+        TrainingArguments(**arguments(tmp_path, per_device_train_batch_size=18)),
+        **distillation(data.tables("exact"), data.student, **settings),
+    )
+    assert_equal_steps(step_of(trainer), our_step(data.student, data.tables("exact"), **settings))
+
+
 @pytest.mark.parametrize("batch", [(18, 1), (9, 2)], ids=["one batch", "two accumulated"])
 @pytest.mark.parametrize("rows", ["documents", "conversations"])
 def test_a_step_of_trls_trainer_is_ours(
@@ -278,6 +292,10 @@ def test_a_tokenizer_of_other_ids_is_refused(data: CachedData, tiny_model: Path)
         (lambda data: distillation(data.tables("top_k"), data.student, weight=2), "weight: "),
         (lambda data: distillation(data.tables("top_k"), data.student, wieght=1), "wieght: "),
         (lambda data: distillation([data.documents], data.student), "needs a teacher_logits"),
+        (
+            lambda data: distillation(data.tables("top_k"), data.student, temperature=2.0),
+            "asks for forward_kl at temperature 2, which needs whole distributions",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(
