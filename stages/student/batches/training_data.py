@@ -11,11 +11,13 @@ from schemas.dataset import CachedDataset
 from schemas.tables.advantages import HEAD_FOLDERS
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.encoder_decoder.halves import Frame
+from stages.student.batches.several_datasets import SeveralDatasets
 from stages.student.batches.signals import (
     Collator,
     SignalRows,
     encoding_of,
 )
+from stages.student.batches.teachers import TaughtCollator, taught_collator
 
 
 class Batches(NamedTuple):
@@ -55,6 +57,12 @@ class TrainingData:
         encoding = encoding_of(self.dataset)
         return Collator(encoding, self.vocab_size, self.num_token_ids, self.packing)
 
+    def taught(self) -> Collator | TaughtCollator:
+        """Return the same of one teacher or of several: see ``batches.teachers``."""
+        if isinstance(self.dataset, SeveralDatasets):
+            return taught_collator(self.dataset, self.tokens(), self.num_token_ids)
+        return self.signals()
+
     def text(self, *, teacher: bool) -> Collator | None:
         """Return what decodes ``lm_dataset``, its distributions too with ``teacher``."""
         if self.lm_dataset is None:
@@ -67,8 +75,15 @@ def teacher_head_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> LanguageHead | None:
     """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
-    folder = _exact_table(dataset, "teacher_logits")
-    return None if folder is None else _loaded(folder, device, num_token_ids)
+    return next(iter(teacher_heads_of(dataset, device, num_token_ids).values()), None)
+
+
+def teacher_heads_of(
+    dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
+) -> dict[int, LanguageHead]:
+    """Load the head of each ``exact`` table of a teacher, by the table's place in the data."""
+    places = _exact_tables(dataset, "teacher_logits")
+    return {at: _loaded(dataset.local_folder(at), device, num_token_ids) for at in places}
 
 
 def _loaded(folder: Path, device: torch.device, num_token_ids: int | None) -> LanguageHead:
@@ -79,15 +94,15 @@ def advantage_heads_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> tuple[LanguageHead, LanguageHead] | None:
     """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
-    folder = _exact_table(dataset, "advantages")
-    if folder is None:
-        return None
-    teacher, reference = (_loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS)
-    return teacher, reference
-
-
-def _exact_table(dataset: CachedDataset, table: str) -> Path | None:
-    for index, manifest in enumerate(dataset.manifests):
-        if (manifest.table, manifest.variant) == (table, "exact"):
-            return dataset.local_folder(index)
+    for at in _exact_tables(dataset, "advantages"):
+        folder = dataset.local_folder(at)
+        teacher, reference = (
+            _loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS
+        )
+        return teacher, reference
     return None
+
+
+def _exact_tables(dataset: CachedDataset, table: str) -> list[int]:
+    kinds = [(manifest.table, manifest.variant) for manifest in dataset.manifests]
+    return [at for at, kind in enumerate(kinds) if kind == (table, "exact")]
