@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .advantage_values import advantage_values
     from .dataset import CachedDataset, open_dataset
     from .distribution import unpack_threshold, unpack_top_k, weighted_tokens
+    from .rounded_states import hidden_states
     from .sample_id import sample_id_of
     from .scored_spans import scored_targets, span_targets
     from .storage.manifest import Manifest, read_manifest
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .tables.teacher_logits import (
         ENCODINGS,
         ExactLogits,
+        RoundedLogits,
         TauLogits,
         ThresholdLogits,
         TopKLogits,
@@ -55,6 +57,7 @@ __all__ = [
     "ReleasedAdvantages",
     "ResponseLogprobs",
     "Responses",
+    "RoundedLogits",
     "ShardRecord",
     "SubsetPreferences",
     "TauAdvantages",
@@ -64,6 +67,7 @@ __all__ = [
     "TopKLogits",
     "UnionAdvantages",
     "advantage_values",
+    "hidden_states",
     "open_dataset",
     "read_manifest",
     "sample_id_of",
@@ -82,6 +86,7 @@ _MODULES = {
     "advantage_values": ("advantage_values",),
     "dataset": ("CachedDataset", "open_dataset"),
     "distribution": ("unpack_threshold", "unpack_top_k", "weighted_tokens"),
+    "rounded_states": ("hidden_states",),
     "sample_id": ("sample_id_of",),
     "scored_spans": ("scored_targets", "span_targets"),
     "storage.manifest": ("Manifest", "read_manifest"),
@@ -104,6 +109,7 @@ _MODULES = {
     "tables.teacher_logits": (
         "ENCODINGS",
         "ExactLogits",
+        "RoundedLogits",
         "TauLogits",
         "ThresholdLogits",
         "TopKLogits",

@@ -17,10 +17,12 @@ from schemas.storage.manifest import Manifest, read_manifest
 from schemas.storage.shard_cache import local_file
 from schemas.storage.shards import read_shard
 from schemas.table import Table
+from schemas.tables.teacher_logits import EXACT_INT8
 from stages.models.checkpoints.checkpoint import CHECKPOINT
 from stages.models.checkpoints.tokenizer import open_tokenizer
 from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
 from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
+from stages.signals.teacher_logits.rounding_cost import MOST_RECORDS, read_rounding_cost
 
 
 def inspect_rows(
@@ -43,11 +45,13 @@ def inspect_rows(
     table = known_table(manifest, folder)
     look = Look(_decoder(tokenizer), positions, top)
     calibration = read_calibration(folder) if CALIBRATION in manifest.files else None
+    names = [shard.name for shard in islice(manifest.shards, MOST_RECORDS)]
+    rounding = read_rounding_cost(folder, names) if manifest.variant == EXACT_INT8.variant else None
     console.print(
         f"{manifest.table} {manifest.variant} version {manifest.version}, "
         f"{manifest.num_rows} rows, vocabulary {manifest.vocab_size}, "
         f"fingerprint {manifest.fingerprint[:12]}"
-        + (f", {calibration}" if calibration is not None else ""),
+        + "".join(f", {found}" for found in (calibration, rounding) if found is not None),
         highlight=False,
         soft_wrap=True,
     )

@@ -28,7 +28,7 @@ from schemas.tables.demonstrations import Demonstrated
 from schemas.tables.documents import Document
 from schemas.tables.episodes import Episode, split_candidates
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
-from schemas.tables.teacher_logits import TauLogits, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import RoundedLogits, TauLogits, ThresholdLogits, TopKLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,14 @@ def _positions_table(row: Any, look: Look, names: Sequence[str] = ()) -> RichTab
     return view
 
 
+def _teacher_logits(row: Any, look: Look) -> list[RenderableType]:
+    view = _positions_table(row, look)
+    if not isinstance(row, RoundedLogits):
+        return [view]
+    cost = f"states in steps of {row.hidden_step:.4g}: {row.rounding_kl:.2g} nats of KL"
+    return [Text(f"{cost} from the teacher unrounded"), view]
+
+
 def _known(value: Any) -> str:
     """Return a number of nats, or that nobody knows it."""
     return "unknown" if np.isnan(value) else f"{float(value):.2f}"
@@ -217,5 +225,5 @@ VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
     "responses": lambda row, look: [responses_table(row, look.decode)],
     "response_logprobs": lambda row, look: [response_logprobs_table(row)],
     "advantages": _advantages,
-    "teacher_logits": lambda row, look: [_positions_table(row, look)],
+    "teacher_logits": _teacher_logits,
 }

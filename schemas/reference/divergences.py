@@ -36,7 +36,8 @@ def reverse_kl(logits_NV: Array, teacher_logits_NU: Array, temperature: float = 
     known_NU = student_NV[:, : np.shape(teacher_logits_NU)[1]]
     log_sum_N = np.log(np.exp(known_NU).sum(axis=1))
     teacher_NU = teacher_NV[:, : known_NU.shape[1]]
-    return _kl(known_NU - log_sum_N[:, None], teacher_NU) - log_sum_N
+    kl_N: F64Array = _kl(known_NU - log_sum_N[:, None], teacher_NU) - log_sum_N
+    return kl_N
 
 
 def skewed_kl(

@@ -1,4 +1,4 @@
-"""Table ``teacher_logits``: what the teacher predicts at each position, in one of four encodings.
+"""Table ``teacher_logits``: what the teacher predicts at each position, in one of five encodings.
 
 Values are log-probabilities of the *raw* distribution: natural log, temperature 1, after whatever
 the model's own config does to its logits (soft-capping, scaling), before any sampling processor.
@@ -20,85 +20,41 @@ positions together, E = tail entries of all positions (of ``threshold``: its hea
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from ..distribution import tail_ids, unpack_top_k
 from ..ragged import id_twice, surely_counted
+from ..rounded_states import hidden_states, num_beyond
 from ..table import (
     CAPTURE_ZSTD_LEVEL,
     KEPT,
-    LOG_VOCABULARY,
     MOST_LOGPROB,
     TOKEN_ID,
     TOKEN_ID_HIGH,
     Column,
     Table,
 )
-
-Array = npt.NDArray[Any]
-Columns = Mapping[str, Sequence[Any]]
-SampleId = Annotated[str, Column(pa.string(), "joins documents.sample_id")]
-FirstTarget = Annotated[int, Column(pa.int32(), "index in input_ids of the token entry 0 predicts")]
-NextTokenLogprobs = Annotated[
+from .logit_columns import (
     Array,
-    Column(pa.float16(), "log p(actual next token)", dims="P", unit="nats", high=MOST_LOGPROB),
-]
-Entropies = Annotated[
-    Array,
-    Column(
-        pa.float16(), "entropy of the teacher", dims="P", unit="nats", low=0, high=LOG_VOCABULARY
-    ),
-]
-
-NextTokenLogprobsIfKnown = Annotated[
-    Array,
-    Column(
-        *(pa.float16(), "log p(actual next token)"),
-        dims="P",
-        unit="nats",
-        high=MOST_LOGPROB,
-        unknown=True,
-    ),
-]
-EntropiesIfKnown = Annotated[
-    Array,
-    Column(
-        *(pa.float16(), "entropy of the teacher"),
-        dims="P",
-        unit="nats",
-        low=0,
-        high=LOG_VOCABULARY,
-        unknown=True,
-    ),
-]
-
-
-class _Scored:
-    """What every encoding's row can count."""
-
-    __slots__ = ()
-    first_target: int
-    next_token_logprobs_P: Array
-
-    @property
-    def num_positions(self) -> int:
-        """Scored positions of the row."""
-        return len(self.next_token_logprobs_P)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens up to and including the last one scored; between spans, none are counted."""
-        return self.first_target + self.num_positions
+    Columns,
+    Entropies,
+    EntropiesIfKnown,
+    FirstTarget,
+    NextTokenLogprobs,
+    NextTokenLogprobsIfKnown,
+    SampleId,
+    ScoredPositions,
+    check_positions,
+    positions_agree,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdLogits(_Scored):
+class ThresholdLogits(ScoredPositions):
     """A row in ``threshold`` encoding (see ``schemas.distribution``): unbiased, K entries."""
 
     sample_id: SampleId
@@ -120,19 +76,19 @@ class ThresholdLogits(_Scored):
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""
-        _check_positions(self, len(self.token_ids_PK), len(self.num_head_P))
+        check_positions(self, len(self.token_ids_PK), len(self.num_head_P))
         if int(self.num_head_P.sum(dtype=np.int64)) != len(self.head_codes_E):
             raise ValueError(f"sample {self.sample_id}: head codes do not match the head counts")
 
     @staticmethod
     def surely_sound(columns: Columns) -> bool:
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
-        counted = _positions_agree(columns, "token_ids_PK", "num_head_P")
+        counted = positions_agree(columns, "token_ids_PK", "num_head_P")
         return counted and surely_counted(columns["num_head_P"], columns["head_codes_E"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TauLogits(_Scored):
+class TauLogits(ScoredPositions):
     """A row in ``threshold_tau`` encoding (see ``schemas.distribution``): unbiased, ragged."""
 
     sample_id: SampleId
@@ -157,7 +113,7 @@ class TauLogits(_Scored):
 
     def __post_init__(self) -> None:
         """Check that lengths agree and ids are distinct; raises ValueError naming the sample."""
-        _check_positions(self, len(self.num_head_P), len(self.num_tail_P))
+        check_positions(self, len(self.num_head_P), len(self.num_tail_P))
         row = {name: [getattr(self, name)] for name in (*_COUNTS, *_HEAD, *_TAIL)}
         if not _entries_agree(row):
             raise ValueError(f"sample {self.sample_id}: entries do not match their counts")
@@ -168,7 +124,7 @@ class TauLogits(_Scored):
     def surely_sound(columns: Columns) -> bool:
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
         return (
-            _positions_agree(columns, "num_head_P", "num_tail_P")
+            positions_agree(columns, "num_head_P", "num_tail_P")
             and _entries_agree(columns)
             and id_twice(*_ids_of(columns)) is None
         )
@@ -202,7 +158,7 @@ def _ids_of(columns: Columns) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKLogits(_Scored):
+class TopKLogits(ScoredPositions):
     """A row in ``top_k`` encoding: the K largest, and the mass of all others in one number."""
 
     sample_id: SampleId
@@ -238,7 +194,7 @@ class TopKLogits(_Scored):
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""
-        _check_positions(self, len(self.token_ids_PK), len(self.rest_logprobs_P))
+        check_positions(self, len(self.token_ids_PK), len(self.rest_logprobs_P))
         if self.logprobs_PK.shape != self.token_ids_PK.shape:
             raise ValueError(f"sample {self.sample_id}: log-probs and token ids differ in shape")
         if not _known_alike(self.next_token_logprobs_P, self.entropies_P):
@@ -252,7 +208,7 @@ class TopKLogits(_Scored):
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
         ids, logprobs = columns["token_ids_PK"], columns["logprobs_PK"]
         return (
-            _positions_agree(columns, "token_ids_PK", "rest_logprobs_P")
+            positions_agree(columns, "token_ids_PK", "rest_logprobs_P")
             and all(a.shape == b.shape for a, b in zip(ids, logprobs, strict=True))
             and all(map(_known_alike, columns["next_token_logprobs_P"], columns["entropies_P"]))
         )
@@ -265,7 +221,7 @@ class TopKLogits(_Scored):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExactLogits(_Scored):
+class ExactLogits(ScoredPositions):
     """A row in ``exact`` encoding: the final hidden state; the head lies once beside the shards."""
 
     sample_id: SampleId
@@ -276,41 +232,70 @@ class ExactLogits(_Scored):
 
     def __post_init__(self) -> None:
         """Check that lengths agree; raises ValueError naming the sample."""
-        _check_positions(self, len(self.hidden_PD), len(self.hidden_PD))
+        check_positions(self, len(self.hidden_PD), len(self.hidden_PD))
 
     @staticmethod
     def surely_sound(columns: Columns) -> bool:
         """Whether all rows of a record batch are what ``__post_init__`` asks for."""
-        return _positions_agree(columns, "hidden_PD")
+        return positions_agree(columns, "hidden_PD")
 
 
-AnyLogits = ThresholdLogits | TauLogits | TopKLogits | ExactLogits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedLogits(ScoredPositions):
+    """A row of ``exact`` in fewer bytes: states in whole steps (``schemas.rounded_states``)."""
 
+    sample_id: SampleId
+    first_target: FirstTarget
+    hidden_codes_PD: Annotated[
+        Array, Column(pa.int8(), "input of the language head in steps; -128: beyond", dims="PD")
+    ]
+    hidden_beyond_E: Annotated[
+        Array, Column(pa.int32(), "the steps of those beyond 127 either way, in order", dims="E")
+    ]
+    hidden_step: Annotated[float, Column(pa.float32(), "what a code is multiplied with", low=0.0)]
+    rounding_kl: Annotated[
+        float,
+        Column(
+            pa.float32(),
+            "KL from the teacher unrounded, mean of up to 32 positions of the row",
+            unit="nats",
+        ),
+    ]
+    next_token_logprobs_P: NextTokenLogprobs
+    entropies_P: Entropies
 
-def _check_positions(row: AnyLogits, *lengths: int) -> None:
-    expected = len(row.next_token_logprobs_P)
-    found = {*lengths, len(row.entropies_P)}
-    if found != {expected} or row.first_target < 1:
-        raise ValueError(
-            f"sample {row.sample_id}: {expected} next-token log-probs beside "
-            f"{sorted(found)} entries, first_target {row.first_target}"
+    def __post_init__(self) -> None:
+        """Check that lengths agree; raises ValueError naming the sample."""
+        check_positions(self, len(self.hidden_codes_PD), len(self.hidden_codes_PD))
+        expected, found = num_beyond(self.hidden_codes_PD), len(self.hidden_beyond_E)
+        if expected != found:
+            raise ValueError(
+                f"sample {self.sample_id}: {expected} codes stand for a number beyond, there are "
+                f"{found}"
+            )
+
+    @property
+    def hidden_PD(self) -> Array:
+        """The states, float32, as ``schemas.hidden_states`` returns them of a row that is read."""
+        names = ("hidden_codes_PD", "hidden_beyond_E", "hidden_step")
+        return hidden_states({name: getattr(self, name) for name in names})
+
+    @staticmethod
+    def surely_sound(columns: Columns) -> bool:
+        """Whether all rows of a record batch are what ``__post_init__`` asks for."""
+        pairs = zip(columns["hidden_codes_PD"], columns["hidden_beyond_E"], strict=True)
+        return positions_agree(columns, "hidden_codes_PD") and all(
+            num_beyond(codes_PD) == len(beyond_E) for codes_PD, beyond_E in pairs
         )
+
+
+AnyLogits = ThresholdLogits | TauLogits | TopKLogits | ExactLogits | RoundedLogits
 
 
 def _known_alike(next_token_logprobs_P: Array, entropies_P: Array) -> bool:
     """Whether a row knows all of its entropies, and then all else, or none of them."""
     is_unknown_P = np.isnan(entropies_P)
     return bool(is_unknown_P.all() or not (is_unknown_P | np.isnan(next_token_logprobs_P)).any())
-
-
-def _positions_agree(columns: Columns, *names: str) -> bool:
-    """Whether every row of a record batch has positions, as many in each of these columns."""
-    expected = [*map(len, columns["next_token_logprobs_P"])]
-    return (
-        all([*map(len, columns[name])] == expected for name in (*names, "entropies_P"))
-        and min(expected, default=0) > 0
-        and min(columns["first_target"]) >= 1
-    )
 
 
 NAME, VERSION = "teacher_logits", 1
@@ -326,6 +311,10 @@ TOP_K = Table(
 EXACT = Table(
     ExactLogits, name=NAME, version=VERSION, variant="exact", zstd_level=CAPTURE_ZSTD_LEVEL
 )
+EXACT_INT8 = Table(
+    RoundedLogits, name=NAME, version=1, variant="exact_int8", zstd_level=CAPTURE_ZSTD_LEVEL
+)
 ENCODINGS: dict[str, Table[Any]] = {
-    table.variant: table for table in (THRESHOLD, THRESHOLD_TAU, TOP_K, EXACT)
+    table.variant: table for table in (THRESHOLD, THRESHOLD_TAU, TOP_K, EXACT, EXACT_INT8)
 }
+WHOLE = (EXACT.variant, EXACT_INT8.variant)  # those that hold every distribution whole

@@ -18,6 +18,7 @@ from pipeline.cache.verify import verify_folders
 from schemas.dataset import open_dataset
 from schemas.distribution import split_gaps
 from schemas.errors import StoreError
+from schemas.rounded_states import in_steps
 from schemas.row_checks import contradiction_in
 from schemas.sample_id import sample_id_of
 from schemas.storage.manifest import MANIFEST, Manifest, read_manifest, write_manifest
@@ -55,6 +56,7 @@ def some_row(name: str, variant: str, index: int) -> Values:
     }
     kept = {"token_ids_PK": ids_PK, "advantages_PK": rng.normal(size=(P, K))}
     hidden_PD = rng.normal(size=(P, 3))
+    codes_PD, beyond_E = in_steps(hidden_PD, 0.01)
     ids_T = np.array([index, 7, 8])
     rows: dict[tuple[str, str], Values] = {
         ("documents", ""): {
@@ -115,6 +117,13 @@ def some_row(name: str, variant: str, index: int) -> Values:
             **logits, "token_ids_PK": ids_PK, "logprobs_PK": fall_PK, "rest_logprobs_P": rest_P,
         },
         ("teacher_logits", "exact"): {**logits, "hidden_PD": hidden_PD},
+        ("teacher_logits", "exact_int8"): {
+            **logits,
+            "hidden_codes_PD": codes_PD,
+            "hidden_beyond_E": beyond_E,
+            "hidden_step": 0.01,
+            "rounding_kl": 1e-4,
+        },
         ("advantages", "exact"): {
             **advantages, "teacher_hidden_PD": hidden_PD, "reference_hidden_PR": hidden_PD,
         },
@@ -324,6 +333,9 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ),
     ("teacher_logits", "threshold", plant("entropies_P", np.nan), "entropies_P holds nan"),
     ("teacher_logits", "exact", plant("hidden_PD", np.nan), "hidden_PD holds nan"),
+    ("teacher_logits", "exact_int8", plant("hidden_codes_PD", -128), "stand for a number beyond"),
+    ("teacher_logits", "exact_int8", lambda row: {"hidden_step": -1.0}, "hidden_step holds -1"),
+    ("teacher_logits", "exact_int8", lambda row: {"hidden_step": np.nan}, "hidden_step holds nan"),
     ("teacher_logits", "exact", plant("hidden_PD", -np.inf), "hidden_PD holds -inf"),
     ("teacher_logits", "exact", plant("next_token_logprobs_P", -np.nan), "holds nan"),
     ("advantages", "exact", plant("teacher_hidden_PD", np.nan), "teacher_hidden_PD holds nan"),

@@ -33,6 +33,7 @@ from schemas.tables.responses import RESPONSES, Responses
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import (
     EXACT,
+    EXACT_INT8,
     THRESHOLD,
     THRESHOLD_TAU,
     TOP_K,
@@ -57,6 +58,7 @@ BOUND: dict[str, BoundTable[Any]] = {
     "teacher_logits_threshold_tau_large_vocabulary": THRESHOLD_TAU.bind(vocab_size=151_936),
     "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
     "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
+    "teacher_logits_exact_int8": EXACT_INT8.bind(vocab_size=49_152, sizes=SIZES),
     "preference_pairs": PREFERENCE_PAIRS.bind(vocab_size=49_152),
     "responses": RESPONSES.bind(vocab_size=151_936, sizes=SIZES),
     "response_logprobs": RESPONSE_LOGPROBS.bind(vocab_size=49_152),

@@ -13,7 +13,13 @@ import numpy.typing as npt
 from pipeline.reports.page.sampled_rows import SampledRow
 from schemas.distribution import unpack_top_k, weighted_tokens
 from schemas.tables.advantages import UnionAdvantages
-from schemas.tables.teacher_logits import ExactLogits, TauLogits, ThresholdLogits, TopKLogits
+from schemas.tables.teacher_logits import (
+    ExactLogits,
+    RoundedLogits,
+    TauLogits,
+    ThresholdLogits,
+    TopKLogits,
+)
 
 F64Array = npt.NDArray[np.float64]
 BINS = 32
@@ -83,7 +89,7 @@ def kept_weights(row: Any) -> tuple[Any, Any] | None:
     Weights of the sampled tail of ``threshold`` rows stand for the tokens that were not drawn too.
     A place without an entry has weight 0.
     """
-    if isinstance(row, ExactLogits):
+    if isinstance(row, ExactLogits | RoundedLogits):
         return None
     if isinstance(row, TopKLogits):
         return row.token_ids_PK, unpack_top_k(row.logprobs_PK, row.rest_logprobs_P)[0]

@@ -18,7 +18,7 @@ from pipeline.reports.page.words import Words
 from schemas.advantage_values import advantage_values
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.advantages import ExactAdvantages, TauAdvantages, UnionAdvantages
-from schemas.tables.teacher_logits import ExactLogits, TauLogits, ThresholdLogits
+from schemas.tables.teacher_logits import ExactLogits, RoundedLogits, TauLogits, ThresholdLogits
 
 TOKENS_SHOWN = 384  # of a sample
 ENTRIES_SHOWN = 8  # of a token
@@ -96,7 +96,7 @@ def logits_sample(sampled: SampledRow, words: Words) -> Json:
     sample = _sample(sampled, ids, parts, words, [ENTROPY, SURPRISE], numbers, entries)
     if isinstance(row, ThresholdLogits | TauLogits):
         sample["entries_are"] = "weight: a probability, or an equal share of the sampled tail"
-    elif isinstance(row, ExactLogits):
+    elif isinstance(row, ExactLogits | RoundedLogits):
         sample["entries_are"] = "none: hidden states are kept, not tokens"
     else:
         sample["entries_are"] = "probability"

@@ -104,6 +104,11 @@ def beyond_mantissa(stored_P: Array, live_P: Array) -> F64Array:
     return _beyond(stored_P, live_P, 16 * spacing_P / 2 * _DOUBLE)
 
 
+def beyond_steps(stored_P: Array, live_P: Array, step: float) -> F64Array:
+    """The same of values that were rounded to a whole number of steps."""
+    return _beyond(stored_P, live_P, np.full(np.shape(stored_P), step / 2))
+
+
 def _beyond(stored_P: Array, live_P: Array, half_P: Array) -> F64Array:
     apart_P = np.abs(np.asarray(stored_P, np.float64) - np.asarray(live_P, np.float64))
     return np.asarray(np.maximum(apart_P - np.asarray(half_P, np.float64), 0.0))

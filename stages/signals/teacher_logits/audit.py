@@ -18,6 +18,7 @@ from torch import Tensor
 
 from schemas.distribution import row_key, uniforms, unpack_top_k, weighted_tokens
 from schemas.errors import StoreError
+from schemas.rounded_states import hidden_states
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shard_cache import local_files
 from stages.models.causal_lm.language_head import LanguageHead
@@ -33,6 +34,7 @@ from stages.signals.scoring.agreement import (
     Row,
     beyond_float16,
     beyond_mantissa,
+    beyond_steps,
     of_other_shape,
     over_length,
 )
@@ -166,9 +168,12 @@ class Live:
                 weights_PK, rest_P = unpack_top_k(*kept)
                 truncation = _left_out(ids_PK, weights_PK, live, rest_P)
             case ExactEncoding():
-                hidden_PD = np.asarray(stored["hidden_PD"])[places_P]
+                hidden_PD = hidden_states(stored)[places_P]
                 states_PD = self.states.hidden_PD[at].float().cpu().numpy()
-                missed_PD = beyond_float16(hidden_PD, states_PD)
+                if (step := stored.get("hidden_step")) is None:
+                    missed_PD = beyond_float16(hidden_PD, states_PD)
+                else:
+                    missed_PD = beyond_steps(hidden_PD, states_PD, step)
                 apart["hidden_PD"] = over_length(missed_PD, states_PD)
                 assert self.stored_head is not None
                 # Rounded as the stored ones are, by the live head: what is left is the stored head.

@@ -22,6 +22,7 @@ from schemas.distribution import (
 )
 from schemas.tables.teacher_logits import AnyLogits
 from stages.signals.scoring.encoding import Measured, threshold_sample, top_k
+from stages.signals.teacher_logits.rounding import Rounded
 from stages.signals.teacher_logits.stage import (
     ExactEncoding,
     TeacherLogitsStage,
@@ -70,8 +71,10 @@ class RowEncoder:
                 self._keep("token_ids_PK", kept.token_ids_PK)
                 self._keep("logprobs_PK", kept.logprobs_PK)
                 self._keep("rest_logprobs_P", kept.rest_logprobs_P)
-            case ExactEncoding():
+            case ExactEncoding(mean_kl=None):
                 self._keep("hidden_PD", hidden_PD.to(torch.float16))
+            case ExactEncoding():
+                pass  # one step for all blocks: see ``row``
 
     def _add_threshold(self, measured: Measured, start: int, tau: float | None) -> None:
         uniforms_PN = self.uniforms_PN[start : start + len(measured.total_P)]
@@ -105,12 +108,16 @@ class RowEncoder:
     def _add(self, name: str, values: Array) -> None:
         self.columns.setdefault(name, []).append(values)
 
-    def row(self) -> AnyLogits:
-        """All blocks as one row of the encoding's table."""
-        arrays = {name: np.concatenate(blocks) for name, blocks in self.columns.items()}
+    def row(self, states: Rounded | None = None) -> AnyLogits:
+        """All blocks as one row of the encoding's table, whose states may be rounded as a whole."""
+        arrays: dict[str, Any] = {
+            name: np.concatenate(blocks) for name, blocks in self.columns.items()
+        }
         if isinstance(self.encoding, ThresholdEncoding):
             for name in ("next_token_logprobs_P", "entropies_P"):
                 arrays[name] = round_mantissa(arrays[name])
+        if states is not None:
+            arrays |= states.columns()
         row: AnyLogits = self.table.row(**self.place, **arrays)
         return row
 

@@ -20,7 +20,7 @@ from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS
 from schemas.tables.episodes import EPISODES
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.teacher_logits import ENCODINGS, THRESHOLD_TAU
+from schemas.tables.teacher_logits import ENCODINGS, EXACT_INT8, THRESHOLD_TAU
 from stages.models.encoder_decoder.kind import is_encoder_decoder
 from stages.signals.teacher_logits.calibration import CALIBRATION
 from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
@@ -111,9 +111,19 @@ class TopKEncoding(StageConfig):
 
 
 class ExactEncoding(StageConfig):
-    """Final hidden states in float16, and the head once: the full vocabulary, 2 D bytes a token."""
+    """Final hidden states in float16, and the head once: the full vocabulary, 2 D bytes a token.
+
+    With ``mean_kl`` the states of each row are rounded to whole steps, the longest at which the
+    teacher is so many nats from itself unrounded, on average over the row: about D bytes a token.
+    """
 
     kind: Literal["exact"]
+    mean_kl: float | None = Field(default=None, ge=1e-6, le=1e-2)
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not used, so that tables without it keep their fingerprints."""
+        return {name: value for name, value in dump(self).items() if value is not None}
 
 
 Encoding = Annotated[ThresholdEncoding | TopKEncoding | ExactEncoding, Field(discriminator="kind")]
@@ -143,8 +153,13 @@ class TeacherLogitsStage(SignalStage):
     @property
     def table(self) -> Table[Any]:
         """``teacher_logits`` in the variant that the encoding names."""
-        follows = isinstance(self.encoding, ThresholdEncoding) and self.encoding.k is None
-        return THRESHOLD_TAU if follows else ENCODINGS[self.encoding.kind]
+        match self.encoding:
+            case ThresholdEncoding(k=None):
+                return THRESHOLD_TAU
+            case ExactEncoding(mean_kl=float()):
+                return EXACT_INT8
+            case encoding:
+                return ENCODINGS[encoding.kind]
 
     @property
     def mean_k(self) -> float | None:
@@ -218,8 +233,10 @@ class TeacherLogitsStage(SignalStage):
                 mean = mean_k or min(0.5 / (tau or 1.0), max_k or MOST)
                 per_position = mean * (id_bytes - 0.15) + 3.6
                 per_position *= 0.82 if layout == "packed" else 1.0
-            case ExactEncoding():
+            case ExactEncoding(mean_kl=None):
                 per_position = 2.0 * hidden_size * 0.95 + 4.5
+            case ExactEncoding():
+                per_position = 1.0 * hidden_size + 4.5
             case encoding:
                 per_position = encoding.k * (id_bytes + 1.8) + 6.0
         positions = source.num_tokens - source.num_rows

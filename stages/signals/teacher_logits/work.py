@@ -48,6 +48,7 @@ from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
 from stages.signals.teacher_logits.calibration import read_calibration
 from stages.signals.teacher_logits.encoder import Asked, RowEncoder
+from stages.signals.teacher_logits.rounding import rounded
 from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
 from stages.signals.teacher_logits.tau import with_tau
 from stages.stage import Later, Rejected, StageContext, Work
@@ -308,4 +309,6 @@ def _encode(
             if not measured.finite:
                 return Rejected(asked.sample_id, "non-finite logits")
             encoder.add(measured, hidden_PD[at], at.start)
+    if isinstance(stage.encoding, ExactEncoding) and stage.encoding.mean_kl is not None:
+        return encoder.row(rounded(blocks.head, hidden_PD, stage.encoding.mean_kl))
     return encoder.row()

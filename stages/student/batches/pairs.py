@@ -25,6 +25,7 @@ from torch import Tensor
 from schemas.advantage_values import advantage_values
 from schemas.dataset import CachedDataset
 from schemas.errors import StoreError
+from schemas.rounded_states import hidden_states
 from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.sequence_logprobs import Continuations
 from stages.student.batches.signals import Collator, Row, check_ids, joined
@@ -72,8 +73,10 @@ def _side(row: Row, response_ids: Array, start: int) -> dict[str, Any]:
         return side
     stop = start + len(response_ids)
     for name, values in row.items():
-        if name.endswith(("_P", "_PK", "_PD")):
+        if name.endswith(("_P", "_PK")):
             side[name] = values[start:stop]
+    if "hidden_PD" in row or "hidden_codes_PD" in row:
+        side["hidden_PD"] = hidden_states(row)[start:stop]
     for column, counts in _END_TO_END.items():
         if column in row:
             ends = np.cumsum([0, *row[counts]])

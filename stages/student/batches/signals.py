@@ -32,6 +32,7 @@ from schemas.distribution import (
     unpack_top_k,
 )
 from schemas.errors import StoreError, TeacherCacheError
+from schemas.rounded_states import hidden_states
 from schemas.scored_spans import scored_targets
 from stages.student.batches.padding_ids import drop_from_threshold, drop_from_top_k
 
@@ -39,7 +40,7 @@ IGNORED = -100  # transformers counts labels other than this one as tokens of th
 
 Array = npt.NDArray[Any]
 Row = Mapping[str, Any]
-EncodingName = Literal["", "threshold", "threshold_tau", "top_k", "exact"]
+EncodingName = Literal["", "threshold", "threshold_tau", "top_k", "exact", "exact_int8"]
 SAMPLED = ("threshold", "threshold_tau")  # weighted tokens, unbiased together
 
 
@@ -216,7 +217,7 @@ def _top_k(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
 def _exact(rows: Sequence[Row], num_token_ids: int | None) -> dict[str, Array]:
     """Decode; the head, which knows what is padding, is the trainer's to hold."""
     return {
-        "hidden_ND": joined(rows, "hidden_PD", np.float16),
+        "hidden_ND": np.concatenate([hidden_states(row) for row in rows]),
         "entropies_N": joined(rows, "entropies_P", np.float32),
     }
 
@@ -226,4 +227,5 @@ DECODERS: dict[str, Callable[[Sequence[Row], int | None], dict[str, Array]]] = {
     "threshold_tau": _threshold_tau,
     "top_k": _top_k,
     "exact": _exact,
+    "exact_int8": _exact,
 }

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from schemas.dataset import CachedDataset
 from schemas.errors import ConfigError
+from schemas.rounded_states import hidden_states
 from schemas.scored_spans import scored_targets
+from schemas.tables.teacher_logits import WHOLE
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.batches.signals import IGNORED, SAMPLED, encoding_of
 from stages.student.batches.training_data import teacher_head_of
@@ -97,12 +99,12 @@ class TopKRows:
                 f"is no top-k: export it with its weights (--to parquet-sampled), or capture it "
                 f"again with the encoding top_k or exact"
             )
-        if self.encoding == "exact":
+        if self.encoding in WHOLE:
             most, has = manifest.vocab_size, "has a vocabulary of {} tokens"
             if k is None:
                 raise ConfigError(
-                    f"{folder} has the encoding exact, every token of each distribution: say how "
-                    f"many to export, such as --k 64"
+                    f"{folder} has the encoding {self.encoding}, every token of each distribution: "
+                    f"say how many to export, such as --k 64"
                 )
         else:
             most, has = dataset[0]["token_ids_PK"].shape[1], "keeps {} tokens of a position"
@@ -141,10 +143,11 @@ class TopKRows:
     ) -> list[tuple[Array, Array, Array]]:
         if head is None:
             return [_cut(row, self.k) for row in rows]
-        hidden_PD = torch.from_numpy(np.concatenate([row["hidden_PD"] for row in rows]))
+        states = [hidden_states(row) for row in rows]
+        hidden_PD = torch.from_numpy(np.concatenate(states))
         blocks = torch.split(hidden_PD, head.positions_per_chunk(LOGITS_BYTES))
         parts = zip(*(_largest(head.logits(block_PD), self.k) for block_PD in blocks), strict=True)
-        ends = np.cumsum([len(row["hidden_PD"]) for row in rows])[:-1]
+        ends = np.cumsum([*map(len, states)])[:-1]
         columns = [np.split(np.concatenate(part), ends) for part in parts]
         return list(zip(*columns, strict=True))
 

@@ -9,6 +9,7 @@ import torch
 
 from schemas.dataset import CachedDataset
 from schemas.tables.advantages import HEAD_FOLDERS
+from schemas.tables.teacher_logits import WHOLE
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.encoder_decoder.halves import Frame
 from stages.student.batches.several_datasets import SeveralDatasets
@@ -82,7 +83,7 @@ def teacher_heads_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> dict[int, LanguageHead]:
     """Load the head of each ``exact`` table of a teacher, by the table's place in the data."""
-    places = _exact_tables(dataset, "teacher_logits")
+    places = _tables_of(dataset, "teacher_logits", WHOLE)
     return {at: _loaded(dataset.local_folder(at), device, num_token_ids) for at in places}
 
 
@@ -94,15 +95,14 @@ def advantage_heads_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> tuple[LanguageHead, LanguageHead] | None:
     """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
-    for at in _exact_tables(dataset, "advantages"):
-        folder = dataset.local_folder(at)
-        teacher, reference = (
-            _loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS
-        )
-        return teacher, reference
-    return None
+    places = _tables_of(dataset, "advantages", ("exact",))
+    if not places:
+        return None
+    folder = dataset.local_folder(places[0])
+    teacher, reference = (_loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS)
+    return teacher, reference
 
 
-def _exact_tables(dataset: CachedDataset, table: str) -> list[int]:
+def _tables_of(dataset: CachedDataset, table: str, variants: Sequence[str]) -> list[int]:
     kinds = [(manifest.table, manifest.variant) for manifest in dataset.manifests]
-    return [at for at, kind in enumerate(kinds) if kind == (table, "exact")]
+    return [at for at, (name, variant) in enumerate(kinds) if name == table and variant in variants]

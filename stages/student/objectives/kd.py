@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.errors import ConfigError
+from schemas.tables.teacher_logits import WHOLE
 from stages.stage import StageConfig
 from stages.student.batches.several_datasets import data_sets_of
 from stages.student.objectives.objective import TEXT, Objective, Reads, TableKind
@@ -169,7 +170,7 @@ class KdConfig(Objective):
                 f"objective.mixture has {len(mixture.weights)} weights: give one for each, in "
                 f"their order"
             )
-        other = next((encoding for encoding in encodings if encoding != "exact"), None)
+        other = next((encoding for encoding in encodings if encoding not in WHOLE), None)
         if other is None:
             return
         if len(encodings) > 1 and mixture is not None and mixture.kind == "geometric":

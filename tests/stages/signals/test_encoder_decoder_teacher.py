@@ -88,11 +88,12 @@ def test_entries_are_those_of_a_forward_of_both_halves(
         assert (found.sample_id, found.first_target) == (row.sample_id, first)
         np.testing.assert_allclose(found.next_token_logprobs_P, next_P, **within)
         np.testing.assert_allclose(found.entropies_P, entropies_P, **within)
-        if kind == "exact":
-            np.testing.assert_allclose(found.hidden_PD, hidden_PD, atol=2e-3, rtol=2e-3)
+        if kind.startswith("exact"):
+            half = getattr(found, "hidden_step", 0.0) / 2
+            np.testing.assert_allclose(found.hidden_PD, hidden_PD, atol=2e-3 + half, rtol=2e-3)
             head = LanguageHead.load(tmp_path, device="cpu")
             read_PV = head.logits(torch.from_numpy(found.hidden_PD)).log_softmax(-1)
-            np.testing.assert_allclose(read_PV, logprobs_PV, atol=2e-2, rtol=2e-3)
+            np.testing.assert_allclose(read_PV, logprobs_PV, atol=2e-2 + 12 * half, rtol=2e-3)
         elif kind == "top_k":
             top_PK = logprobs_PV.topk(found.logprobs_PK.shape[1]).values
             np.testing.assert_allclose(found.logprobs_PK, top_PK, atol=2e-2)

@@ -122,7 +122,7 @@ def test_a_row_that_is_not_finite_is_rejected_and_its_neighbours_are_not(
     bad[15] = POISON
     teacher = Teacher(poisoned, 512, [as_document(ids_T) for ids_T in (bad, good)], [], [])
     rejected, row = teacher.rows(kind, tmp_path)
-    reason = "hidden state outside float16" if kind == "exact" else "non-finite logits"
+    reason = "hidden state outside float16" if kind.startswith("exact") else "non-finite logits"
     assert rejected == Rejected(sample_id_of(bad), reason)
     assert row.sample_id == sample_id_of(good)
     assert np.isfinite(row.next_token_logprobs_P).all()

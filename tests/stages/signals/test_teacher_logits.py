@@ -21,6 +21,7 @@ from schemas.tables.documents import Document
 from schemas.tables.teacher_logits import (
     AnyLogits,
     ExactLogits,
+    RoundedLogits,
     TauLogits,
     ThresholdLogits,
     TopKLogits,
@@ -172,7 +173,7 @@ def test_exact_gives_every_logit_back_with_the_head_it_saved(
 
 def ids_of(row: AnyLogits) -> npt.NDArray[Any]:
     """The kept token ids of a row, [P, K], or those of its heads end to end."""
-    assert not isinstance(row, ExactLogits)
+    assert not isinstance(row, ExactLogits | RoundedLogits)
     return row.head_ids_H if isinstance(row, TauLogits) else row.token_ids_PK
 
 
@@ -262,7 +263,10 @@ def test_blocks_of_positions_change_no_draw(
     monkeypatch.setattr(logits, "MAX_BLOCK_BYTES", 7 * 4 * teacher.vocab_size)
     for row, other in zip(whole, teacher.draw(engine, kind), strict=True):
         np.testing.assert_allclose(row.next_token_logprobs_P, other.next_token_logprobs_P, **COARSE)
-        if not isinstance(row, ExactLogits):
+        if isinstance(row, RoundedLogits):
+            assert row.hidden_step == other.hidden_step
+            assert np.equal(row.hidden_codes_PD, other.hidden_codes_PD).mean() > 0.99
+        elif not isinstance(row, ExactLogits):
             kept = (
                 sampled_of(each)[0] if isinstance(each, TauLogits) else ids_of(each)
                 for each in (row, other)

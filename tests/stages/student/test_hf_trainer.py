@@ -32,7 +32,7 @@ from tests.servers.warm_python import WarmProcess
 
 pytestmark = pytest.mark.slow
 
-ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact")
+ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact", "exact_int8")
 CPU = torch.device("cpu")
 Gradients = dict[str, Tensor]
 

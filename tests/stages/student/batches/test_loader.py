@@ -24,7 +24,7 @@ from stages.student.batches.signals import (
 )
 from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data
 
-ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact")
+ENCODINGS = ("threshold", "threshold_tau", "top_k", "exact", "exact_int8")
 
 
 @pytest.fixture(scope="module")

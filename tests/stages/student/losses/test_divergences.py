@@ -4,17 +4,16 @@ Dimensions: N = positions, V = rows of the student, U = rows of the teacher, T =
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from schemas.dataset import open_dataset
-from schemas.errors import ConfigError
 from stages.models.causal_lm.chunked_loss import LossSums, StudentHead, chunked_loss, logits_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.batches.signals import Collator
@@ -23,7 +22,7 @@ from stages.student.losses.kl import ExactTeacher
 from stages.student.losses.step import Step, Term
 from stages.student.objectives.kd import KdConfig
 from stages.student.options import TrainOptions
-from stages.student.train.stage import TrainConfig, TrainStage
+from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
 from tests.fixtures.cached_data import VOCAB_SIZE, CachedData, make_cached_data
 
@@ -49,11 +48,12 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def teacher_of_logits(logits_NU: Tensor, num_token_ids: int | None = NUM_TOKENS) -> ExactTeacher:
-    """A head whose logits these are; stored entropies are not what is learned from."""
+    """A head whose logits these are."""
     weight_UD = logits_NU.T.contiguous()
     head = LanguageHead(weight_UD, None, 1.0, None, logits_NU.dtype, num_token_ids)
     eye = torch.eye(len(logits_NU), dtype=logits_NU.dtype)
-    return ExactTeacher(eye, torch.full((len(logits_NU),), 99.0), head)
+    logprobs_NU = logits_NU.log_softmax(-1)
+    return ExactTeacher(eye, -(logprobs_NU.exp() * logprobs_NU).sum(-1), head)
 
 
 def xlogx_over(one: Tensor, other: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def defined(settings: dict[str, Any], q: Tensor, s: Tensor) -> Tensor:
             return xlogx_over(q, s)
         case "reverse_kl":
             of_tokens = s * (q > 0)
-            mass_N1 = of_tokens.sum(-1, keepdim=True)
+            mass_N1: Tensor = of_tokens.sum(-1, keepdim=True)
             return xlogx_over(of_tokens / mass_N1, q) - mass_N1[:, 0].log()
         case "skewed_kl":
             alpha = settings["alpha"]
@@ -78,11 +78,12 @@ def defined(settings: dict[str, Any], q: Tensor, s: Tensor) -> Tensor:
             alpha = settings["alpha"]
             return xlogx_over(s, (1 - alpha) * q + alpha * s)
         case "jensen_shannon":
-            beta = settings["beta"]
+            beta: float = settings["beta"]
             m = beta * q + (1 - beta) * s
             return beta * xlogx_over(q, m) + (1 - beta) * xlogx_over(s, m)
         case _:
-            return (q - s).abs().sum(-1) / 2
+            apart: Tensor = (q - s).abs().sum(-1) / 2
+            return apart
 
 
 def probabilities(logits_NU: Tensor, rows: int, temperature: float) -> Tensor:
@@ -136,7 +137,7 @@ def test_loss_and_gradient_are_those_of_the_definition(
     teacher_NU, logits = 2 * normal(1, N, U), normal(2, N, rows).requires_grad_()
     next_N = torch.arange(N)
     for weight in (1.0, 0.3):
-        config = KdConfig(divergence=KINDS[name], temperature=temperature, weight=weight)  # type: ignore[arg-type]
+        config = KdConfig(divergence=KINDS[name], temperature=temperature, weight=weight)
         term = found_of(config, teacher_of_logits(teacher_NU), logits, next_N)
         wanted = expected_loss(
             KINDS[name], teacher_NU, logits, next_N, temperature=temperature, weight=weight
@@ -155,7 +156,7 @@ def test_loss_and_gradient_are_those_of_the_definition(
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_match_finite_differences(name: str) -> None:
     teacher_NU, logits = normal(3, 3, U), normal(4, 3, NUM_TOKENS + 2).requires_grad_()
-    config = KdConfig(divergence=KINDS[name], temperature=1.7, weight=0.6)  # type: ignore[arg-type]
+    config = KdConfig(divergence=KINDS[name], temperature=1.7, weight=0.6)
     teacher, next_N = teacher_of_logits(teacher_NU), torch.tensor([5, 0, 9])
     assert torch.autograd.gradcheck(lambda z: found_of(config, teacher, z, next_N).total, (logits,))
 
@@ -166,7 +167,7 @@ def test_chunks_and_weights_of_positions(name: str) -> None:
     teacher_NU, hidden_ND = normal(5, N, U), normal(6, N, 5).requires_grad_()
     weight_VD = normal(7, U + 4, 5).requires_grad_()
     next_N, weights_N = torch.arange(N), normal(8, N).abs()
-    config = KdConfig(divergence=KINDS[name], temperature=0.7, weight=0.4)  # type: ignore[arg-type]
+    config = KdConfig(divergence=KINDS[name], temperature=0.7, weight=0.4)
     objective = weighted_objective(config, teacher_of_logits(teacher_NU), next_N, weights_N)
     head = StudentHead(weight_VD, scale=0.8, softcap=4.0)
     logits = 4.0 * torch.tanh(0.8 * (hidden_ND @ weight_VD.T) / 4.0)
@@ -187,8 +188,6 @@ def weighted_objective(
     config: KdConfig, teacher: ExactTeacher, next_N: Tensor, weights_N: Tensor
 ) -> Any:
     """The loss that the objective makes, with weights, which no recipe gives ``kd`` today."""
-    from dataclasses import replace
-
     made: list[Any] = []
 
     class Kept(OnLogits):
@@ -214,7 +213,7 @@ def test_float32_holds_where_probabilities_do_not(name: str, temperature: float)
     teacher_NU[4, :20] -= 150.0
     logits[5, NUM_TOKENS:] += 90.0  # a student that says padding alone
     next_N = torch.arange(N)
-    config = KdConfig(divergence=KINDS[name], temperature=temperature, weight=0.9)  # type: ignore[arg-type]
+    config = KdConfig(divergence=KINDS[name], temperature=temperature, weight=0.9)
     wide = logits.clone().requires_grad_()
     wanted_N = expected_in_logs(KINDS[name], teacher_NU, wide, next_N, temperature)
     narrow = logits.float().requires_grad_()
@@ -267,9 +266,9 @@ def expected_in_logs(
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(name: str) -> None:
     teacher_NU = 3 * normal(11, N, NUM_TOKENS)
     logits = (teacher_NU + 5.0).requires_grad_()  # a softmax knows no shift
-    config = KdConfig(divergence=KINDS[name], temperature=2.0)  # type: ignore[arg-type]
+    config = KdConfig(divergence=KINDS[name], temperature=2.0)
     term = found_of(config, teacher_of_logits(teacher_NU), logits, torch.arange(N))
-    assert float(term.total) == pytest.approx(0.0, abs=1e-12)
+    assert term.total.item() == pytest.approx(0.0, abs=1e-12)
     (gradient,) = torch.autograd.grad(term.total, logits)
     assert float(gradient.abs().max()) < 1e-12
 
@@ -279,8 +278,8 @@ def test_each_is_the_limit_that_its_paper_names() -> None:
     teacher_NU, logits, next_N = normal(12, N, U), normal(13, N, NUM_TOKENS), torch.arange(N)
 
     def total(**divergence: Any) -> float:
-        config = KdConfig(divergence=divergence, temperature=1.3)  # type: ignore[arg-type]
-        return float(found_of(config, teacher_of_logits(teacher_NU), logits, next_N).total)
+        config = KdConfig(divergence=divergence, temperature=1.3)
+        return found_of(config, teacher_of_logits(teacher_NU), logits, next_N).total.item()
 
     forward, reverse = total(kind="forward_kl"), total(kind="reverse_kl")
     small = 1e-6
@@ -299,7 +298,7 @@ def test_gradients_keep_their_size_at_high_temperatures() -> None:
     for name, settings in KINDS.items():
         norms = []
         for temperature in (100.0, 200.0):
-            config = KdConfig(divergence=settings, temperature=temperature)  # type: ignore[arg-type]
+            config = KdConfig(divergence=settings, temperature=temperature)
             term = found_of(config, teacher_of_logits(teacher_NU), logits, torch.arange(N))
             norms.append(float(torch.autograd.grad(term.total, logits)[0].norm()))
         assert norms[0] == pytest.approx(norms[1], rel=0.1), name
@@ -316,7 +315,7 @@ def test_trls_loss_of_gkd_is_ours(beta: float, temperature: float) -> None:
     teacher_NU, logits = normal(16, N, NUM_TOKENS), normal(17, N, NUM_TOKENS).requires_grad_()
     settings = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}
     divergence = settings.get(beta, {"kind": "jensen_shannon", "beta": beta})
-    config = KdConfig(divergence=divergence, temperature=temperature)  # type: ignore[arg-type]
+    config = KdConfig(divergence=divergence, temperature=temperature)
     term = found_of(config, teacher_of_logits(teacher_NU), logits, torch.arange(N))
     theirs = GKDTrainer.generalized_jsd_loss(
         logits[None], teacher_NU[None], beta=beta, temperature=temperature, reduction="sum"
@@ -351,7 +350,7 @@ def test_cached_is_live(name: str, data: CachedData) -> None:
 
     Stored states are float16: 11 significant bits of logits that reach 10.
     """
-    config = KdConfig(divergence=KINDS[name], temperature=1.5, weight=0.7)  # type: ignore[arg-type]
+    config = KdConfig(divergence=KINDS[name], temperature=1.5, weight=0.7)
     live = LlamaForCausalLM.from_pretrained(data.student)
     teacher = LlamaForCausalLM.from_pretrained(data.teacher).eval()
     dataset = open_dataset(data.tables("exact"), split="train")
@@ -377,9 +376,9 @@ def test_cached_is_live(name: str, data: CachedData) -> None:
 def test_a_changed_state_moves_its_position_alone() -> None:
     teacher_NU, logits = normal(18, N, U), normal(19, N, U).requires_grad_()
     for name, settings in KINDS.items():
-        config = KdConfig(divergence=settings, temperature=2.0)  # type: ignore[arg-type]
+        config = KdConfig(divergence=settings, temperature=2.0)
         gradients = []
-        for change in (0.0, 0.5):
+        for change in (0.0, 4.0):  # so much that signs change, of which total variation is
             other_NU = teacher_NU.clone()
             other_NU[4, 3] += change
             term = found_of(config, teacher_of_logits(other_NU), logits, torch.arange(N))
@@ -394,7 +393,7 @@ def test_a_run_brings_the_student_to_its_teacher(
     name: str, data: CachedData, tmp_path: Path
 ) -> None:
     """What is measured is the KL at temperature 1, whatever was trained on."""
-    objective = KdConfig(divergence=KINDS[name], temperature=1.5)  # type: ignore[arg-type]
+    objective = KdConfig(divergence=KINDS[name], temperature=1.5)
     config = TrainConfig(objective=objective, lr=1e-2, max_steps=40, per_device_batch_size=6)
     result = train(
         config,
@@ -407,65 +406,3 @@ def test_a_run_brings_the_student_to_its_teacher(
     assert len(divergences) == 40 and divergences[-1] < 0.8 * divergences[0]
     before, after = (result.metrics[when]["kl_to_teacher"] for when in ("before", "after"))
     assert after < before
-
-
-PLAIN = {"loss": "kd", "weight": 0.9}
-
-
-@pytest.mark.parametrize("encoding", ["threshold", "threshold_tau", "top_k"])
-@pytest.mark.parametrize(
-    ("settings", "asked"),
-    [
-        ({"divergence": {"kind": "reverse_kl"}}, "asks for reverse_kl, which"),
-        ({"temperature": 2.0}, "asks for forward_kl at temperature 2, which"),
-        (
-            {"divergence": {"kind": "total_variation"}, "temperature": 0.5},
-            "asks for total_variation at temperature 0.5, which",
-        ),
-    ],
-)
-def test_other_encodings_are_refused_in_one_line(
-    settings: dict[str, Any], asked: str, encoding: str
-) -> None:
-    config = KdConfig.model_validate(PLAIN | settings)
-    tables = [("documents", ""), ("teacher_logits", encoding)]
-    with pytest.raises(ConfigError) as error:
-        config.require(tables, [])
-    line = str(error.value)
-    assert asked in line and f"of encoding {encoding}" in line and "\n" not in line
-    config.require([("documents", ""), ("teacher_logits", "exact")], [])
-    KdConfig.model_validate(PLAIN).require(tables, [])
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"divergence": {"kind": "reverse_kl", "alpha": 0.1}}, "divergence.reverse_kl.alpha"),
-        ({"divergence": {"kind": "skewed_kl", "beta": 0.1}}, "divergence.skewed_kl.beta"),
-        ({"divergence": {"kind": "skewed_kl", "alpha": 0.0}}, "divergence.skewed_kl.alpha"),
-        ({"divergence": {"kind": "jensen_shannon", "beta": 1}}, "divergence.jensen_shannon.beta"),
-        ({"divergence": {"kind": "js"}}, "divergence"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-    ],
-)
-def test_settings_without_sense_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError) as error:
-        KdConfig.model_validate(PLAIN | settings)
-    (problem,) = error.value.errors()
-    assert ".".join(map(str, problem["loc"])) == said
-
-
-def test_runs_that_leave_them_out_keep_their_names() -> None:
-    """What is hashed of a plain ``kd`` is what was hashed before there were divergences."""
-    body = {"stage": "train", "student": "s", "data": ["d"], "max_steps": 2}
-
-    def hashed(**settings: Any) -> Any:
-        objective = PLAIN | settings
-        return TrainStage.model_validate(body | {"objective": objective}).hashed()["config"]
-
-    assert hashed()["objective"] == PLAIN
-    spelled = hashed(divergence={"kind": "forward_kl"}, temperature=1)
-    assert spelled["objective"] == PLAIN
-    other = hashed(divergence={"kind": "skewed_kl"}, temperature=2)["objective"]
-    assert other == PLAIN | {"divergence": {"kind": "skewed_kl", "alpha": 0.1}, "temperature": 2.0}

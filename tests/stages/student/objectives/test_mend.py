@@ -47,8 +47,8 @@ def one_batch(data: MendData, source: str, encoding: str, config: MendConfig) ->
     batch = DemonstrationsCollator(signals, needs_answers=config.answer_weight > 0)(rows)
     distiller = load_distiller(data.models.distiller, device=CPU).double()
     head = None
-    if encoding == "exact":
-        head = LanguageHead.load(data.root / f"{source}_exact", device="cpu")
+    if encoding.startswith("exact"):
+        head = LanguageHead.load(data.root / f"{source}_{encoding}", device="cpu")
     step = Step(
         model=distiller,
         bare=distiller,
