@@ -94,8 +94,8 @@ class CachedDataset:
             self._rows, self.num_missing = np.arange(num_rows, dtype=np.int64)[:, None], 0
         else:
             keys = [part.sample_ids() for part in parts]
-            for part, found in zip(parts, keys, strict=True):
-                _require_distinct(found, part.folder)
+            for part, own in zip(parts, keys, strict=True):
+                _require_distinct(own, part.folder)
             self._rows, self.num_missing = _join(keys)
         if not len(self._rows):
             raise IdentityMismatch(

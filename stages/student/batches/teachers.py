@@ -38,7 +38,7 @@ class TaughtCollator:
         taught, stop = [], 0
         for which, own in groupby(rows, key=_data_set):
             of_teachers = zip(*(row[TEACHERS] for row in own), strict=True)
-            told = []
+            told: list[dict[str, Any]] = []
             for (table, collator), columns in zip(self.teachers[which], of_teachers, strict=True):
                 decoded = collator.decoded(columns)
                 tensors = {name: torch.from_numpy(each) for name, each in decoded.items()}

@@ -208,8 +208,9 @@ class _Run:
         if held_out is not None:
             place = (args.process_index, args.world_size, known_ids)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
-            scored = replace(scored, reader=reader, together=divided, teacher_heads=teacher_heads)
-            scored = replace(scored, mixture=getattr(self.config.objective, "mixture", None))
+            mixture = getattr(self.config.objective, "mixture", None)
+            several: dict[str, Any] = {"teacher_heads": teacher_heads, "mixture": mixture}
+            scored = replace(scored, reader=reader, together=divided, **several)
         before = {} if divided else self._measure(model, scored, "before")
         trackers = None
         if self.options.report_to:
