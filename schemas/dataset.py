@@ -27,6 +27,7 @@ from .tables import teacher_logits
 I64Array = npt.NDArray[np.int64]
 # Columns that tables about one sample share; any other is one table's alone.
 _SHARED = {"sample_id", "prompt_ids_T"}
+TEACHERS = "teachers"  # a row's columns of each table of teacher_logits, where there are several
 
 
 def open_dataset(
@@ -40,6 +41,15 @@ def open_dataset(
     damaged table, SchemaMismatch for another version or for two tables that share a column,
     IdentityMismatch for another tokenizer.
     """
+    parts = open_tables(folders, split=split, verify=verify)
+    refuse_equal_columns(parts)
+    return CachedDataset(parts)
+
+
+def open_tables(
+    folders: Sequence[Folder | str], *, split: str | None, verify: bool
+) -> list[OpenTable]:
+    """Open tables of one tokenizer; raises what ``open_dataset`` does of them one by one."""
     parts = [open_table(as_folder(folder), split=split, verify=verify) for folder in folders]
     first = parts[0]
     for part in parts[1:]:
@@ -48,11 +58,10 @@ def open_dataset(
                 f"{part.folder} holds ids of tokenizer {part.manifest.tokenizer[:12]}, "
                 f"{first.folder} of {first.manifest.tokenizer[:12]}: make both with one tokenizer"
             )
-    _refuse_equal_columns(parts)
-    return CachedDataset(parts)
+    return parts
 
 
-def _refuse_equal_columns(parts: "Sequence[OpenTable]") -> None:
+def refuse_equal_columns(parts: "Sequence[OpenTable]") -> None:
     """One of two columns with the same name would hide the other without a word."""
     holder: dict[str, OpenTable] = {}
     for part in parts:
@@ -66,7 +75,11 @@ def _refuse_equal_columns(parts: "Sequence[OpenTable]") -> None:
 
 
 class CachedDataset:
-    """A map-style data set: ``dataset[i]`` is the joined columns of one row, as numpy arrays."""
+    """A map-style data set: ``dataset[i]`` is the joined columns of one row, as numpy arrays.
+
+    Of several tables of ``teacher_logits`` a row has the columns of the first, and all of them
+    under ``TEACHERS``, a tuple in the order of the tables.
+    """
 
     def __init__(self, parts: "Sequence[OpenTable]") -> None:
         """Join the tables by sample_id, in the order of the first."""
@@ -74,15 +87,15 @@ class CachedDataset:
         self.folders = tuple(part.folder for part in parts)
         self._parts = tuple(parts)
         names = [manifest.table for manifest in self.manifests]
-        joins_logits = len(parts) > 1 and teacher_logits.NAME in names
-        self._logits = names.index(teacher_logits.NAME) if joins_logits else None
+        found = [place for place, name in enumerate(names) if name == teacher_logits.NAME]
+        self._logits = found if len(parts) > 1 else []
         if len(parts) == 1:  # nothing to join: the keys need not be read
             num_rows = parts[0].num_rows
             self._rows, self.num_missing = np.arange(num_rows, dtype=np.int64)[:, None], 0
         else:
             keys = [part.sample_ids() for part in parts]
-            for part, found in zip(parts, keys, strict=True):
-                _require_distinct(found, part.folder)
+            for part, own in zip(parts, keys, strict=True):
+                _require_distinct(own, part.folder)
             self._rows, self.num_missing = _join(keys)
         if not len(self._rows):
             raise IdentityMismatch(
@@ -100,12 +113,22 @@ class CachedDataset:
         Raises StoreError for a row that its own bytes, or those of its input, contradict.
         """
         row: dict[str, Any] = {}
-        for part, at in zip(self._parts, self._rows[index], strict=True):
-            row.update(part.row(int(at)))
-        if self._logits is not None and (problem := misplaced(row)):
-            part, at = self._parts[self._logits], self._rows[index][self._logits]
-            raise StoreError(part.contradicted(int(at), row["sample_id"], problem))
+        found = [part.row(int(at)) for part, at in zip(self._parts, self._rows[index], strict=True)]
+        for place, columns in enumerate(found):
+            if place not in self._logits[1:]:
+                row.update(columns)
+        for place in self._logits:
+            if problem := misplaced({**row, **found[place]}):
+                part, at = self._parts[place], self._rows[index][place]
+                raise StoreError(part.contradicted(int(at), row["sample_id"], problem))
+        if len(self._logits) > 1:
+            row[TEACHERS] = tuple(found[place] for place in self._logits)
         return row
+
+    @property
+    def data_sets(self) -> "tuple[CachedDataset, ...]":
+        """The data sets that it is made of, each with its own rows: of tables joined, itself."""
+        return (self,)
 
     def local_folder(self, table: int) -> Path:
         """Return a folder on this machine with the files beside the shards of one table."""

@@ -77,6 +77,11 @@ def distillation(
     except ValidationError as error:
         (name, *_) = (*error.errors()[0]["loc"], "kd")
         raise ConfigError(f"distillation: {name}: {first_line(error)}") from error
+    if objective.mixture is not None:
+        raise ConfigError(
+            "distillation: mixture: several teachers at once are for the train steps of recipes: "
+            "leave it out and name one table of teacher_logits"
+        )
     dataset = open_dataset(tables, split="train", verify=verify)
     objective.require([(m.table, m.variant) for m in dataset.manifests], [])
     held_out = None

@@ -16,7 +16,7 @@ S = sums an objective reports.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ _Inputs = tuple[Tensor, Tensor, Tensor | None]  # hidden_ND, weight_VD, bias_V
 class PositionLoss(Protocol):
     """A loss as a function of the student's log-probs at some of the scored positions."""
 
-    SUMS: ClassVar[tuple[str, ...]]  # what ``reduce_`` returns; the first is the loss itself
+    @property
+    def SUMS(self) -> tuple[str, ...]:
+        """What ``reduce_`` returns; the first is the loss itself."""
 
     @property
     def extra_blocks(self) -> int:

@@ -118,16 +118,22 @@ class Collator:
         if self.packing:
             batch["position_ids"] = position_ids[None]
         if self.encoding:
-            batch |= DECODERS[self.encoding](rows, self.num_token_ids)
-            batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
+            batch |= self.decoded(rows)
+        tensors: dict[str, Any] = {name: torch.from_numpy(each) for name, each in batch.items()}
+        return tensors | ({"num_samples": len(rows)} if self.packing else {})
+
+    def decoded(self, rows: Sequence[Row]) -> dict[str, Array]:
+        """Return the teacher's columns, each aligned with the positions of the rows in order."""
+        assert self.encoding, "a teacher's table"
+        batch = DECODERS[self.encoding](rows, self.num_token_ids)
+        batch["teacher_next_logprobs_N"] = joined(rows, "next_token_logprobs_P", np.float32)
         if "token_ids_NK" in batch:
             if self.encoding == "threshold_tau":
                 ends = np.cumsum([len(row["num_tail_P"]) for row in rows])[:-1]
                 parts = zip(rows, np.split(batch["token_ids_NK"], ends), strict=True)
                 rows = [{"sample_id": row["sample_id"], "token_ids_PK": ids} for row, ids in parts]
             check_ids(rows, "token_ids_PK", self.vocab_size, self.num_token_ids)
-        tensors: dict[str, Any] = {name: torch.from_numpy(each) for name, each in batch.items()}
-        return tensors | ({"num_samples": len(rows)} if self.packing else {})
+        return batch
 
 
 def check_ids(

@@ -12,11 +12,13 @@ from schemas.tables.advantages import HEAD_FOLDERS
 from schemas.tables.teacher_logits import WHOLE
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.encoder_decoder.halves import Frame
+from stages.student.batches.several_datasets import SeveralDatasets
 from stages.student.batches.signals import (
     Collator,
     SignalRows,
     encoding_of,
 )
+from stages.student.batches.teachers import TaughtCollator, taught_collator
 
 
 class Batches(NamedTuple):
@@ -56,6 +58,12 @@ class TrainingData:
         encoding = encoding_of(self.dataset)
         return Collator(encoding, self.vocab_size, self.num_token_ids, self.packing)
 
+    def taught(self) -> Collator | TaughtCollator:
+        """Return the same of one teacher or of several: see ``batches.teachers``."""
+        if isinstance(self.dataset, SeveralDatasets):
+            return taught_collator(self.dataset, self.tokens(), self.num_token_ids)
+        return self.signals()
+
     def text(self, *, teacher: bool) -> Collator | None:
         """Return what decodes ``lm_dataset``, its distributions too with ``teacher``."""
         if self.lm_dataset is None:
@@ -68,8 +76,15 @@ def teacher_head_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> LanguageHead | None:
     """Load the head that lies beside an ``exact`` table, in the teacher's dtype; else None."""
-    folder = _exact_table(dataset, "teacher_logits", WHOLE)
-    return None if folder is None else _loaded(folder, device, num_token_ids)
+    return next(iter(teacher_heads_of(dataset, device, num_token_ids).values()), None)
+
+
+def teacher_heads_of(
+    dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
+) -> dict[int, LanguageHead]:
+    """Load the head of each ``exact`` table of a teacher, by the table's place in the data."""
+    places = _tables_of(dataset, "teacher_logits", WHOLE)
+    return {at: _loaded(dataset.local_folder(at), device, num_token_ids) for at in places}
 
 
 def _loaded(folder: Path, device: torch.device, num_token_ids: int | None) -> LanguageHead:
@@ -80,15 +95,14 @@ def advantage_heads_of(
     dataset: CachedDataset, device: torch.device, num_token_ids: int | None = None
 ) -> tuple[LanguageHead, LanguageHead] | None:
     """Load the aligned teacher's and the reference's head of ``exact`` advantages; else None."""
-    folder = _exact_table(dataset, "advantages", ("exact",))
-    if folder is None:
+    places = _tables_of(dataset, "advantages", ("exact",))
+    if not places:
         return None
+    folder = dataset.local_folder(places[0])
     teacher, reference = (_loaded(folder / name, device, num_token_ids) for name in HEAD_FOLDERS)
     return teacher, reference
 
 
-def _exact_table(dataset: CachedDataset, table: str, variants: Sequence[str]) -> Path | None:
-    for index, manifest in enumerate(dataset.manifests):
-        if manifest.table == table and manifest.variant in variants:
-            return dataset.local_folder(index)
-    return None
+def _tables_of(dataset: CachedDataset, table: str, variants: Sequence[str]) -> list[int]:
+    kinds = [(manifest.table, manifest.variant) for manifest in dataset.manifests]
+    return [at for at, (name, variant) in enumerate(kinds) if name == table and variant in variants]

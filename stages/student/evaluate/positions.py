@@ -19,8 +19,8 @@ Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +34,7 @@ from schemas.storage.files import Folder
 from schemas.tables.aligned_spans import ALIGNED_SPANS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.responses import RESPONSES
-from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss
+from stages.models.causal_lm.chunked_loss import PositionLoss, StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import (
     check_student,
@@ -53,6 +53,7 @@ from stages.student.batches.demonstrations import (
 )
 from stages.student.batches.pairs import ChosenCollator
 from stages.student.batches.responses import OpdCollator
+from stages.student.batches.several_datasets import SeveralDatasets
 from stages.student.batches.signals import (
     Collator,
     Row,
@@ -61,10 +62,12 @@ from stages.student.batches.signals import (
     worker_errors_as_raised,
 )
 from stages.student.batches.spans import SpansCollator
+from stages.student.batches.teachers import TAUGHT, on_device, taught_collator
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.reader import read_scored_states
 from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import Teacher, teacher_of
+from stages.student.losses.mixture import next_logprobs_of, of_each, taught_by
 from stages.student.losses.opd import OnPolicyDistillation
 from stages.student.options import TrainOptions
 
@@ -105,7 +108,9 @@ class HeldOut:
 
     Ids from ``num_token_ids`` on are no token's (None: not known). ``rows`` are the indices of
     those that count (None: all), ``tokens_of`` a row what a distiller reads. ``together`` all
-    processes run the student equally often, as one that is divided over them has to be.
+    processes run the student equally often, as one that is divided over them has to be. Of several
+    teachers ``teacher_heads`` are by their table's place in the data, and ``mixture`` is that of
+    objective ``kd``.
     """
 
     dataset: CachedDataset
@@ -119,6 +124,8 @@ class HeldOut:
     rows: Sequence[int] | None = None
     together: bool = False
     tokens_of: Callable[[Row], Array] = distiller_tokens
+    teacher_heads: Mapping[int, LanguageHead] = field(default_factory=dict)
+    mixture: Any = None
 
 
 def evaluate(
@@ -198,6 +205,9 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
     vocab_size = student_vocab_size(held_out.reader or model)
     encoding = encoding_of(held_out.dataset)
     collator: Any = Collator(encoding, vocab_size, held_out.num_token_ids)
+    if isinstance(held_out.dataset, SeveralDatasets):
+        tokens = Collator("", vocab_size)
+        collator = taught_collator(held_out.dataset, tokens, held_out.num_token_ids)
     if held_out.reader is not None:
         frame = frame_of(held_out.reader.config)
         collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
@@ -216,25 +226,45 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
 
 
 def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
+    batch = on_device(batch, model.device)
     batch = {
         name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)
     }
     dtype = DTYPES[held_out.dtype]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden_ND = _hidden_states(model, batch, held_out)
-    has_teacher = bool(encoding_of(held_out.dataset))
-    teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
-    scores = Scores(batch["next_token_ids_N"], teacher)
     head = student_head(held_out.reader or model)
-    sums = chunked_loss(hidden_ND, head, scores, dtype=dtype).sums
+    sums = chunked_loss(hidden_ND, head, _scores(batch, held_out), dtype=dtype).sums
     answers = _answer_sums(batch, hidden_ND, head, dtype)
-    responses = _response_sums(batch, hidden_ND, head, dtype)
-    teacher_ce = -batch["teacher_next_logprobs_N"].sum() if has_teacher else hidden_ND.new_zeros(())
+    teacher_ce = _teacher_cross_entropy(batch, held_out).to(hidden_ND)
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
     of_spans = _span_sums(batch, hidden_ND)
     return torch.stack(
         [*sums.values(), teacher_ce, count, *answers, *responses, *of_spans]
     ).double()
+
+
+def _scores(batch: dict[str, Any], held_out: HeldOut) -> PositionLoss:
+    """Return what is summed over a batch's positions, each against its own teacher."""
+    if TAUGHT in batch:
+        heads, mixture = held_out.teacher_heads, held_out.mixture
+        return of_each(
+            batch, lambda columns, next_N: Scores(next_N, taught_by(columns, heads, mixture))
+        )
+    has_teacher = bool(encoding_of(held_out.dataset))
+    teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
+    return Scores(batch["next_token_ids_N"], teacher)
+
+
+def _teacher_cross_entropy(batch: dict[str, Any], held_out: HeldOut) -> Tensor:
+    """Return the sum of the teacher's, or its mixture's, over a batch; 0 without one."""
+    if TAUGHT in batch:
+        told = [next_logprobs_of(columns, held_out.mixture) for columns in batch[TAUGHT]]
+        return -torch.cat(told).sum()
+    if not encoding_of(held_out.dataset):
+        return torch.zeros(())
+    next_logprobs_N: Tensor = batch["teacher_next_logprobs_N"]
+    return -next_logprobs_N.sum()
 
 
 def _hidden_states(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:

@@ -6,7 +6,7 @@ batches of all processes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,8 @@ class Step:
 
     ``model`` may be wrapped by DDP, which must see one forward a batch, no more; all other forwards
     go through ``bare``. ``progress`` runs from 0 at the first step of the run to 1 at the last.
-    With a ``reader`` the student is a distiller, and what is scored is what the reader says.
+    ``teacher_heads`` are those of several tables, by their place in the data, ``teacher_head`` the
+    first. With a ``reader`` the student is a distiller, and what is scored is what the reader says.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Step:
     progress: float
     advantage_heads: tuple[LanguageHead, LanguageHead] | None = None
     reader: PreTrainedModel | None = None
+    teacher_heads: Mapping[int, LanguageHead] = field(default_factory=dict)
 
     def over_positions(self, batch: dict[str, Any], objective: PositionLoss) -> Term:
         """Sum an objective over a batch's scored positions: the one forward of ``model``."""

@@ -4,22 +4,32 @@ Hinton et al. 2015 (arXiv 1503.02531), their soft target. D is the forward KL at
 unless the recipe says otherwise, and what that is for each encoding is in ``losses.kl``. Other
 divergences and temperatures need the whole distribution of a position, so ``exact`` alone allows
 them; they are defined in ``losses.divergences``.
+
+Tables of rows, each before the signals about its rows, are several data sets: each row is taught by
+the teachers of its own. Several teachers of one are a ``mixture`` (``losses.mixture``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.errors import ConfigError
 from schemas.tables.teacher_logits import WHOLE
 from stages.stage import StageConfig
+from stages.student.batches.several_datasets import data_sets_of
 from stages.student.objectives.objective import TEXT, Objective, Reads, TableKind
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.models.causal_lm.chunked_loss import PositionLoss
     from stages.student.batches.training_data import Batches, TrainingData
+    from stages.student.losses.kl import Teacher
     from stages.student.losses.step import Step, Term
+
+TEACHER = "teacher_logits"
 
 
 class ForwardKl(StageConfig):
@@ -67,6 +77,17 @@ Divergence = Annotated[
 ]
 
 
+class Mixture(StageConfig):
+    """Teachers of one position together, with ``weights`` in the order of their tables in ``data``.
+
+    ``arithmetic`` is the mean of their probabilities, ``geometric`` of their log-probs; weights are
+    divided by their sum.
+    """
+
+    kind: Literal["arithmetic", "geometric"]
+    weights: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = Field(min_length=2)
+
+
 class KdConfig(Objective):
     """The divergence from the cached teacher with weight ``weight``, cross-entropy with the rest.
 
@@ -74,18 +95,29 @@ class KdConfig(Objective):
     """
 
     PACKS: ClassVar[bool] = True
+    SEVERAL: ClassVar[bool] = True
     SHARDS: ClassVar[bool] = True
 
     loss: Literal["kd"] = "kd"
     weight: float = Field(default=1.0, gt=0.0, le=1.0)
     divergence: Divergence = ForwardKl()
     temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    mixture: Mixture | None = None
+
+    @model_validator(mode="after")
+    def _plain_where_mixed(self) -> "KdConfig":
+        if self.mixture is not None and not self.is_plain:
+            raise ValueError(
+                "mixture: it is of forward_kl at temperature 1: leave divergence and temperature "
+                "out, or the mixture"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later and is as it was, so that runs without it keep their names."""
         given: dict[str, Any] = dump(self)
-        for name in ("divergence", "temperature"):
+        for name in ("divergence", "temperature", "mixture"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 del given[name]
         return given
@@ -98,37 +130,91 @@ class KdConfig(Objective):
     @property
     def reads(self) -> Reads:
         """The rows and the teacher's distributions."""
-        return Reads(data=("teacher_logits",), rows=TEXT)
+        return Reads(data=(TEACHER,), rows=TEXT)
 
     def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
-        """Refuse, beside other tables, an encoding that does not hold what is asked for."""
-        super().require(data, lm_data)
-        (encoding,) = (variant for table, variant in data if table == "teacher_logits")
-        if self.is_plain or encoding in WHOLE:
+        """Refuse, beside other tables, teachers or an encoding that are not what is asked for."""
+        places = data_sets_of([table for table, _ in data])
+        most = 0
+        for place in places:
+            own = data[place]
+            teachers = [kind for kind in own if kind[0] == TEACHER]
+            others = [kind for kind in own if kind[0] != TEACHER]
+            if not teachers and len(places) > 1:
+                raise ConfigError(
+                    f"data: there are {len(places)} tables of rows, and no {TEACHER} stand behind "
+                    f"number {place.start + 1}, {own[0][0]}: name behind each the signals about "
+                    f"its rows"
+                )
+            super().require([*others, *teachers[:1]], lm_data)
+            self._require_mixed([variant for _, variant in teachers])
+            most = max(most, len(teachers))
+        if self.mixture is not None and most < 2:
+            raise ConfigError(
+                f"data: objective.mixture has {len(self.mixture.weights)} weights, and no rows "
+                f"have more than one {TEACHER}: name the other teachers' tables, or leave it out"
+            )
+
+    def _require_mixed(self, encodings: Sequence[str]) -> None:
+        """Refuse the teachers of one data set, by their encodings."""
+        mixture = self.mixture
+        if len(encodings) > 1 and mixture is None:
+            raise ConfigError(
+                f"data: {len(encodings)} of its tables are {TEACHER} about the same rows, expected "
+                f"one of each kind: name one of them, or give 'objective.mixture: {{kind: "
+                f"arithmetic, weights: [...]}}' to learn from all"
+            )
+        if len(encodings) > 1 and mixture is not None and len(encodings) != len(mixture.weights):
+            raise ConfigError(
+                f"data: {len(encodings)} of its tables are {TEACHER} about the same rows, "
+                f"objective.mixture has {len(mixture.weights)} weights: give one for each, in "
+                f"their order"
+            )
+        other = next((encoding for encoding in encodings if encoding not in WHOLE), None)
+        if other is None:
             return
-        asked: str = self.divergence.kind
-        if self.temperature != 1.0:
-            asked += f" at temperature {self.temperature:g}"
-        raise ConfigError(
-            f"data: objective 'kd' asks for {asked}, which needs whole distributions, and the "
-            f"teacher_logits are of encoding {encoding}: that has forward_kl at temperature 1 "
-            f"alone; take 'encoding: {{kind: exact}}', or leave divergence and temperature out"
-        )
+        if len(encodings) > 1 and mixture is not None and mixture.kind == "geometric":
+            raise ConfigError(
+                f"data: objective.mixture is geometric, which needs the log of every token's "
+                f"probability, and one of the {TEACHER} is of encoding {other}, where a token that "
+                f"is not kept has none: take 'encoding: {{kind: exact}}' for all, or arithmetic"
+            )
+        if not self.is_plain:
+            asked: str = self.divergence.kind
+            if self.temperature != 1.0:
+                asked += f" at temperature {self.temperature:g}"
+            raise ConfigError(
+                f"data: objective 'kd' asks for {asked}, which needs whole distributions, and the "
+                f"teacher_logits are of encoding {other}: that has forward_kl at temperature 1 "
+                f"alone; take 'encoding: {{kind: exact}}', or leave divergence and temperature out"
+            )
 
     def batches(self, data: "TrainingData") -> "Batches":
-        """Return the rows with the teacher's distributions."""
-        return data.rows(data.signals())
+        """Return the rows with the teachers' distributions."""
+        return data.rows(data.taught())
 
     def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
         """Return the loss of one batch."""
-        from stages.student.losses.divergences import MEASURES, KdByDivergence  # both load torch
-        from stages.student.losses.kl import ExactTeacher, Kd, teacher_of
+        from stages.student.losses.kl import teacher_of  # these load torch
+        from stages.student.losses.mixture import of_each, taught_by
 
-        teacher, next_N = teacher_of(batch, step.teacher_head), batch["next_token_ids_N"]
+        next_N = batch["next_token_ids_N"]
+        if "taught" not in batch:
+            loss = self._loss(next_N, teacher_of(batch, step.teacher_head))
+            return [step.over_positions(batch, loss)]
+
+        def own(columns: Mapping[str, Any], next_N: "Tensor") -> "PositionLoss":
+            return self._loss(next_N, taught_by(columns, step.teacher_heads, self.mixture))
+
+        return [step.over_positions(batch, of_each(batch, own))]
+
+    def _loss(self, next_N: "Tensor", teacher: "Teacher") -> "PositionLoss":
+        from stages.student.losses.divergences import MEASURES, KdByDivergence  # these load torch
+        from stages.student.losses.kl import ExactTeacher, Kd
+
         if self.is_plain:
-            return [step.over_positions(batch, Kd(next_N, teacher, self.weight))]
+            return Kd(next_N, teacher, self.weight)
         assert isinstance(teacher, ExactTeacher), "another encoding is refused"
         measure, power = MEASURES[self.divergence.kind]
         measure = partial(measure, **self.divergence.model_dump(exclude={"kind"}))
-        loss = KdByDivergence(next_N, teacher, self.weight, measure, self.temperature, power)
-        return [step.over_positions(batch, loss)]
+        return KdByDivergence(next_N, teacher, self.weight, measure, self.temperature, power)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from schemas.errors import ConfigError
 from stages.stage import StageConfig, TableRef
+from stages.student.batches.several_datasets import ROWS
 
 if TYPE_CHECKING:
     from stages.student.batches.training_data import Batches, TrainingData
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 TableKind = tuple[str, str]  # a table's name and variant
-TEXT = ("documents", "episodes", "conversations")  # each holds rows of token ids as they are
+TEXT = ROWS  # each holds rows of token ids as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Objective(StageConfig, ABC):
 
     USES_READER: ClassVar[bool] = False  # what is trained is a distiller before a frozen reader
     PACKS: ClassVar[bool] = False  # rows of a batch may lie end to end in one
+    SEVERAL: ClassVar[bool] = False  # data may be several data sets, each with its own signals
     SHARDS: ClassVar[bool] = False  # a batch is one forward on each process, whatever is in it
 
     loss: str

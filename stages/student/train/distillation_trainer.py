@@ -15,7 +15,7 @@ Dimensions: N = scored positions of a batch, S = sums an objective reports.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         trackers: Trackers | None = None,
         early_stop: EarlyStop | None = None,
         on_divided: Callable[[], None] | None = None,
+        teacher_heads: Mapping[int, LanguageHead] | None = None,
     ) -> None:
         """Set up for one run; events, checkpoints and trackers are the main process's only.
 
         ``on_checkpoint`` is called with the folder of each checkpoint when it is whole. Ids from
         ``num_token_ids`` on are no token's (None: not known). With a ``reader`` ``model`` is a
         distiller; the Trainer has no part in the reader. ``on_divided`` is called by every process
-        when the untrained student has been divided over them, where it is.
+        when the untrained student has been divided over them, where it is. ``teacher_heads`` are
+        those of several teachers' tables, by their place in the data.
         """
         vocab_size = student_vocab_size(reader or model)
         data = TrainingData(
@@ -108,7 +110,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
         self.remove_callback(PrinterCallback)
         self._config = config
         self._on_checkpoint, self._on_divided = on_checkpoint, on_divided
-        self._teacher_head = teacher_head
+        self._teacher_head, self._teacher_heads = teacher_head, teacher_heads or {}
         self._lm_teacher_head = (
             teacher_head_of(lm_dataset, args.device, num_token_ids) if lm_dataset else None
         )
@@ -185,6 +187,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
             progress=self.state.global_step / max(self.state.max_steps - 1, 1),
             advantage_heads=self._advantage_heads,
             reader=self._reader,
+            teacher_heads=self._teacher_heads,
         )
 
     def _get_num_items_in_batch(

@@ -35,8 +35,9 @@ from stages.models.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, num_token_ids
+from stages.student.batches.several_datasets import open_data_sets
 from stages.student.batches.signals import worker_errors_as_raised
-from stages.student.batches.training_data import teacher_head_of
+from stages.student.batches.training_data import teacher_heads_of
 from stages.student.evaluate.positions import HeldOut, measure_student
 from stages.student.objectives.mend import MendConfig
 from stages.student.objectives.objective import TableKind
@@ -99,12 +100,14 @@ def train(
     what ``open_dataset`` raises.
     """
     options = options or TrainOptions()
-    dataset = open_dataset(data, split="train", verify=options.verify)
+    opened = open_data_sets if config.objective.SEVERAL else open_dataset
+    dataset = opened(data, split="train", verify=options.verify)
     lm_dataset = None
     if lm_data:
         lm_dataset = open_dataset(lm_data, split="train", verify=options.verify)
     config.objective.require(_kinds(dataset), _kinds(lm_dataset))
-    _require_partners(dataset, config)
+    for own in dataset.data_sets:
+        _require_partners(own, config)
     assert (reader is not None) == config.objective.USES_READER, "a reader where one is used"
     identity = _identity(config, dataset, lm_dataset, student)
     if reader is not None:
@@ -117,7 +120,7 @@ def train(
     finished = read_checkpoint(output)
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
-    held_out = open_dataset(data, split="heldout", verify=False) if heldout else None
+    held_out = opened(data, split="heldout", verify=False) if heldout else None
     folders = Start(student, reader, adapter)
     return run.carry_out(folders, dataset, lm_dataset, held_out, resume=resume)
 
@@ -199,12 +202,15 @@ class _Run:
         device = torch.device("cpu") if divided else args.device
         model, reader = load_start(folders, self.config, read, device)
         known_ids = num_token_ids(folders.student)
-        teacher_head = teacher_head_of(dataset, args.device, known_ids)
+        teacher_heads = teacher_heads_of(dataset, args.device, known_ids)
+        teacher_head = next(iter(teacher_heads.values()), None)
         scored = None
         if held_out is not None:
             place = (args.process_index, args.world_size, known_ids)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
-            scored = replace(scored, reader=reader, together=divided)
+            mixture = getattr(self.config.objective, "mixture", None)
+            several: dict[str, Any] = {"teacher_heads": teacher_heads, "mixture": mixture}
+            scored = replace(scored, reader=reader, together=divided, **several)
         before = {} if divided else self._measure(model, scored, "before")
         trackers = None
         if self.options.report_to:
@@ -226,6 +232,7 @@ class _Run:
             trackers=trackers,
             early_stop=early_stop,
             on_divided=lambda: before.update(self._measure(model, scored, "before")),
+            teacher_heads=teacher_heads,
         )
         if trainer.is_world_process_zero():
             self._prepare_folder(resume=resume)

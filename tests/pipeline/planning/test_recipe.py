@@ -302,6 +302,26 @@ TRAINED = {"stage": "train", "student": "teacher", "objective": {"loss": "kd"}, 
         ),
         (
             {"steps.trained": {**TRAINED, "data": ["documents", "signals", "documents"]}},
+            "steps.trained.data: there are 2 tables of rows, and no teacher_logits stand behind "
+            "number 3, documents",
+        ),
+        (
+            {"steps.trained": {**TRAINED, "data": ["signals", "documents", "documents"]}},
+            "steps.trained.data: it begins with teacher_logits and has 2 tables of rows",
+        ),
+        (
+            {"steps.trained": {**TRAINED, "data": ["documents", "signals", "signals"]}},
+            "steps.trained.data: 2 of its tables are teacher_logits about the same rows, expected "
+            "one of each kind: name one of them, or give 'objective.mixture:",
+        ),
+        (
+            {
+                "steps.trained": {
+                    **TRAINED,
+                    "data": ["documents", "signals", "documents"],
+                    "objective": {"loss": "cross_entropy"},
+                }
+            },
             "steps.trained.data: 2 of its tables are documents, expected one of each kind",
         ),
         (
