@@ -227,15 +227,13 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
 
 def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut) -> Tensor:
     batch = on_device(batch, model.device)
-    batch = {
-        name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)
-    }
     dtype = DTYPES[held_out.dtype]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden_ND = _hidden_states(model, batch, held_out)
     head = student_head(held_out.reader or model)
     sums = chunked_loss(hidden_ND, head, _scores(batch, held_out), dtype=dtype).sums
     answers = _answer_sums(batch, hidden_ND, head, dtype)
+    responses = _response_sums(batch, hidden_ND, head, dtype)
     teacher_ce = _teacher_cross_entropy(batch, held_out).to(hidden_ND)
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
     of_spans = _span_sums(batch, hidden_ND)
