@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from .scored_spans import scored_targets, span_targets
     from .storage.manifest import Manifest, read_manifest
     from .storage.records import ShardRecord
-    from .tables.advantages import (
+    from .tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
+    from .tables.documents import DOCUMENTS, Document
+    from .tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
+    from .tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
+    from .tables.prompted.advantages import (
         SUPPORTS,
         ExactAdvantages,
         ReleasedAdvantages,
@@ -20,12 +24,8 @@ if TYPE_CHECKING:
         ThresholdAdvantages,
         UnionAdvantages,
     )
-    from .tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
-    from .tables.documents import DOCUMENTS, Document
-    from .tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
-    from .tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-    from .tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
-    from .tables.responses import RESPONSES, Responses
+    from .tables.prompted.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+    from .tables.prompted.responses import RESPONSES, Responses
     from .tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
     from .tables.teacher_logits import (
         ENCODINGS,
@@ -91,7 +91,7 @@ _MODULES = {
     "scored_spans": ("scored_targets", "span_targets"),
     "storage.manifest": ("Manifest", "read_manifest"),
     "storage.records": ("ShardRecord",),
-    "tables.advantages": (
+    "tables.prompted.advantages": (
         "SUPPORTS",
         "ExactAdvantages",
         "ReleasedAdvantages",
@@ -103,8 +103,8 @@ _MODULES = {
     "tables.documents": ("DOCUMENTS", "Document"),
     "tables.episodes": ("EPISODES", "Episode", "split_candidates", "subset_input_ids"),
     "tables.preference_pairs": ("PREFERENCE_PAIRS", "PreferencePair"),
-    "tables.response_logprobs": ("RESPONSE_LOGPROBS", "ResponseLogprobs"),
-    "tables.responses": ("RESPONSES", "Responses"),
+    "tables.prompted.response_logprobs": ("RESPONSE_LOGPROBS", "ResponseLogprobs"),
+    "tables.prompted.responses": ("RESPONSES", "Responses"),
     "tables.subset_preferences": ("SUBSET_PREFERENCES", "SubsetPreferences", "split_subsets"),
     "tables.teacher_logits": (
         "ENCODINGS",

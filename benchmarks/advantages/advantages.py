@@ -45,7 +45,7 @@ from benchmarks.storage.signal_error import Comparison
 from schemas.advantage_values import advantage_values
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import read_shard, write_shard
-from schemas.tables.responses import Responses
+from schemas.tables.prompted.responses import Responses
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import open_engine
 from stages.models.spec import EngineOptions, ModelSpec

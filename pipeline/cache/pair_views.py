@@ -9,18 +9,18 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from schemas.advantage_values import advantage_values
-from schemas.tables.advantages import (
+from schemas.tables.episodes import split_candidates
+from schemas.tables.preference_pairs import PreferencePair
+from schemas.tables.prompted.advantages import (
     AnyAdvantages,
     ExactAdvantages,
     TauAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.tables.episodes import split_candidates
-from schemas.tables.preference_pairs import PreferencePair
-from schemas.tables.response_logprobs import ResponseLogprobs
-from schemas.tables.response_token_logprobs import ResponseTokenLogprobs
-from schemas.tables.responses import FINISH_REASONS, Responses
+from schemas.tables.prompted.response_logprobs import ResponseLogprobs
+from schemas.tables.prompted.response_token_logprobs import ResponseTokenLogprobs
+from schemas.tables.prompted.responses import FINISH_REASONS, Responses
 
 Decode = Callable[[Any], str]
 

@@ -22,12 +22,12 @@ from pipeline.cache.pair_views import (
 from schemas.distribution import unpack_threshold, unpack_threshold_tau, unpack_top_k
 from schemas.errors import ConfigError
 from schemas.scored_spans import SCORED, span_targets
-from schemas.tables.advantages import AnyAdvantages
 from schemas.tables.candidate_scores import CandidateScores
 from schemas.tables.conversations import Conversation
 from schemas.tables.demonstrations import Demonstrated
 from schemas.tables.documents import Document
 from schemas.tables.episodes import Episode, split_candidates
+from schemas.tables.prompted.advantages import AnyAdvantages
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import RoundedLogits, TauLogits, ThresholdLogits, TopKLogits
 

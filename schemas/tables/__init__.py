@@ -3,7 +3,6 @@
 from typing import Any
 
 from ..table import Table
-from .advantages import SUPPORTS
 from .aligned_spans import ALIGNED_ENTRIES, ALIGNED_SPANS
 from .candidate_scores import CANDIDATE_SCORES
 from .conversations import CONVERSATIONS
@@ -11,9 +10,10 @@ from .demonstrations import DEMONSTRATIONS
 from .documents import DOCUMENTS
 from .episodes import EPISODES
 from .preference_pairs import PREFERENCE_PAIRS
-from .response_logprobs import RESPONSE_LOGPROBS
-from .response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
-from .responses import RESPONSES
+from .prompted.advantages import SUPPORTS
+from .prompted.response_logprobs import RESPONSE_LOGPROBS
+from .prompted.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
+from .prompted.responses import RESPONSES
 from .subset_preferences import SUBSET_PREFERENCES
 from .teacher_logits import ENCODINGS
 

@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 
 from pipeline.cache.pair_views import advantages_table
-from schemas.tables.advantages import TauAdvantages
+from schemas.tables.prompted.advantages import TauAdvantages
 
 
 def test_values_of_drawn_tokens_stand_beside_the_rest() -> None:

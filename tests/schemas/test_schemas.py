@@ -15,13 +15,6 @@ from schemas.errors import SchemaMismatch
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import read_shard, write_shard
 from schemas.table import BoundTable
-from schemas.tables.advantages import (
-    SUPPORTS,
-    ReleasedAdvantages,
-    TauAdvantages,
-    ThresholdAdvantages,
-    UnionAdvantages,
-)
 from schemas.tables.aligned_spans import ALIGNED_ENTRIES, ALIGNED_SPANS
 from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.tables.conversations import CONVERSATIONS
@@ -29,9 +22,19 @@ from schemas.tables.demonstrations import DEMONSTRATIONS
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
-from schemas.tables.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS, ResponseTokenLogprobs
-from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.prompted.advantages import (
+    SUPPORTS,
+    ReleasedAdvantages,
+    TauAdvantages,
+    ThresholdAdvantages,
+    UnionAdvantages,
+)
+from schemas.tables.prompted.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.tables.prompted.response_token_logprobs import (
+    RESPONSE_TOKEN_LOGPROBS,
+    ResponseTokenLogprobs,
+)
+from schemas.tables.prompted.responses import RESPONSES, Responses
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import (
     EXACT,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.reports.page.sampled_rows import SampledRow
 from schemas.distribution import unpack_top_k, weighted_tokens
-from schemas.tables.advantages import UnionAdvantages
+from schemas.tables.prompted.advantages import UnionAdvantages
 from schemas.tables.teacher_logits import (
     ExactLogits,
     RoundedLogits,

@@ -17,7 +17,7 @@ from pipeline.reports.page.sampled_rows import SampledRow
 from pipeline.reports.page.words import Words
 from schemas.advantage_values import advantage_values
 from schemas.scored_spans import SCORED, span_targets
-from schemas.tables.advantages import ExactAdvantages, TauAdvantages, UnionAdvantages
+from schemas.tables.prompted.advantages import ExactAdvantages, TauAdvantages, UnionAdvantages
 from schemas.tables.teacher_logits import ExactLogits, RoundedLogits, TauLogits, ThresholdLogits
 
 TOKENS_SHOWN = 384  # of a sample

@@ -18,7 +18,7 @@ import torch
 from schemas.distribution import row_key, uniforms
 from schemas.storage.manifest import read_manifest
 from schemas.storage.shard_cache import local_files
-from schemas.tables.advantages import HEAD_FOLDERS
+from schemas.tables.prompted.advantages import HEAD_FOLDERS
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine_pair import open_engine_pair
 from stages.signals.advantages.kept_apart import DRAWS, kept_apart

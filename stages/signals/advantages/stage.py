@@ -2,7 +2,7 @@
 
 ``model`` is the aligned teacher, ``reference`` the teacher that the alignment started from; both
 score every position of the responses (ADPA, arXiv 2502.17927). What each support keeps is in
-``schemas.tables.advantages``.
+``schemas.tables.prompted.advantages``.
 """
 
 import math
@@ -14,8 +14,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
-from schemas.tables.advantages import HEAD_FOLDERS, SUPPORTS, THRESHOLD_TAU
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.advantages import HEAD_FOLDERS, SUPPORTS, THRESHOLD_TAU
+from schemas.tables.prompted.responses import RESPONSES
 from stages.stage import Estimate, SignalStage, StageConfig, StageContext, TableRef
 
 MOST = 255  # tokens of a position: their numbers are stored in 8 bits

@@ -1,7 +1,7 @@
 """Which tokens' advantages are kept at a position: torch, batched, CPU or GPU.
 
-What each support is for is in ``schemas.tables.advantages``. All of them read the log-probs of both
-models over the whole vocabulary, in float32; no step loops over positions.
+What each support is for is in ``schemas.tables.prompted.advantages``. All of them read the
+log-probs of both models over the whole vocabulary, in float32; no step loops over positions.
 
 ``threshold`` draws with the scheme of ``stages.signals.scoring.encoding``: a token of weight w is
 kept with probability ``min(1, w / tau)``. What a token adds to the sum of an objective is ``pi A``

@@ -29,8 +29,8 @@ from torch import Tensor
 from schemas.advantage_values import LEVEL_SIZES, value_codes
 from schemas.distribution import round_mantissa, row_key, split_gaps, uniforms
 from schemas.errors import ConfigError
-from schemas.tables.advantages import HEAD_FOLDERS, AnyAdvantages
-from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.prompted.advantages import HEAD_FOLDERS, AnyAdvantages
+from schemas.tables.prompted.responses import RESPONSES, Responses
 from stages.models.causal_lm.language_head import read_config
 from stages.models.checkpoints.tokenizer_identity import num_token_ids
 from stages.models.engines.engine import Engine

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
-from schemas.tables.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.response_logprobs import RESPONSE_LOGPROBS
+from schemas.tables.prompted.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
+from schemas.tables.prompted.responses import RESPONSES
 from stages.stage import Estimate, SignalStage, StageContext
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.tables.response_logprobs import ResponseLogprobs
-from schemas.tables.response_token_logprobs import ResponseTokenLogprobs
+from schemas.tables.prompted.response_logprobs import ResponseLogprobs
+from schemas.tables.prompted.response_token_logprobs import ResponseTokenLogprobs
 from stages.models.engines.engine import Engine, open_model
 from stages.models.spec import EngineOptions
 from stages.signals.response_logprobs.stage import ResponseLogprobsStage

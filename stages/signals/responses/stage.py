@@ -16,7 +16,7 @@ from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.responses import RESPONSES
 from stages.stage import Estimate, SignalStage, StageContext
 
 LOWEST_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and takes next to 0 for greedy

@@ -26,7 +26,7 @@ from schemas.errors import ConfigError
 from schemas.scored_spans import SCORED
 from schemas.tables.conversations import CONVERSATIONS, Conversation
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.responses import FINISH_REASONS, Responses
+from schemas.tables.prompted.responses import FINISH_REASONS, Responses
 from stages.models.causal_lm.end_tokens import stop_tokens_of
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.generator import Generator, open_generator

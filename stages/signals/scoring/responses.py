@@ -18,7 +18,7 @@ from torch import Tensor
 
 from schemas.tables.episodes import split_candidates
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.responses import RESPONSES
 from stages.models.engines.engine import Engine
 from stages.models.engines.sequences import TokenIds, require_room
 from stages.models.spec import EngineOptions

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from schemas.storage.manifest import Manifest
 from schemas.table import BoundTable, Table
 from schemas.tables.conversations import CONVERSATIONS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.responses import RESPONSES
 from stages.sources.reading.source import RowFiles
 from stages.stage import Estimate, StageContext, TableStage
 

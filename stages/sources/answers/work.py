@@ -16,7 +16,7 @@ import pyarrow as pa
 from schemas.storage.shards import split_of
 from schemas.tables.conversations import Conversation
 from schemas.tables.episodes import split_candidates
-from schemas.tables.responses import FINISH_REASONS, RESPONSES, Responses
+from schemas.tables.prompted.responses import FINISH_REASONS, RESPONSES, Responses
 from stages.models.checkpoints.tokenizer import open_tokenizer
 from stages.sources.answers.scores import Scores, read_scores
 from stages.sources.answers.stage import AnswersStage

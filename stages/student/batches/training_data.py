@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from schemas.dataset import CachedDataset
-from schemas.tables.advantages import HEAD_FOLDERS
+from schemas.tables.prompted.advantages import HEAD_FOLDERS
 from schemas.tables.teacher_logits import WHOLE
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.encoder_decoder.halves import Frame

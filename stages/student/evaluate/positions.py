@@ -33,7 +33,7 @@ from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
 from schemas.tables.aligned_spans import ALIGNED_SPANS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.responses import RESPONSES
 from stages.models.causal_lm.chunked_loss import PositionLoss, StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import (

@@ -19,7 +19,7 @@ from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import read_manifest
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
-from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
+from schemas.tables.prompted.response_logprobs import RESPONSE_LOGPROBS
 from stages.models.causal_lm.language_head import max_positions, read_config
 from stages.models.causal_lm.model import require_vocabulary, rows_needed
 from stages.student.evaluate_preferences.stage import judge_tables_problem

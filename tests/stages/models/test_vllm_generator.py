@@ -12,7 +12,7 @@ import pytest
 from transformers import GenerationConfig
 
 from schemas.errors import EngineError
-from schemas.tables.responses import Responses
+from schemas.tables.prompted.responses import Responses
 from stages.models.engines.decoding import Decoding, Generated
 from stages.models.engines.generator import Generator, open_generator
 from stages.models.engines.vllm_generator import VllmGenerator

@@ -15,14 +15,14 @@ from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.storage.records import ShardRecord
 from schemas.storage.shards import write_shard
-from schemas.tables.advantages import (
+from schemas.tables.prompted.advantages import (
     HEAD_FOLDERS,
     ExactAdvantages,
     ReleasedAdvantages,
     ThresholdAdvantages,
     UnionAdvantages,
 )
-from schemas.tables.responses import Responses
+from schemas.tables.prompted.responses import Responses
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import Engine, open_engine
 from stages.models.engines.engine_pair import (

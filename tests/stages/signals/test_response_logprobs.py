@@ -10,9 +10,9 @@ import torch
 
 from schemas.errors import ConfigError
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.tables.response_logprobs import ResponseLogprobs
-from schemas.tables.response_token_logprobs import ResponseTokenLogprobs
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.response_logprobs import ResponseLogprobs
+from schemas.tables.prompted.response_token_logprobs import ResponseTokenLogprobs
+from schemas.tables.prompted.responses import RESPONSES
 from stages.models.engines.engine import Engine, open_engine
 from stages.models.spec import EngineOptions
 from stages.signals.response_logprobs.stage import ResponseLogprobsStage

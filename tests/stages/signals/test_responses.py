@@ -19,7 +19,7 @@ from schemas.errors import ConfigError
 from schemas.storage.manifest import Manifest
 from schemas.storage.records import ShardRecord
 from schemas.tables.preference_pairs import PreferencePair
-from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.prompted.responses import RESPONSES, Responses
 from stages.models.causal_lm.end_tokens import stop_tokens_of
 from stages.models.engines.decoding import Decoding
 from stages.models.engines.generator import open_generator

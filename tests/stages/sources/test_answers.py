@@ -16,7 +16,7 @@ from schemas.errors import ConfigError
 from schemas.sample_id import sample_id_of
 from schemas.storage.shards import with_split
 from schemas.tables.conversations import Conversation
-from schemas.tables.responses import FINISH_REASONS, RESPONSES, Responses
+from schemas.tables.prompted.responses import FINISH_REASONS, RESPONSES, Responses
 from stages.models.spec import ModelSpec
 from stages.sources.answers.stage import AnswersStage
 from stages.stage import Rejected, StageContext

@@ -26,7 +26,7 @@ from pipeline.steps.run import run_plan
 from schemas.errors import ConfigError, IdentityMismatch, StoreError, TeacherCacheError
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
-from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.tables.prompted.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
 from stages.models.causal_lm.response_measures import without_repeats
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.stage import TableRef

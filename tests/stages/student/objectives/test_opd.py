@@ -14,9 +14,9 @@ from torch import Tensor
 
 from schemas.errors import ConfigError
 from schemas.reference import token_losses
-from schemas.tables.response_logprobs import RESPONSE_LOGPROBS
-from schemas.tables.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
-from schemas.tables.responses import RESPONSES
+from schemas.tables.prompted.response_logprobs import RESPONSE_LOGPROBS
+from schemas.tables.prompted.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
+from schemas.tables.prompted.responses import RESPONSES
 from stages.models.causal_lm.chunked_loss import StudentHead, chunked_loss, logits_loss
 from stages.stage import TableRef
 from stages.student.losses.opd import OnPolicyDistillation

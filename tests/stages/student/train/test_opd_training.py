@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, IdentityMismatch, StoreError
 from schemas.storage.manifest import read_manifest, write_manifest
-from schemas.tables.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
-from schemas.tables.responses import RESPONSES, Responses
+from schemas.tables.prompted.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
+from schemas.tables.prompted.responses import RESPONSES, Responses
 from stages.models.causal_lm.model import load_student
 from stages.student.evaluate.positions import evaluate
 from stages.student.objectives.opd import OpdConfig

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
+from ...table import MOST_LOGPROB, TOKEN_ID, Column, Table
 
 Array = npt.NDArray[Any]
 FINISH_REASONS: Final = ("length", "stop")  # as they are numbered in the table

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import MOST_LOGPROB, Column, Table
+from ...table import MOST_LOGPROB, Column, Table
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..table import MOST_LOGPROB, Column, Table
+from ...table import MOST_LOGPROB, Column, Table
 
 Array = npt.NDArray[Any]
 

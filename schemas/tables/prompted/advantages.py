@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..distribution import ids_of_gaps
-from ..ragged import id_twice, surely_counted
-from ..table import CAPTURE_ZSTD_LEVEL, MOST_LOGPROB, TOKEN_ID, TOKEN_ID_HIGH, Column, Table
+from ...distribution import ids_of_gaps
+from ...ragged import id_twice, surely_counted
+from ...table import CAPTURE_ZSTD_LEVEL, MOST_LOGPROB, TOKEN_ID, TOKEN_ID_HIGH, Column, Table
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]

@@ -1,0 +1,1 @@
+"""Responses to prompts: what a model wrote, and what models say of their tokens."""
