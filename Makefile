@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= $(shell nproc)
 export KMP_BLOCKTIME ?= 0
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check bench assets tasks pairs chats install airflow browser test-slow test-airflow stages tree clean
+.PHONY: demo test check bench assets tasks pairs chats tokenizer install airflow browser test-slow test-airflow stages tree clean
 
 install: $(STAMP)
 
@@ -49,6 +49,10 @@ pairs: assets
 # Chats for the examples of conversations.
 chats: assets
 	@$(BIN)/python examples/fetch_chats.py --cache $(CACHE)
+
+# The tokenizer of another family, for the example of a student that has it.
+tokenizer: assets
+	@$(BIN)/python examples/fetch_tokenizer.py --cache $(CACHE)
 
 airflow: $(AIRFLOW)/installed
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from teachercache_rounds import Training, with_rounds
 from teachercache_stages import KINDS, REFERENCES
 
 RUNNERS = ("local", "ray", "kubernetes")
 OWN_TASKS = ("plan", "verify", "publish", "report")
+_PLACE = ("path", "revision", "adapter")  # of a model that no step makes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -128,9 +130,20 @@ def read_recipe(path: Path) -> Recipe:
         raise top["name"].error(f"name '{name}' has other characters than letters, digits, - and _")
     models = top["models"].children() if "models" in top else {}
     made_by = {key: model["step"].text() for key, model in models.items() if "step" in model}
+    model_of = made_by | {
+        key: tuple(model[part].text() for part in _PLACE if part in model)
+        for key, model in models.items()
+        if key not in made_by
+    }
     steps: dict[str, Step] = {}
+    named: dict[str, tuple[str, ...]] = {}
     for key, node in top.require("steps").children().items():
         steps[key] = _step(key, node, made_by, steps)
+        named[key] = _named(node)
+        if (rounds := _rounds(node)) > 1:
+            student, data = node.require("student").text(), tuple(node.require("data").texts())
+            training = Training(key, student, data, rounds, named, model_of)
+            steps = with_rounds(steps, training)
     if not steps:
         raise top["steps"].error("there are no steps")
     if "schedule" not in top:
@@ -150,10 +163,23 @@ def _step(
             f"step '{name}' cannot be a task of that name: take another, of letters, digits, - "
             f"and _"
         )
-    named = [text for key in REFERENCES if key in node for text in node[key].texts()]
-    found = [made_by.get(text, text) for text in named]
+    found = [made_by.get(text, text) for text in _named(node)]
     needs = tuple(dict.fromkeys(text for text in found if text in earlier))
     return Step(name, KINDS[stage], needs, KINDS[stage] == "table" and "model" in node)
+
+
+def _named(node: "_Mapping") -> tuple[str, ...]:
+    """Return the steps and models that a step names."""
+    return tuple(text for key in REFERENCES if key in node for text in node[key].texts())
+
+
+def _rounds(node: "_Mapping") -> int:
+    if "rounds" not in node:
+        return 1
+    text = node["rounds"].text()
+    if not text.isdigit() or not int(text):
+        raise node["rounds"].error(f"rounds is '{text}', expected a number of at least 1")
+    return int(text)
 
 
 def _schedule(node: "_Mapping") -> Schedule:

@@ -9,6 +9,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from stages.signals.advantages.stage import AdvantagesStage
+from stages.signals.aligned_spans.stage import AlignedSpansStage
 from stages.signals.candidate_scores.stage import CandidateScoresStage
 from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.responses.stage import ResponsesStage
@@ -40,6 +41,7 @@ Step = Annotated[
     | PreferencePairsStage
     | FinishedTableStage
     | TeacherLogitsStage
+    | AlignedSpansStage
     | SubsetPreferencesStage
     | CandidateScoresStage
     | ResponsesStage

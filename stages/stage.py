@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from schemas.errors import ConfigError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import Manifest
+from schemas.storage.records import ShardRecord
 from schemas.table import BoundTable, Table
 from stages.models.checkpoints.checkpoint import require_whole
 from stages.models.spec import EngineOptions, ModelSpec
@@ -62,9 +63,9 @@ class Later:
 class StageContext:
     """What a worker is given beside the configuration: places and widths, nothing hashed.
 
-    ``folder`` is the output table's folder, for files that lie beside its shards, ``input_table``
-    the name of the table that is read and ``input_folder`` where it lies. What ``open`` puts in
-    ``notes`` goes into each record.
+    ``folder`` is the output table's folder, for files beside its shards, ``input_table`` the name
+    of the table that is read, ``input_folder`` where it lies, ``other_folders`` where other tables
+    of ``READS`` lie. What ``open`` puts in ``notes`` goes into each record.
     """
 
     folder: Folder
@@ -73,6 +74,7 @@ class StageContext:
     engine: EngineOptions = field(default_factory=EngineOptions)
     input_table: str = ""
     input_folder: Folder | None = None
+    other_folders: tuple[Folder, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,21 +86,13 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class TableRef:
-    """A table that a step reads: the step that writes it, and the model that made it, if any."""
+    """A table that a step reads: the step that writes it, its model, if any, and its ``inputs``."""
 
     step: str
     table: Table[Any]
     made_by: Mapping[str, Any] | None
-
-
-def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two identities are of one model, whatever dtype and engine it is run in."""
-    how = ("dtype", "engine", "engine_extra")
-    without = [
-        {name: value for name, value in identity.items() if name not in how}
-        for identity in (one, other)
-    ]
-    return without[0] == without[1]
+    fingerprint: str = ""
+    inputs: tuple[str, ...] = ()  # the fingerprints of the tables that it was made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +122,7 @@ class Stage(StageConfig, ABC):
     RUNS: ClassVar[tuple[str, ...]] = ()  # settings that name models of those tables' tokenizer
     ALSO_RUNS: ClassVar[tuple[str, ...]] = ()  # models with a tokenizer of their own
     ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ()  # of RUNS: what may name one; others may not
+    TOKENIZER: ClassVar[str] = ""  # the setting that names its ids' tokenizer; "": as what it reads
 
     stage: str
 
@@ -204,6 +199,7 @@ class SourceStage(Stage):
     """
 
     KIND: ClassVar[Kind] = "source"
+    TOKENIZER: ClassVar[str] = "tokenizer"
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("max_rejected_fraction",)
 
     tokenizer: str
@@ -287,6 +283,10 @@ class TableStage(Stage):
     @abstractmethod
     def estimate(self, source: Manifest, *, hidden_size: int) -> "Estimate":
         """Foretell the size of the output for a finished input."""
+
+    def measures(self, folder: Folder, shards: Sequence[ShardRecord]) -> Mapping[str, float]:
+        """Return numbers about the whole table, once its shards are there, for its manifest."""
+        return {}
 
     def write_side_files(self, context: StageContext) -> None:
         """Make ``side_files`` where no shard is left to make; raises what ``open`` does.

@@ -16,7 +16,7 @@ from benchmarks.scaling.shard_times import ShardTimes
 
 matplotlib.use("Agg")
 
-COLOURS = ("#008176", "#e8871e", "#0000a7", "#c1272d", "#7a3fa0", "#66b3a8", "#bbbbbb")
+COLOURS = ("#008176", "#e8871e", "#0000a7", "#c1272d", "#7a3fa0", "#66b3a8", "#bbbbbb", "#d9a5c7")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 PAGE = """# Scaling: how to size a run, and what gives first
 

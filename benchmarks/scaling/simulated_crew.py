@@ -119,9 +119,9 @@ class SimulatedCrew:
         self.spent.seconds["loading the engine"] += min(life_s, self.world.load_s)
         if life_s < self.world.load_s:
             self.num_lost_at_start += 1
-            self._push(now + life_s, Lost(worker, "its life was over"))
         else:
             self._push(now + self.world.load_s, Ready(worker))
+        self._push(now + life_s, Lost(worker, "its life was over"))  # idle ones are heard of, too
         return worker
 
     def give(self, worker: int, job: Job) -> None:
@@ -138,7 +138,6 @@ class SimulatedCrew:
         if self._ends_at[worker] < end:
             self.spent.num_lost += 1
             self.spent.seconds["work of lost workers"] += max(0.0, self._ends_at[worker] - now)
-            self._push(max(now, self._ends_at[worker]), Lost(worker, "its life was over"))
             return
         straggling_s = work_s * (slow_factor - 1.0)
         self._in_hand[worker] = _InHand(now, job.task.index, work_s, straggling_s, store_s)

@@ -40,12 +40,17 @@ QUICK_SIZE, QUICK_LAYERS = Size(pages=6, length=64, heldout_fraction=0.15), 4
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Folders of the documents, of each encoding's signals, and of the models."""
+    """Folders of the documents, of each encoding's signals, and of the models.
+
+    ``spans`` are those of the teacher's own tokenizer, a token each, so that a student of any
+    objective has the same rows and the same head.
+    """
 
     teacher: Path
     student: Path
     documents: Path
     signals: dict[str, Path]
+    spans: Path
 
     def joined(self, encoding: str) -> tuple[Path, Path]:
         """Return the folders to open together for one encoding."""
@@ -67,6 +72,7 @@ def prepared_tables(cache: Path, size: Size, *, layers: int) -> Tables:
         student=folders["student"],
         documents=folders["documents"],
         signals={name: folders[name] for name in ENCODINGS},
+        spans=folders["spans"],
     )
 
 
@@ -101,13 +107,21 @@ def _recipe(root: Path, teacher: Path, text: Path, size: Size, layers: int) -> R
         }
         for name, encoding in ENCODINGS.items()
     }
+    spans = {
+        "stage": "aligned_spans",
+        "input": "tau-0.04",
+        "documents": "documents",
+        "teacher": "teacher",
+        "tokenizer": "teacher",
+        "entries": True,
+    }
     student = {"stage": "student_init", "model": "teacher", "layers": layers}
     model = {"path": str(teacher), "dtype": "float32", "engine": "transformers"}
     return Recipe.model_validate(
         {
             "name": "benchmarks",
             "models": {"teacher": model},
-            "steps": {"documents": documents, **signals, "student": student},
+            "steps": {"documents": documents, **signals, "spans": spans, "student": student},
             "execution": {"root": str(root)},
         }
     )

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="write divergences.md to this folder")
     options = parser.parse_args(arguments)
     size, layers = (QUICK_SIZE, QUICK_LAYERS) if options.quick else (FULL, LAYERS)
-    num_rows, rounds = (4, 1) if options.quick else (4, 3)
+    num_rows, rounds = (4, 1) if options.quick else (4, 2)
     tables = prepared_tables(options.cache, size, layers=layers)
     dataset = open_dataset(list(tables.joined("exact")), split="train", verify=False)
     model = load_student(tables.student, device=CPU)

@@ -5,6 +5,8 @@ the same student (layers of SmolLM2-135M), rows, batch, optimizer, schedule, see
 
 - ``cross_entropy``: our trainer without a teacher, the yardstick of every ratio
 - ``cached_threshold``, ``cached_exact``: our trainer, forward KL from the product's own tables
+- ``cached_alm``, ``cached_alm_entries``: our trainer, likelihoods of spans, without and with the
+  entries' KL: what a loss across tokenizers costs beside ``cached_threshold``, at equal rows
 - ``live_ours``: our trainer and exact loss, the teacher's hidden states computed at every step
 - ``live_trl_gkd``: TRL's GKD trainer, off-policy, forward KL at temperature 1
 - ``stock_cross_entropy``: ``transformers.Trainer`` as it comes, with [B, T, V] logits
@@ -50,7 +52,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MIN_SPEED, MAX_MEMORY = 0.92, 1.1
 BASE = "cross_entropy"
 QUICK_VARIANTS = (BASE, "cached_threshold", "cached_exact", "live_trl_gkd")
-VARIANTS = (*QUICK_VARIANTS, "live_ours", "stock_cross_entropy")
+SPANS_VARIANTS = ("cached_alm", "cached_alm_entries")
+VARIANTS = (*QUICK_VARIANTS, *SPANS_VARIANTS, "live_ours", "stock_cross_entropy")
 Answer = dict[str, Any]
 
 
@@ -132,6 +135,7 @@ def run_variant(name: str, settings: Settings, tables: Tables) -> Answer:
         "teacher": str(tables.teacher),
         "documents": str(tables.documents),
         "signals": {encoding: str(folder) for encoding, folder in tables.signals.items()},
+        "spans": str(tables.spans),
         "batch_size": settings.batch_size,
         "steps": settings.steps,
     }

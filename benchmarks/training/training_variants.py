@@ -38,6 +38,8 @@ from stages.models.causal_lm.model import (
 )
 from stages.student.batches.signals import Collator, SignalRows
 from stages.student.batches.training_data import teacher_head_of
+from stages.student.objectives import ObjectiveConfig
+from stages.student.objectives.alm import AlmConfig
 from stages.student.objectives.cross_entropy import CrossEntropyConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.options import TrainOptions
@@ -46,6 +48,13 @@ from stages.student.train.distillation_trainer import DistillationTrainer
 from stages.student.train.stage import TrainConfig
 
 CPU = torch.device("cpu")
+SPANS = "spans"
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    "cross_entropy": CrossEntropyConfig(),
+    "stock_cross_entropy": CrossEntropyConfig(),
+    "cached_alm": AlmConfig(),
+    "cached_alm_entries": AlmConfig(entries_weight=1.0),
+}
 Batch = Mapping[str, Tensor]
 
 
@@ -58,15 +67,15 @@ class Job:
     teacher: str
     documents: str
     signals: dict[str, str]
+    spans: str
     batch_size: int
     steps: int
 
     @property
     def config(self) -> TrainConfig:
-        """The run: pure KL where there is a teacher."""
-        is_ce = self.variant in ("cross_entropy", "stock_cross_entropy")
+        """The run: pure KL where there is a teacher, or what is matched span by span."""
         return TrainConfig(
-            objective=CrossEntropyConfig() if is_ce else KdConfig(weight=1.0),
+            objective=OBJECTIVES.get(self.variant, KdConfig(weight=1.0)),
             lr=6e-4,
             max_steps=self.steps,
             per_device_batch_size=self.batch_size,
@@ -80,7 +89,9 @@ class Job:
         return args
 
     def dataset(self, encoding: str | None) -> CachedDataset:
-        """The rows, with one encoding's signals or none."""
+        """The rows, with one encoding's signals or none; or those of spans."""
+        if encoding == SPANS:
+            return open_dataset([self.spans], split="train", verify=False)
         folders = [self.documents, *([self.signals[encoding]] if encoding else [])]
         return open_dataset(folders, split="train", verify=False)
 
@@ -221,6 +232,8 @@ def _trl(job: Job, args: TrainingArguments) -> Trainer:
 VARIANTS: dict[str, Callable[[Job, TrainingArguments], Trainer]] = {
     "cross_entropy": lambda job, args: _ours(job, args, None),
     "cached_threshold": lambda job, args: _ours(job, args, "threshold"),
+    "cached_alm": lambda job, args: _ours(job, args, SPANS),
+    "cached_alm_entries": lambda job, args: _ours(job, args, SPANS),
     "cached_exact": lambda job, args: _ours(job, args, "exact"),
     "live_ours": _live,
     "live_trl_gkd": _trl,

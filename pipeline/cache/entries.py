@@ -18,6 +18,7 @@ from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from pipeline.planning.recipe import Recipe
 from pipeline.state.audit_state import NONE, audit_state
 from pipeline.state.audit_verdict import AUDIT
+from pipeline.state.extension_record import EXTENSION, PLAN, read_plan
 from schemas.errors import ConfigError, TeacherCacheError
 from schemas.storage.files import Folder
 from schemas.storage.manifest import MANIFEST, read_manifest
@@ -68,7 +69,8 @@ class Entry:
     """A table, checkpoint or report: what it is, how far it is, and what it says it is made of.
 
     ``what`` is a table's variant or the stage that left the folder. Counts are None where nothing
-    whole says them. ``weights`` are the checksums of a checkpoint's files.
+    whole says them. ``weights`` are the checksums of a checkpoint's files, ``copies`` the
+    fingerprints of tables that an extension which was begun copies rows of.
     """
 
     folder: Folder
@@ -85,6 +87,7 @@ class Entry:
     num_positions: int | None = None
     made_by: str = ""
     audit: str = NONE
+    copies: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -161,7 +164,9 @@ def _entry(folder: Folder, files: Files) -> Entry:
         why = " ".join(str(error).split()) or type(error).__name__
         return Entry(folder, files, "damaged", why, made_by=made_by)
     why = f"{files.num_shards} shards" if files.num_shards else "nothing that is whole"
-    return Entry(folder, files, "unfinished", why, made_by=made_by)
+    plan = read_plan(folder / EXTENSION) if f"{EXTENSION}/{PLAN}" in files.sizes else None
+    copies = tuple(source.fingerprint for source in plan.sources) if plan else ()
+    return Entry(folder, files, "unfinished", why, made_by=made_by, copies=copies)
 
 
 def _table(folder: Folder, files: Files, made_by: str) -> Entry:
@@ -245,6 +250,7 @@ class Origins:
         identity = entry.identity
         models = [model for model in _list(identity.get("models")) if isinstance(model, Mapping)]
         names = [*_list(identity.get("inputs")), *(model.get("step") for model in models)]
+        names += entry.copies
         found = [self._by_fingerprint.get(name) for name in names if isinstance(name, str)]
         ids = [*_list(identity.get("data")), *_list(identity.get("lm_data"))]
         found += [self._by_dataset.get(name) for name in ids if isinstance(name, str)]

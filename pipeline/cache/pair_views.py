@@ -19,6 +19,7 @@ from schemas.tables.advantages import (
 from schemas.tables.episodes import split_candidates
 from schemas.tables.preference_pairs import PreferencePair
 from schemas.tables.response_logprobs import ResponseLogprobs
+from schemas.tables.response_token_logprobs import ResponseTokenLogprobs
 from schemas.tables.responses import FINISH_REASONS, Responses
 
 Decode = Callable[[Any], str]
@@ -60,6 +61,16 @@ def response_logprobs_table(row: ResponseLogprobs) -> RichTable:
     lengths = row.response_num_tokens_N.tolist()
     for n, (logprob, length) in enumerate(zip(row.response_logprobs_N, lengths, strict=True)):
         view.add_row(str(n), str(length), f"{logprob:.3f}", f"{logprob / length:.3f}")
+    return view
+
+
+def response_token_logprobs_table(row: ResponseTokenLogprobs) -> RichTable:
+    """Show each response's log-prob, in all and a token, and its least likely token's."""
+    view = RichTable("response", "tokens", "log p (nats)", "a token", "least")
+    parts = split_candidates(row.token_logprobs_A, row.response_num_tokens_N)
+    for n, values in enumerate(parts):
+        numbers = float(values.sum()), float(values.mean()), float(values.min())
+        view.add_row(str(n), str(len(values)), *(f"{number:.3f}" for number in numbers))
     return view
 
 

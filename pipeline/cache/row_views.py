@@ -16,6 +16,7 @@ from pipeline.cache.pair_views import (
     advantages_table,
     pair_table,
     response_logprobs_table,
+    response_token_logprobs_table,
     responses_table,
 )
 from schemas.distribution import unpack_threshold, unpack_threshold_tau, unpack_top_k
@@ -224,6 +225,7 @@ VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
     "preference_pairs": lambda row, look: [pair_table(row, look.decode)],
     "responses": lambda row, look: [responses_table(row, look.decode)],
     "response_logprobs": lambda row, look: [response_logprobs_table(row)],
+    "response_token_logprobs": lambda row, look: [response_token_logprobs_table(row)],
     "advantages": _advantages,
     "teacher_logits": _teacher_logits,
 }

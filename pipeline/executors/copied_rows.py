@@ -1,6 +1,6 @@
-"""Rows of finished tables as the work of a step: each is looked up by its key, none is computed."""
+"""Rows of finished tables as the work of a step: each is read from its place, none is computed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -38,31 +38,32 @@ class CopiedTable:
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """Where each row is: by key, in order, the number of its table."""
+    """Where each row is: by key, in order, the number of its table and its row there."""
 
     keys_N: npt.NDArray[np.bytes_]
     tables_N: npt.NDArray[np.int16]
+    rows_N: npt.NDArray[np.int64]
 
-    @classmethod
-    def of(cls, found: Mapping[bytes, int]) -> "Origins":
-        """Sort them by key."""
-        keys_N = np.array(list(found), dtype=KEY)
+    def with_table(self, number: int, sample_ids: npt.NDArray[np.bytes_]) -> "Origins":
+        """Return these and all rows of one more table, whose keys are given in its order."""
+        keys_N = np.concatenate([self.keys_N, sample_ids.astype(KEY)])
         order = np.argsort(keys_N)
-        tables_N = np.fromiter(found.values(), np.int16, len(found))
-        return cls(keys_N[order], tables_N[order])
+        tables_N = np.concatenate([self.tables_N, np.full(len(sample_ids), number, np.int16)])
+        rows_N = np.concatenate([self.rows_N, np.arange(len(sample_ids))])
+        return Origins(keys_N[order], tables_N[order], rows_N[order])
 
-    def table_of(self, key: bytes) -> int | None:
-        """Return the number of a row's table, None for a key that is not there."""
+    def of(self, key: bytes) -> tuple[int, int] | None:
+        """Return a row's table and its place there, None for a key that is not there."""
         at = int(np.searchsorted(self.keys_N, np.array(key, KEY)))
         found = at < len(self.keys_N) and self.keys_N[at] == key
-        return int(self.tables_N[at]) if found else None
+        return (int(self.tables_N[at]), int(self.rows_N[at])) if found else None
 
 
 class CopyStage(TableStage):
     """Stands for stage ``like`` where all rows of the step are in ``tables`` or in ``rejects``.
 
-    ``origins`` has the rows that are in one of ``tables``; ``rejects`` those that the work refused,
-    by key, with its reason.
+    ``origins`` are the places of rows in ``tables``; ``rejects`` has what the work refused, by key,
+    with its reason.
     """
 
     VERSION: ClassVar[int] = 1
@@ -94,36 +95,31 @@ class CopyStage(TableStage):
     @contextmanager
     def open(self, context: StageContext) -> Iterator[Work]:
         """Open the tables; no model is loaded."""
-        find = _finders(self.tables)
+        tables = [table.open() for table in self.tables]
 
         def work(shard: pa.Table) -> Iterator[Any]:
             for sample_id in shard["sample_id"].to_pylist():
-                table = self.origins.table_of(sample_id.encode())
-                if table is None:
-                    reason = self.rejects.get(sample_id)
-                    if reason is None:
-                        raise StoreError(
-                            f"{context.input_folder}: sample {sample_id} was not there when rows "
-                            f"to be copied were chosen: run `teachercache extend` again"
-                        )
-                    yield Rejected(sample_id, reason)
+                place = self.origins.of(sample_id.encode())
+                if place is not None:
+                    number, row = place
+                    yield _row(tables[number], row, sample_id)
+                elif sample_id in self.rejects:
+                    yield Rejected(sample_id, self.rejects[sample_id])
                 else:
-                    yield find[table](sample_id)
+                    raise StoreError(
+                        f"{context.input_folder}: sample {sample_id} was not there when rows "
+                        f"to be copied were chosen: run `teachercache extend` again"
+                    )
 
         yield work
 
 
-def _finders(tables: Sequence[CopiedTable]) -> list[Callable[[str], Any]]:
-    return [_finder(table.open()) for table in tables]
-
-
-def _finder(table: OpenTable) -> Callable[[str], Any]:
-    keys_N = table.sample_ids()
-    order_N = np.argsort(keys_N)
-    sorted_N = keys_N[order_N]
-
-    def find(sample_id: str) -> Any:
-        at = int(np.searchsorted(sorted_N, np.array(sample_id.encode(), KEY)))
-        return table.table.row(**table.row(int(order_N[at])))
-
-    return find
+def _row(table: OpenTable, row: int, sample_id: str) -> Any:
+    """Return a row of a table; raises StoreError where another one stands there."""
+    columns = table.row(row)
+    if columns["sample_id"] != sample_id:
+        raise StoreError(
+            f"{table.folder}: row {row} is sample {columns['sample_id']}, expected {sample_id}: "
+            f"delete the folder .extend of the step and run `teachercache extend` again"
+        )
+    return table.table.row(**columns)

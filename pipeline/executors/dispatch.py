@@ -149,7 +149,7 @@ class _Dispatcher:
         if slow_s is None:
             return
         now = self.clock()
-        slow = [*takewhile(lambda item: now - item[1] >= slow_s, self.busy.values())]
+        slow = [*takewhile(lambda item: item[1] + slow_s <= now, self.busy.values())]
         for job, _ in slow:
             if self.idle and self.stragglers.may_copy(job):
                 self._give(self.stragglers.copy_of(job))
@@ -251,7 +251,7 @@ class _Dispatcher:
         limit_s, now = self.limits.shard_timeout_s, self.clock()
         if limit_s is None:
             return
-        overdue = takewhile(lambda item: now - item[1][1] >= limit_s, self.busy.items())
+        overdue = takewhile(lambda item: item[1][1] + limit_s <= now, self.busy.items())
         for worker, _ in list(overdue):
             if worker in self.busy:  # a copy goes with its shard
                 self._lose(worker, f"no result within execution.shard_timeout_s {limit_s:g}")

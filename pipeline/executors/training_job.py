@@ -30,9 +30,13 @@ class TrainingJob:
     adapter: Folder | None = None
     options: TrainOptions = field(default_factory=TrainOptions)
 
-    def carry_out(self, on_event: OnEvent) -> None:
-        """Train, alone or as one process of a group that the environment describes."""
-        from stages.student.train.work import train  # loads torch and transformers
+    def carry_out(self, on_event: OnEvent, *, leaves_group: bool = False) -> None:
+        """Train, alone or as one process of a group that the environment describes.
+
+        A process that has nothing else to do in its group ``leaves_group`` when it has trained.
+        """
+        from stages.student.train.process_group import leave_group  # loads torch
+        from stages.student.train.work import train  # and transformers
 
         output, on_checkpoint = working_folder(self.output), None
         if isinstance(self.output, ObjectPath):
@@ -52,6 +56,8 @@ class TrainingJob:
             on_event=on_event,
             on_checkpoint=on_checkpoint,
         )
+        if leaves_group:
+            leave_group()
         if isinstance(self.output, ObjectPath) and os.environ.get("RANK", "0") == "0":
             upload_checkpoint(output, self.output)
             saved.remove()

@@ -20,6 +20,7 @@ from pipeline.planning.fingerprint import (
 from pipeline.planning.hub_data import with_commits
 from pipeline.planning.hub_models import with_local_folders
 from pipeline.planning.recipe import ModelRef, Recipe
+from pipeline.planning.rounds import with_rounds
 from schemas.errors import ConfigError, IdentityMismatch, TeacherCacheError
 from schemas.storage.files import Folder
 from stages.models.checkpoints.adapters import trained_name
@@ -114,7 +115,7 @@ def make_plan(recipe: Recipe) -> list[PlannedStep]:
 
     A model of the hub is fetched, as its content is its identity; of its data sets the commit is.
     """
-    recipe = with_commits(with_local_folders(recipe))
+    recipe = with_commits(with_local_folders(with_rounds(recipe)))
     _admit_code(recipe)
     planned: dict[str, PlannedStep] = {}
     for name, stage in recipe.steps.items():
@@ -146,12 +147,12 @@ def _plan_step(
     if isinstance(stage, FinishedTableStage):
         return _finished_step(name, stage)
     tokenizer = None
-    if isinstance(stage, SourceStage):
-        tokenizer = _tokenizer_folder(stage.tokenizer, recipe, f"{place}.tokenizer")
-        stage = stage.model_copy(update={"tokenizer": str(tokenizer)})
+    if (reference := getattr(stage, stage.TOKENIZER, None)) is not None:
+        tokenizer = _tokenizer_folder(reference, recipe, f"{place}.{stage.TOKENIZER}")
+        stage = stage.model_copy(update={stage.TOKENIZER: str(tokenizer)})
     identity = stage.hashed()
     if tokenizer is not None:
-        identity["config"]["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        identity["config"][stage.TOKENIZER] = tokenizer_fingerprint(tokenizer)
         identity["vocab_size"] = vocab_size_of(tokenizer)
         vocabulary = vocabulary_fingerprint(tokenizer)
     inputs = tuple(
@@ -247,7 +248,8 @@ def _check(
     for step in inputs:
         assert isinstance(step.stage, SourceStage | TableStage | FinishedTableStage)
         made_by = next(iter(step.identity.get("models", ())), None)
-        tables.append(TableRef(step.name, step.stage.table, made_by))
+        made_of = tuple(step.identity.get("inputs", ()))
+        tables.append(TableRef(step.name, step.stage.table, made_by, step.fingerprint, made_of))
     try:
         stage.check(tables, {name: model.identity for name, model in models.items()})
     except ConfigError as error:

@@ -183,7 +183,7 @@ def _making(recipe: Recipe, step: PlannedStep) -> str:
         said += f" from {', '.join(source.name for source in step.inputs)}"
     if step.models:
         said += f"; model{'s' if len(step.models) > 1 else ''} {', '.join(step.models)}"
-    as_written = recipe.steps[step.name]  # in the plan a tokenizer is a folder
+    as_written = recipe.steps.get(step.name)  # in the plan a tokenizer is a folder
     if isinstance(as_written, SourceStage):
         said += f"; tokenizer of {as_written.tokenizer}"
     return said

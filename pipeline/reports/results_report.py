@@ -11,11 +11,12 @@ from rich.table import Table
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.cells import count_cell, human_bytes, rejects_cell
 from pipeline.reports.preference_report import preference_tables
-from pipeline.reports.seeds_report import COLUMNS, seeds_table
+from pipeline.reports.seeds_report import OF_RESPONSES, columns_of, seeds_table
 from pipeline.reports.step_times import measured_time
 from pipeline.reports.vectors_report import vectors_report
 from pipeline.state.step_state import finished_manifest
 from schemas.storage.files import Folder
+from schemas.storage.manifest import Manifest
 from schemas.storage.object_path import ObjectPath
 from stages.models.checkpoints.checkpoint import EVALUATION, read_checkpoint
 from stages.student.evaluate.stage import EvaluateStage
@@ -45,6 +46,9 @@ def print_results(console: Console, steps: Sequence[PlannedStep]) -> None:
     tables = [step for step in steps if step.writes_table]
     if tables:
         console.print(_tables_table(tables))
+    for step in tables:
+        for line in measures_lines(step.name, finished_manifest(step)):
+            console.print(line, highlight=False, soft_wrap=True)
     for step in steps:
         console.print(f"{step.name}: {step.place}", highlight=False, soft_wrap=True)
 
@@ -63,18 +67,19 @@ def print_metrics(
 
 
 def _students_table(results: Sequence[tuple[PlannedStep, Mapping[str, Any]]]) -> Table:
-    table = Table("student", *COLUMNS, title="held-out rows")
+    columns = columns_of([found for _, one in results for found in (one["before"], one["after"])])
+    table = Table("student", *columns, title="held-out rows")
     seen: set[tuple[str, ...]] = set()
     trained = {step.name for step, _ in results}
     for step, metrics in results:
-        before = tuple(_metric_cells(metrics["before"]))
+        before = tuple(_metric_cells(metrics["before"], columns))
         if before not in seen:
             seen.add(before)
             start = next(iter(step.models))
             when = f"before {step.name}" if start in trained else "untrained"
             table.add_row(f"{start}, {when}", *before)
     for step, metrics in results:
-        table.add_row(_name(step), *_metric_cells(metrics["after"]))
+        table.add_row(_name(step), *_metric_cells(metrics["after"], columns))
     return table
 
 
@@ -90,6 +95,7 @@ MEASURED = {
     "KL to teacher": "kl_to_teacher",
     "top-1 agreement": "top1_agreement",
     "cross-entropy": "cross_entropy",
+    "bits per byte": "bits_per_byte",
     "cross-entropy of answers": "answer_cross_entropy",
     "KL to teacher over candidates": "candidate_kl",
     "same candidate as teacher": "candidate_agreement",
@@ -102,6 +108,7 @@ MEASURED = {
     "P@1": "precision_at_1",
     "P@10": "precision_at_10",
     "exact match": "exact_match",
+    **OF_RESPONSES,
 }
 BASELINES = ("majority", "random", "teacher")
 
@@ -135,8 +142,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _metric_cells(metrics: Mapping[str, Any]) -> list[str]:
-    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in COLUMNS.values()]
+def _metric_cells(metrics: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    return [f"{metrics[name]:.3f}" if name in metrics else "-" for name in columns.values()]
 
 
 def _tables_table(steps: Sequence[PlannedStep]) -> Table:
@@ -164,6 +171,13 @@ def _tables_table(steps: Sequence[PlannedStep]) -> Table:
         total = f"{bytes_of_all / tokens_of_text:.1f}" if num_sources == 1 else "-"
         table.add_row("total on disk", "", "", human_bytes(bytes_of_all), total, "", "")
     return table
+
+
+def measures_lines(name: str, manifest: Manifest | None) -> Iterator[str]:
+    """Yield what a table's manifest measures of all its rows, in one line."""
+    if manifest is not None and manifest.measures:
+        values = (f"{key} {value:.6g}" for key, value in manifest.measures.items())
+        yield f"{name}: {', '.join(values)}"
 
 
 def folder_bytes(folder: Folder) -> int:

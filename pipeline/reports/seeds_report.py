@@ -17,6 +17,9 @@ COLUMNS = {
     "KL to teacher": "kl_to_teacher",
     "top-1 agreement": "top1_agreement",
 }
+# What is measured of a student's own responses, where the teacher scored their tokens.
+OF_RESPONSES = {"reverse KL to teacher": "reverse_kl", "staleness": "staleness"}
+OF_SPANS = {"bits per byte": "bits_per_byte"}  # of students of aligned spans alone
 # 0.975 quantiles of Student's t with 1 to 9 degrees of freedom.
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -40,9 +43,10 @@ def seeds_table(measured: Sequence[tuple[PlannedStep, Mapping[str, float]]]) -> 
     groups = _groups(measured)
     if not groups:
         return None
-    table = Table("over seeds", "seeds", *COLUMNS, title="held-out rows, mean and 95 % interval")
+    columns = columns_of([metrics for _, metrics in measured])
+    table = Table("over seeds", "seeds", *columns, title="held-out rows, mean and 95 % interval")
     for group in groups:
-        cells = [_cell(_values(group, group.metrics, name)) for name in COLUMNS.values()]
+        cells = [_cell(_values(group, group.metrics, name)) for name in columns.values()]
         table.add_row(group.name, str(len(group.metrics)), *cells)
     for index, group in enumerate(groups):
         first = next(other for other in groups if other.data == group.data)
@@ -50,9 +54,16 @@ def seeds_table(measured: Sequence[tuple[PlannedStep, Mapping[str, float]]]) -> 
         if first is not group and len(common) > 1:
             if index and table.rows:
                 table.rows[-1].end_section = True
-            cells = [_cell(_differences(group, first, common, name)) for name in COLUMNS.values()]
+            cells = [_cell(_differences(group, first, common, name)) for name in columns.values()]
             table.add_row(f"{group.name} - {first.name}", str(len(common)), *cells)
     return table
+
+
+def columns_of(found: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return the numbers to show of students: headers, and what they are called in metrics."""
+    there = {name for metrics in found for name in metrics}
+    some = {head: name for head, name in (OF_RESPONSES | OF_SPANS).items() if name in there}
+    return COLUMNS | some
 
 
 def half_width(values: Sequence[float]) -> float:

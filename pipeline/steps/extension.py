@@ -14,24 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.executors.copied_rows import CopiedTable, CopyStage, Origins
+from pipeline.executors.copied_rows import CopiedTable, CopyStage
 from pipeline.executors.shard_task import StepTasks
 from pipeline.planning.plan import PlannedStep
 from pipeline.planning.recipe import Execution
+from pipeline.state.extension_record import EXTENSION, ExtensionPlan
 from pipeline.state.kept_shards import kept_shards
 from pipeline.state.step_lock import remove_torn_files
 from pipeline.steps.extension_plan import (
-    EXTENSION,
     INPUT,
     MADE,
-    ExtensionPlan,
     begun,
     is_there,
     known_rows,
     planned,
     remove,
 )
-from pipeline.steps.predecessors import is_calibrated, predecessors
+from pipeline.steps.predecessors import is_calibrated
 from pipeline.steps.reporter import Reporter, engines_starting
 from pipeline.steps.table_step import (
     Make,
@@ -41,6 +40,7 @@ from pipeline.steps.table_step import (
     on_executor,
     source_of,
 )
+from schemas.errors import StoreError
 from schemas.open_table import open_table
 from schemas.storage.files import Folder, as_folder
 from schemas.storage.manifest import (
@@ -50,10 +50,10 @@ from schemas.storage.manifest import (
     write_manifest,
 )
 from schemas.storage.records import ShardRecord, read_notes, shard_index
-from stages.signals.teacher_logits.calibration import keep_first, read_calibration
+from stages.signals.teacher_logits.calibration import CALIBRATION, keep_first, read_calibration
 from stages.stage import SignalStage, StageContext, TableStage
 
-_OF_THE_ENGINE = ("head_check", "tau")  # notes in a record that say what its rows were made by
+_OF_THE_ENGINE = ("head_check",)  # notes in a record that say what its rows were made by
 
 
 def extend_table(
@@ -83,22 +83,31 @@ def extend_table(
         remove(folder)
         if not roots:
             return
-        found = predecessors(step, source, roots, warned=reporter.warned)
-        plan = planned(step, source, missing, found)
+        plan = planned(step, source, missing, roots, warned=reporter.warned)
         if not plan.num_copied:
-            remove(folder)
             reporter.extending("no finished table has a row of it: all are made")
             return
-    copied = ", ".join(f"{one.num_rows:,} of {one.folder}" for one in plan.sources if one.num_rows)
+    copied = ", ".join(f"{one.num_rows:,} of {one.folder}" for one in plan.sources)
     reporter.extending(
         f"{plan.num_new:,} of {plan.num_rows:,} rows are new, the others are copied: {copied}"
     )
     if is_calibrated(step):
-        calibrations = (read_calibration(as_folder(one.folder)) for one in plan.sources)
-        keep_first(step.place, next(filter(None, calibrations)))
+        _keep_tau(step, plan, reporter)
     if plan.num_new:
         _make_new(step, stage, plan, execution, reporter)
     _put_together(step, stage, source, plan, execution, reporter)
+
+
+def _keep_tau(step: PlannedStep, plan: ExtensionPlan, reporter: Reporter) -> None:
+    """Make the tau of the rows that are copied the table's."""
+    of = as_folder(plan.sources[0].folder)
+    theirs = read_calibration(of)
+    if theirs is None or keep_first(step.place, theirs).tau != theirs.tau:
+        raise StoreError(
+            f"{step.place / CALIBRATION} has another tau than {of}, whose rows were to be copied: "
+            f"delete the folder {step.place / EXTENSION} and run again"
+        )
+    reporter.extending(f"the rows keep their tau, which is not found anew: {theirs} of their input")
 
 
 def remove_extension(step: PlannedStep) -> None:
@@ -170,24 +179,24 @@ def _put_together(
     notes = _engine_notes(tables[0].folder)
     if plan.num_new:
         made = read_manifest(folder / MADE)
-        notes = _engine_notes(folder / MADE) or notes
+        notes |= _engine_notes(folder / MADE)
         rejects = _rejects(folder / MADE, made)
         if made.num_rows:
-            origins |= dict.fromkeys(
-                open_table(folder / MADE, split=None, verify=False).sample_ids().tolist(),
-                len(tables),
-            )
+            new = open_table(folder / MADE, split=None, verify=False).sample_ids()
+            origins = origins.with_table(len(tables), new)
             tables.append(CopiedTable(folder / MADE, made.dataset_id))
+    if (calibration := read_calibration(step.place)) is not None:
+        notes["tau"] = calibration.tau
     context = context_of(step, stage, source, execution)
     copy = CopyStage(
         input="",
         like=stage,
         like_context=context,
         tables=tuple(tables),
-        origins=Origins.of(origins),
+        origins=origins,
         rejects=rejects,
     )
-    extended = {one.fingerprint: one.num_rows for one in plan.sources if one.num_rows}
+    extended = {one.fingerprint: one.num_rows for one in plan.sources}
     no_device = execution.engine.model_copy(update={"device": "cpu"})
     place = replace(context, models={}, engine=no_device)
 

@@ -6,26 +6,23 @@ it has to be there. All else that moves bytes (settings, version, models, table)
 and equal; the tokenizer is compared beside it.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from pipeline.planning.fingerprint import ADDRESS_DIGITS
 from pipeline.planning.plan import PlannedStep
+from pipeline.steps.wanted_rows import WantedRows
 from schemas.errors import TeacherCacheError
-from schemas.open_table import known_table, open_table
+from schemas.open_table import open_table
 from schemas.storage.files import Folder
-from schemas.storage.manifest import MANIFEST, Manifest, damaged_shards, manifest_if_there
+from schemas.storage.manifest import Manifest, damaged_shards, manifest_if_there
 from schemas.storage.object_path import ObjectPath
-from schemas.storage.shards import read_verified
-from schemas.table import Table
 from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
 from stages.stage import TableStage
+
+Warned = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,44 +34,38 @@ class Predecessor:
     input_folder: Folder
     input_manifest: Manifest
 
-    def rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield key and digest of the input of each row that the table has."""
-        if not self.manifest.num_rows:
-            return
-        kept = set(open_table(self.folder, split=None, verify=False).sample_ids().tolist())
-        for shard in self.input_manifest.shards:
-            rows = read_verified(self.input_folder / shard.file, shard.sha256)
-            table = known_table(self.input_manifest, self.input_folder)
-            for key, digest in digests_of(rows, table):
-                if key in kept:
-                    yield key, digest
 
-
-def predecessors(
+def take_rows(
+    wanted: WantedRows,
     step: PlannedStep,
     source: Manifest,
     roots: Sequence[Folder],
     *,
-    warned: Callable[[str], None],
-) -> list[Predecessor]:
-    """Return the tables below some roots whose rows a step can take, the largest first.
+    warned: Warned,
+) -> list[tuple[Predecessor, int]]:
+    """Find wanted rows in tables below some roots, the largest first, until none is left.
 
-    ``warned`` is told of one that is damaged or whose input has gone. Of tables whose tau was found
-    (``mean_k``) all have the same one.
+    Returns each table that has some, by its number in ``wanted``, with how many. ``warned`` is told
+    of one that is damaged or whose input has gone. Where a tau was found (``mean_k``) it is one for
+    all: that of the step, if it has one, else of the first table that serves.
     """
-    found: dict[str, Predecessor] = {}
-    for root in roots:
-        for folder in _tables_in(root / step.place.parent.name):
-            one = _predecessor(folder, root, step, source, warned)
-            if one is not None:
-                found.setdefault(one.manifest.dataset_id, one)
-    largest = sorted(found.values(), key=lambda one: (-one.manifest.num_rows, str(one.folder)))
-    if not is_calibrated(step):
-        return largest
-    own, theirs = read_calibration(step.place), [read_calibration(one.folder) for one in largest]
-    wanted = own or next(filter(None, theirs), None)
-    pairs = zip(largest, theirs, strict=True)
-    return [one for one, found in pairs if found and wanted and found.tau == wanted.tau]
+    serving: list[tuple[Predecessor, int]] = []
+    tau = _tau_of(step.place) if is_calibrated(step) else None
+    for one in _predecessors(step, source, roots, warned):
+        if not wanted.num_new:
+            break
+        try:
+            theirs = _tau_of(one.folder) if is_calibrated(step) else None
+            if is_calibrated(step) and (theirs is None or tau not in (None, theirs)):
+                continue
+            count = _taken(wanted, one, len(serving), warned)
+        except TeacherCacheError as error:
+            warned(f"no row of {one.folder} is copied: {error}")
+            continue
+        if count:
+            serving.append((one, count))
+            tau = theirs
+    return serving
 
 
 def is_calibrated(step: PlannedStep) -> bool:
@@ -82,51 +73,90 @@ def is_calibrated(step: PlannedStep) -> bool:
     return isinstance(step.stage, TableStage) and CALIBRATION in step.stage.side_files
 
 
+def _tau_of(folder: Folder) -> float | None:
+    found = read_calibration(folder)
+    return None if found is None else found.tau
+
+
+def _taken(wanted: WantedRows, one: Predecessor, number: int, warned: Warned) -> int:
+    """Take what a table has; its bytes are looked at only where its input has something wanted."""
+    if not one.manifest.num_rows:
+        return 0
+    matching = wanted.matching(one.input_folder, one.input_manifest)
+    if not len(matching):
+        return 0
+    if isinstance(one.folder, Path) and (damaged := damaged_shards(one.folder, one.manifest)):
+        warned(f"{damaged[0]}: no row of {one.folder} is copied; repair it and run again")
+        return 0
+    table = open_table(one.folder, split=None, verify=False)
+    return wanted.take(matching, number, table.sample_ids())
+
+
+def _predecessors(
+    step: PlannedStep, source: Manifest, roots: Sequence[Folder], warned: Warned
+) -> list[Predecessor]:
+    groups = [root / step.place.parent.name for root in roots]
+    assert isinstance(step.stage, TableStage)
+    names = dict.fromkeys([source.table, *(table.name for table in step.stage.CONSUMES)])
+    inputs = [root / name for name in names for root in roots]
+    inputs.append(step.inputs[0].place.parent)
+    found: dict[str, Predecessor] = {}
+    for folder in (folder for group in groups for folder in _tables_in(group)):
+        one = _predecessor(folder, inputs, step, source, warned)
+        if one is not None:
+            found.setdefault(one.manifest.dataset_id, one)
+    return sorted(found.values(), key=lambda one: (-one.manifest.num_rows, str(one.folder)))
+
+
 def _tables_in(group: Folder) -> list[Folder]:
     if isinstance(group, ObjectPath):
-        return sorted(
-            (path.parent for path in group.find() if path.name == MANIFEST and _is_table(path)),
-            key=str,
-        )
+        return [path for path in group.folders() if len(path.name) == ADDRESS_DIGITS]
     if not group.is_dir():
         return []
     return sorted(path for path in group.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def _is_table(manifest: ObjectPath) -> bool:
-    return len(manifest.parent.name) == ADDRESS_DIGITS
-
-
 def _predecessor(
     folder: Folder,
-    root: Folder,
+    inputs: Sequence[Folder],
     step: PlannedStep,
     source: Manifest,
-    warned: Callable[[str], None],
+    warned: Warned,
 ) -> Predecessor | None:
     try:
         manifest = manifest_if_there(folder)
         if manifest is None or not _is_like(manifest, step, source):
             return None
         (made_of,) = manifest.identity["inputs"]
-        input_folder = root / source.table / made_of[:ADDRESS_DIGITS]
-        input_manifest = manifest_if_there(input_folder)
-        if input_manifest is None or input_manifest.fingerprint != made_of:
-            warned(
-                f"{folder} differs from '{step.name}' by its input alone, but that input "
-                f"({input_folder}) has gone: no row is copied, as none can be compared"
-            )
-            return None
-        if (input_manifest.version, input_manifest.variant) != (source.version, source.variant):
-            return None
-        damaged = damaged_shards(folder, manifest) if isinstance(folder, Path) else []
-        if damaged:
-            warned(f"{damaged[0]}: no row of {folder} is copied; repair it and run again")
-            return None
+        read = next(_with_fingerprint(made_of, inputs), None)
     except TeacherCacheError as error:
         warned(f"no row of {folder} is copied: {error}")
         return None
-    return Predecessor(folder, manifest, input_folder, input_manifest)
+    if read is None:
+        warned(
+            f"{folder} differs from '{step.name}' by its input alone, but that input "
+            f"({made_of[:ADDRESS_DIGITS]}) has gone: no row is copied, as none can be compared"
+        )
+        return None
+    input_folder, found = read
+    if _kind_of(found) != _kind_of(source):
+        return None
+    return Predecessor(folder, manifest, input_folder, found)
+
+
+def _kind_of(manifest: Manifest) -> tuple[str, int, str]:
+    return manifest.table, manifest.version, manifest.variant
+
+
+def _with_fingerprint(
+    fingerprint: str, groups: Sequence[Folder]
+) -> Iterator[tuple[Folder, Manifest]]:
+    """Yield the finished tables of a fingerprint right below some folders."""
+    for group in groups:
+        folder = group / fingerprint[:ADDRESS_DIGITS]
+        manifest = manifest_if_there(folder)
+        if manifest is not None and manifest.fingerprint == fingerprint:
+            yield folder, manifest
 
 
 def _is_like(manifest: Manifest, step: PlannedStep, source: Manifest) -> bool:
@@ -140,24 +170,3 @@ def _is_like(manifest: Manifest, step: PlannedStep, source: Manifest) -> bool:
 
 def _but_inputs(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "inputs"}
-
-
-def digests_of(rows: pa.Table, table: Table[Any]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield key and digest of each row of an input; the digest is of all columns but ``split``."""
-    names = [name for name in table.columns if name not in ("sample_id", "split")]
-    for batch in rows.to_batches():
-        keys = table.column_values(batch, "sample_id")
-        columns = [table.column_values(batch, name) for name in names]
-        for key, values in zip(keys, zip(*columns, strict=True), strict=True):
-            yield key.encode(), _digest(values)
-
-
-def _digest(values: Sequence[Any]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for value in values:
-        array = isinstance(value, np.ndarray)
-        shown = f"{value.dtype.str}{value.shape}" if array else repr(value)
-        digest.update(f"{len(shown)}:{shown}".encode())
-        if array:
-            digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.digest()

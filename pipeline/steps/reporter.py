@@ -7,7 +7,7 @@ from pipeline.planning.recipe import Execution
 from pipeline.state.step_state import Progress
 from schemas.storage.records import ShardRecord
 from stages.models.spec import ModelSpec
-from stages.stage import Stage, StageContext
+from stages.stage import SignalStage, Stage, StageContext
 
 ENGINES = {"vllm": "vLLM", "transformers": "transformers"}  # as a person writes them
 
@@ -46,8 +46,8 @@ class Reporter(Protocol):
 def engines_starting(
     stage: Stage, context: StageContext, execution: Execution, reporter: Reporter
 ) -> None:
-    """Say which models' engines start."""
-    for _, name in stage.named(stage.RUNS):
+    """Say which models' engines start; no other stage than a signal's starts any."""
+    for _, name in stage.named(stage.RUNS) if isinstance(stage, SignalStage) else ():
         reporter.engine_starting(_on(context.models[name], execution.workers))
 
 

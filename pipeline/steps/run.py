@@ -61,6 +61,7 @@ def run_plan(
         if progress.state == "done":
             _refuse_missing_files(step)
             remove_source_work(step)
+            remove_extension(step)
             continue
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)

@@ -95,11 +95,12 @@ def run_table(
     every = range(num_shards_of(source))
     shards = make_shards(step, stage, source, every, execution, reporter).finish()
     bound = stage.bind(context_of(step, stage, source, execution))
-    if isinstance(source, Manifest):
-        tokenizer = source.tokenizer
+    if stage.TOKENIZER:
+        tokenizer = tokenizer_fingerprint(Path(getattr(stage, stage.TOKENIZER)))
     else:
-        assert isinstance(stage, FileMapStage)
-        tokenizer = tokenizer_fingerprint(Path(stage.tokenizer))
+        assert isinstance(source, Manifest)
+        tokenizer = source.tokenizer
+    if isinstance(stage, FileMapStage):
         shards = without_repeated(
             step.place, bound, shards, made_by=made_by(step), said=reporter.said
         )
@@ -233,8 +234,8 @@ def context_of(
     models = {name: model.spec() for name, model in step.models.items()}
     if isinstance(stage, SignalStage):
         vocab_size = vocab_size_of(models[stage.model].path)
-    elif isinstance(stage, FileMapStage):
-        vocab_size = vocab_size_of(Path(stage.tokenizer))
+    elif stage.TOKENIZER:
+        vocab_size = vocab_size_of(Path(getattr(stage, stage.TOKENIZER)))
     else:
         assert isinstance(source, Manifest)
         vocab_size = source.vocab_size
@@ -245,6 +246,7 @@ def context_of(
         engine=execution.engine,
         input_table=source.table if isinstance(source, Manifest) else "",
         input_folder=step.inputs[0].place if step.inputs else None,
+        other_folders=tuple(source.place for source in step.inputs[1:]),
     )
 
 
@@ -314,6 +316,8 @@ def write_table_manifest(
     assert isinstance(step.stage, SourceStage | TableStage)
     table = step.stage.table
     side_files = _side_files(step.stage)
+    stage = step.stage
+    measures = stage.measures(step.place, shards) if isinstance(stage, TableStage) else {}
     manifest = Manifest(
         table=table.name,
         version=table.version,
@@ -326,6 +330,7 @@ def write_table_manifest(
         shards=shards,
         source_rejects=source_rejects,
         files={name: _written_sha256(step.place / name) for name in side_files},
+        measures=measures,
     )
     settings = step.identity["config"]
     write_schema_file(step.place, bound, tokenizer=tokenizer, settings=settings)

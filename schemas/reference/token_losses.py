@@ -1,4 +1,4 @@
-"""Losses at scored positions: cross-entropy, and the forward KL to a teacher in each encoding.
+"""Losses at scored positions: cross-entropy, forward KL in each encoding, on-policy distillation.
 
 ``kd`` is ``w KL(p || s) + (1 - w) CE``, the soft target of Hinton et al. 2015 (arXiv 1503.02531) at
 temperature 1; ``cross_entropy``, and ``sft`` on the tokens of responses, is ``-log s(next token)``.
@@ -96,6 +96,26 @@ def kd(kl_N: Array, cross_entropy_N: Array, weight: float = 1.0) -> F64Array:
     """Return ``weight KL + (1 - weight) CE`` [N]."""
     mixed_N: F64Array = weight * np.asarray(kl_N) + (1.0 - weight) * np.asarray(cross_entropy_N)
     return mixed_N
+
+
+def opd(
+    logits_NV: Array,
+    token_ids_N: Array,
+    teacher_logprobs_N: Array,
+    writer_logprobs_N: Array,
+    clip: float = 0.2,
+) -> F64Array:
+    """Return ``-min(r A, clip(r, 1 - eps, 1 + eps) A)`` [N] at tokens y that a student sampled.
+
+    PPO's surrogate (arXiv 1707.06347, equation 7) of the ratio ``r = s(y) / q(y)`` to the student q
+    that wrote y, with the advantage ``A = log p(y) - log s(y)`` of Lightning OPD (arXiv 2604.13010,
+    equation 2); of A no gradient is taken.
+    """
+    own_N = _picked(log_softmax(logits_NV), np.asarray(token_ids_N)[:, None])[:, 0]
+    ratio_N = np.exp(own_N - np.asarray(writer_logprobs_N, np.float64))
+    advantage_N = np.asarray(teacher_logprobs_N, np.float64) - own_N
+    bound_N = np.clip(ratio_N, 1.0 - clip, 1.0 + clip)
+    return np.asarray(-np.minimum(ratio_N * advantage_N, bound_N * advantage_N))
 
 
 def _picked(values_NV: F64Array, token_ids_NK: Array) -> F64Array:

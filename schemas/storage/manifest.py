@@ -32,6 +32,7 @@ class Manifest:
     ``identity`` is the whole document whose hash is ``fingerprint``: stage, version, config, model
     and inputs. ``tokenizer`` is the fingerprint of the tokenizer whose ids the table holds, and
     ``vocabulary`` of what decides which ids a piece of text has ("" in tables of before 0.2.0).
+    ``measures`` are numbers about all rows that a stage took of them, where it takes any.
     """
 
     table: str
@@ -45,6 +46,7 @@ class Manifest:
     vocabulary: str = ""
     source_rejects: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Keep the shards as columns."""
@@ -111,6 +113,8 @@ def write_manifest(folder: Folder, manifest: Manifest) -> None:
         "totals": asdict(manifest.shard_list.totals),
         **{name: getattr(manifest, name) for name in _OWN_FIELDS},
     }
+    if not manifest.measures:  # as it is of most tables, and was of all
+        del body["measures"]
     write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
@@ -148,6 +152,7 @@ def manifest_if_there(folder: Folder) -> Manifest | None:
                 f"run the recipe again (finished shards are kept), or use the other version"
             )
         body.setdefault("vocabulary", "")
+        body.setdefault("measures", {})
         require_below(body["files"])
         shards = ShardList.in_folder(folder, ShardTotals(**body["totals"]))
         return Manifest(shards=shards, **{name: body[name] for name in _OWN_FIELDS})

@@ -1,8 +1,8 @@
 """A folder or file in an object store: whole objects by GET, HEAD and PUT, never a rename.
 
 An object exists whole or not at all, so the commit of a shard is one PUT of its record after the
-PUT of its bytes. Nothing here lists a folder to find out what is finished; ``find`` is for people
-who ask what lies somewhere, ``abort_uploads`` for what a killed upload left.
+PUT of its bytes. Nothing here lists a folder to find out what is finished; ``find`` and ``folders``
+are for who asks what lies somewhere, ``abort_uploads`` for what a killed upload left.
 
 The store is reached through fsspec (s3fs for ``s3://``, gcsfs for ``gs://``), which is imported
 when the first object is. Credentials, region and endpoint come from the provider chain of the
@@ -11,8 +11,8 @@ machine alone: an ``ObjectPath`` holds a URL and nothing else.
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,7 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, StoreError, TeacherCacheError
+from ..errors import ConfigError, StoreError
+from .store_errors import code_of, told
 
 SCHEMES = ("s3", "gs")
 CONNECT_S, READ_S = 10, 30  # a request is given up, and tried again, when nothing moves so long
@@ -32,13 +33,8 @@ _PACKAGES = {
     "s3": "s3fs: pip install teachercache[s3]",
     "gs": "gcsfs: pip install teachercache[gs]",
 }
-_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 # What a conditional PUT is answered: the object is another, has gone, or is being written now.
 _NOT_AS_EXPECTED = ("PreconditionFailed", "412", "NoSuchKey", "404", "ConditionalRequestConflict")
-_NO_CREDENTIALS = (
-    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
-    *("ProfileNotFound", "SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +81,7 @@ class ObjectPath:
 
     def info(self) -> ObjectInfo | None:
         """Return what the store says of the object, None where there is none (HEAD)."""
-        with suppress(FileNotFoundError), _told("look for", self):
+        with suppress(FileNotFoundError), told("look for", self.url):
             return _info(self)
         return None
 
@@ -99,7 +95,7 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """Return a small object; raises FileNotFoundError where there is none (GET)."""
-        with _told("read", self):
+        with told("read", self.url):
             return bytes(_store(self).cat_file(self.url, **_one_get(self)))
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -108,7 +104,7 @@ class ObjectPath:
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Return the bytes from ``start`` up to ``stop``, which the object must have."""
-        with _told("read", self):
+        with told("read", self.url):
             return bytes(_store(self).cat_file(self.url, start=start, end=stop))
 
     def download(self, file: Path, num_bytes: int) -> None:
@@ -131,7 +127,7 @@ class ObjectPath:
     def sha256(self) -> str:
         """Return the checksum of the bytes, all of which are fetched; FileNotFoundError without."""
         digest = hashlib.sha256()
-        with _told("read", self):
+        with told("read", self.url):
             num_bytes = _info(self).num_bytes
             for start in range(0, num_bytes, RANGE_BYTES):
                 digest.update(self.read_range(start, min(start + RANGE_BYTES, num_bytes)))
@@ -139,7 +135,7 @@ class ObjectPath:
 
     def write_bytes(self, data: bytes) -> None:
         """Write a small object, its checksum beside it (one PUT)."""
-        with _told("write", self):
+        with told("write", self.url):
             sha256 = hashlib.sha256(data).hexdigest()
             _store(self).pipe_file(self.url, data, **_with_checksum(self, sha256))
 
@@ -150,7 +146,7 @@ class ObjectPath:
         """
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        with _told("write", self):
+        with told("write", self.url):
             _store(self).put_file(
                 str(file), self.url, chunksize=PART_BYTES, **_with_checksum(self, sha256)
             )
@@ -158,23 +154,23 @@ class ObjectPath:
 
     def create(self, data: bytes) -> str | None:
         """Write an object that must not be there yet; return its version, None where it is."""
-        with _told("write", self):
+        with told("write", self.url):
             try:
                 _store(self).pipe_file(self.url, data, mode="create")
                 return _info(self).etag
             except OSError as error:
-                if isinstance(error, FileExistsError) or _code_of(error) in _NOT_AS_EXPECTED:
+                if isinstance(error, FileExistsError) or code_of(error) in _NOT_AS_EXPECTED:
                     return None
                 raise
 
     def replace(self, data: bytes, etag: str) -> str | None:
         """Write over version ``etag`` of an object; return the new one, None where it has moved."""
-        with _told("write", self):
+        with told("write", self.url):
             if self.url.startswith("s3:"):
                 try:
                     return str(_store(self).pipe_file(self.url, data, IfMatch=etag)["ETag"])
                 except OSError as error:
-                    if _code_of(error) in _NOT_AS_EXPECTED:
+                    if code_of(error) in _NOT_AS_EXPECTED:
                         return None
                     raise
             with suppress(FileNotFoundError):  # the others only look before they write
@@ -185,18 +181,18 @@ class ObjectPath:
 
     def rename(self, target: "ObjectPath") -> None:
         """Copy the object, its checksum with it, within the store; then delete it here."""
-        with _told("copy", self):
+        with told("copy", self.url):
             _store(self).cp_file(self.url, target.url)
             _store(self).rm_file(self.url)
 
     def unlink(self) -> None:
         """Delete the object; a store says nothing where there is none."""
-        with suppress(FileNotFoundError), _told("delete", self):
+        with suppress(FileNotFoundError), told("delete", self.url):
             _store(self).rm_file(self.url)
 
     def find(self) -> "dict[ObjectPath, int]":
         """Return each object at or below this place and its bytes, by listing."""
-        with suppress(FileNotFoundError), _told("list", self):
+        with suppress(FileNotFoundError), told("list", self.url):
             scheme = self.url.split("://")[0]
             found = _store(self).find(self.url, detail=True)
             return {
@@ -204,6 +200,14 @@ class ObjectPath:
                 for name, entry in found.items()
             }
         return {}
+
+    def folders(self) -> "list[ObjectPath]":
+        """Return the folders right below this place, by a listing that does not look into them."""
+        with suppress(FileNotFoundError), told("list", self.url):
+            found = _store(self).ls(self.url, detail=True)
+            names = sorted(entry["name"] for entry in found if entry["type"] == "directory")
+            return [self / name.rstrip("/").rsplit("/", 1)[1] for name in names]
+        return []
 
     def abort_uploads(self, stems: Collection[str] | None = None) -> int:
         """End uploads in parts that were begun below here and not finished; return how many.
@@ -214,7 +218,7 @@ class ObjectPath:
         if not self.url.startswith("s3:"):
             return 0
         store, (bucket, key) = _store(self), _bucket_and_key(self)
-        with _told("list the uploads of", self), suppress(PermissionError):
+        with told("list the uploads of", self.url), suppress(PermissionError):
             found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
             uploads = [
                 upload
@@ -293,56 +297,3 @@ def _info(path: ObjectPath) -> ObjectInfo:
 def _bucket_and_key(path: ObjectPath) -> tuple[str, str]:
     bucket, _, key = path.url.split("://")[1].partition("/")
     return bucket, key
-
-
-def _code_of(error: BaseException) -> str:
-    """Return the store's own code of an error, such as NoSuchBucket; empty where it gave none."""
-    for found in (error, error.__cause__):
-        response = getattr(found, "response", None)
-        if isinstance(response, Mapping):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-@contextmanager
-def _told(what: str, path: ObjectPath) -> Iterator[None]:
-    """Say in one line why a store did not do what it was asked; a missing object is not that."""
-    try:
-        yield
-    except TeacherCacheError:
-        raise
-    except Exception as error:
-        code, kind = _code_of(error), type(error).__name__
-        bucket, _ = _bucket_and_key(path)
-        if code == "NoSuchBucket":
-            raise ConfigError(
-                f"bucket '{bucket}' does not exist, wanted for {path}: make it, or correct the "
-                f"place (execution.root) or the endpoint (AWS_ENDPOINT_URL)"
-            ) from error
-        if isinstance(error, FileNotFoundError | FileExistsError):
-            raise
-        if kind in _NO_CREDENTIALS:
-            raise ConfigError(
-                f"cannot {what} {path}: this machine has no credentials for it ({kind}); give it "
-                f"some where the provider looks (environment, ~/.aws, instance role)"
-            ) from error
-        if code in _REFUSED:
-            raise ConfigError(
-                f"cannot {what} {path}: the store refuses this machine's credentials ({code}); "
-                f"correct what the provider chain finds (environment, ~/.aws, instance role)"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise ConfigError(
-                f"cannot {what} {path}: no permission ({code or kind}); give this machine's "
-                f"credentials the right to read and write below {bucket}"
-            ) from error
-        reason = " ".join(str(error).split()) or kind
-        if isinstance(error, ValueError) or "InvalidBucketName" in (kind, code):
-            raise ConfigError(
-                f"cannot {what} {path}: {reason}; correct the place (execution.root) or the "
-                f"environment (AWS_ENDPOINT_URL)"
-            ) from error
-        raise StoreError(
-            f"cannot {what} {path}, tried again and again: {reason}; run again when the store "
-            f"answers, finished shards are kept"
-        ) from error

@@ -4,6 +4,7 @@ What ``EngineOptions`` says is part of a recipe's execution and never hashed, bu
 arguments of an engine that move numbers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -192,3 +193,13 @@ class ModelSpec:
     def local_base(self) -> Path:
         """``base`` on this machine, without the adapter."""
         return local_copy(self.base)
+
+
+def is_one_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two identities are of one model, whatever dtype and engine it is run in."""
+    how = ("dtype", "engine", "engine_extra")
+    without = [
+        {name: value for name, value in identity.items() if name not in how}
+        for identity in (one, other)
+    ]
+    return without[0] == without[1]

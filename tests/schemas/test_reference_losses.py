@@ -13,18 +13,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from schemas.reference import divergences, icl_losses, preference_losses, token_losses
+from schemas.reference import (
+    divergences,
+    icl_losses,
+    preference_losses,
+    span_losses,
+    token_losses,
+)
 from schemas.reference.head import read_head
 from stages.models.causal_lm.chunked_loss import PositionLoss, logits_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.losses.step import Term, Unit
 from stages.student.objectives.adpa import AdpaConfig
+from stages.student.objectives.alm import AlmConfig
 from stages.student.objectives.bialign import BiAlignConfig
 from stages.student.objectives.cross_entropy import CrossEntropyConfig
 from stages.student.objectives.dckd import DckdConfig
 from stages.student.objectives.dpo import DpoConfig
 from stages.student.objectives.icl_distillation import IclDistillationConfig
 from stages.student.objectives.kd import KdConfig
+from stages.student.objectives.opd import OpdConfig
 from stages.student.objectives.sft import SftConfig
 
 N, V, U, K, D = 7, 23, 19, 5, 6
@@ -55,6 +63,9 @@ class LogitsStep:
     def over(self, logits_NV: Tensor, objective: PositionLoss, unit: Unit = "tokens") -> Term:
         result = logits_loss(logits_NV, objective)
         return Term(result.loss, result.sums, unit)
+
+    def logprobs_of(self, logits_NV: Tensor, token_ids_N: Tensor) -> Tensor:
+        return logits_NV.log_softmax(-1).gather(1, token_ids_N[:, None])[:, 0]
 
     def answer_logprobs(self, asked: Any, *, wrapped: bool = False) -> tuple[Tensor, ...]:
         return self.answers
@@ -146,6 +157,21 @@ def test_kd_by_divergence(kind: str, settings: dict[str, float], tmp_path: Path)
     assert found == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_alm(temperature: float) -> None:
+    lengths_S, teacher_S = np.array([1, 4, 2]), np.array([-0.5, -9.0, 0.0])
+    batch = {
+        "next_token_ids_N": NEXT_N,
+        "span_of_N": np.repeat(np.arange(3), lengths_S),
+        "span_logprobs_S": teacher_S,
+    }
+    found = total_of(AlmConfig(weight=0.7, temperature=temperature), batch, on_logits())
+    cross_N = token_losses.cross_entropy(LOGITS_NV, NEXT_N)
+    student_S = span_losses.span_sums(-cross_N, lengths_S)
+    divergence_S = span_losses.alm(student_S, teacher_S, temperature)
+    assert found == pytest.approx(0.7 * divergence_S.sum() + 0.3 * cross_N.sum(), abs=1e-9)
+
+
 @pytest.mark.parametrize("objective", [CrossEntropyConfig(), SftConfig()])
 def test_cross_entropy(objective: Any) -> None:
     found = total_of(objective, {"next_token_ids_N": NEXT_N}, on_logits())
@@ -191,6 +217,14 @@ def test_icl_distillation(kind: Any, gold: int, tmp_path: Path) -> None:
     cross_N = token_losses.cross_entropy(LOGITS_NV, NEXT_N)
     text_N = icl_losses.icl_text(kl_N, cross_N, columns["entropies_N"], alpha)
     assert found == pytest.approx(episode + 0.2 * text_N.sum(), abs=1e-9)
+
+
+def test_opd() -> None:
+    teacher_N, writer_N = -RNG.random(N) * 4, -RNG.random(N) * 4
+    others = {"teacher_logprobs_N": teacher_N, "writer_logprobs_N": writer_N}
+    found = total_of(OpdConfig(clip=0.3), others | {"next_token_ids_N": NEXT_N}, on_logits())
+    expected = token_losses.opd(LOGITS_NV, NEXT_N, teacher_N, writer_N, clip=0.3).sum()
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_dpo() -> None:

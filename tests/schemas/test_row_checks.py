@@ -20,7 +20,7 @@ from schemas.distribution import split_gaps
 from schemas.errors import StoreError
 from schemas.rounded_states import in_steps
 from schemas.row_checks import contradiction_in
-from schemas.sample_id import sample_id_of
+from schemas.sample_id import id_spans, sample_id_of
 from schemas.storage.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from schemas.storage.records import ShardRecord, shard_name
 from schemas.storage.shards import write_shard
@@ -58,7 +58,24 @@ def some_row(name: str, variant: str, index: int) -> Values:
     hidden_PD = rng.normal(size=(P, 3))
     codes_PD, beyond_E = in_steps(hidden_PD, 0.01)
     ids_T = np.array([index, 7, 8])
+    aligned: Values = {
+        "sample_id": sample_id_of(ids_T, [(1, 2), (2, 3), *id_spans(key)]),
+        "split": "train",
+        "source_id": key,
+        "input_ids_T": ids_T,
+        "scored_S2": np.array([[1, 2], [2, 3]]),
+        "span_logprobs_S": np.array([-2.0, -1.0]),
+        "span_bytes_S": np.array([3, 0]),
+        "num_bytes": 5,
+    }
     rows: dict[tuple[str, str], Values] = {
+        ("aligned_spans", ""): aligned,
+        ("aligned_spans", "entries"): {
+            **aligned,
+            "num_entries_S": np.array([2, 1]),
+            "entry_ids_E": np.array([7, 9, 7]),
+            "entry_logprobs_E": np.array([-0.5, -2.0, -1.0]),
+        },
         ("documents", ""): {
             "sample_id": sample_id_of(ids_T), "split": "train", "input_ids_T": ids_T,
         },
@@ -86,6 +103,11 @@ def some_row(name: str, variant: str, index: int) -> Values:
         ("response_logprobs", ""): {
             "sample_id": key,
             "response_logprobs_N": np.array([-2.0, -1.0]),
+            "response_num_tokens_N": np.array([2, 1]),
+        },
+        ("response_token_logprobs", ""): {
+            "sample_id": key,
+            "token_logprobs_A": np.array([-2.0, -1.0, -0.5]),
             "response_num_tokens_N": np.array([2, 1]),
         },
         ("responses", ""): {
@@ -148,8 +170,8 @@ def some_row(name: str, variant: str, index: int) -> Values:
     if name in ("episodes", "preference_pairs", "demonstrations"):
         row: Any = make_pair([index, 2], [3, 4], [5])
         if name != "preference_pairs":
-            spans = [(0, 1, 2)]
-            row = as_episode([index, 3, 9, 4, 5], spans, 3, [6], [[6], [7, 8]], 0)
+            demos = [(0, 1, 2)]
+            row = as_episode([index, 3, 9, 4, 5], demos, 3, [6], [[6], [7, 8]], 0)
         if name == "demonstrations":
             (row,) = cut("episodes", [row])
         return {column: getattr(row, column) for column in TABLES[name, ""].columns}
@@ -260,6 +282,18 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("conversations", "", plant("scored_S2", 9), "do not lie in order within tokens 1 to 2"),
     ("conversations", "", lambda row: {"source_id": "0" * 24}, "sample_id does not name"),
     ("conversations", "", lambda row: {"source_id": "none"}, "source_id 'none' is no sample_id"),
+    ("aligned_spans", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
+    ("aligned_spans", "", plant("scored_S2", 9), "do not lie in order within tokens 1 to 2"),
+    ("aligned_spans", "", plant("span_logprobs_S", 0.5), "span_logprobs_S holds 0.5"),
+    ("aligned_spans", "", plant("span_logprobs_S", np.nan), "span_logprobs_S holds nan"),
+    ("aligned_spans", "", plant("span_bytes_S", 9), "its spans hold 12 bytes of 5"),
+    ("aligned_spans", "", lambda row: {"span_bytes_S": np.array([3])}, "and bytes are [1, 2]"),
+    ("aligned_spans", "", lambda row: {"source_id": "none"}, "source_id 'none' is no sample_id"),
+    ("aligned_spans", "", lambda row: {"source_id": "0" * 24}, "sample_id does not name"),
+    ("aligned_spans", "entries", plant("entry_ids_E", VOCAB), "entry_ids_E holds 300"),
+    ("aligned_spans", "entries", plant("entry_ids_E", 7), "id 7 is kept twice at one span"),
+    ("aligned_spans", "entries", plant("num_entries_S", 2), "entries do not match their counts"),
+    ("aligned_spans", "entries", plant("entry_logprobs_E", 0.5), "entry_logprobs_E holds 0.5"),
     ("demonstrations", "", plant("input_ids_T", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("distiller_ids_L", 11), "sample_id does not name its token ids"),
     ("demonstrations", "", plant("candidate_ids_C", 11), "sample_id does not name its token ids"),
@@ -297,6 +331,9 @@ FAULTS: list[tuple[str, str, Callable[[Values], Values], str]] = [
     ("candidate_scores", "", plant("candidate_num_tokens_N", 0), "holds 0, expected 1"),
     ("response_logprobs", "", plant("response_logprobs_N", 3.0), "holds 3"),
     ("response_logprobs", "", plant("response_num_tokens_N", 0), "holds 0, expected 1"),
+    ("response_token_logprobs", "", plant("token_logprobs_A", 3.0), "holds 3"),
+    ("response_token_logprobs", "", plant("response_num_tokens_N", 0), "holds 0, expected 1"),
+    ("response_token_logprobs", "", plant("response_num_tokens_N", 9), "3 scores, responses of 11"),
     ("responses", "", plant("prompt_ids_T", VOCAB), "prompt_ids_T holds 300"),
     ("responses", "", plant("finish_reasons_N", 2), "finish_reasons_N holds 2, expected 0 to 1"),
     ("responses", "", plant("logprobs_A", np.nan), "logprobs_A holds nan"),

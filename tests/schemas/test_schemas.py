@@ -22,6 +22,7 @@ from schemas.tables.advantages import (
     ThresholdAdvantages,
     UnionAdvantages,
 )
+from schemas.tables.aligned_spans import ALIGNED_ENTRIES, ALIGNED_SPANS
 from schemas.tables.candidate_scores import CANDIDATE_SCORES, CandidateScores
 from schemas.tables.conversations import CONVERSATIONS
 from schemas.tables.demonstrations import DEMONSTRATIONS
@@ -29,6 +30,7 @@ from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.episodes import EPISODES, Episode, split_candidates, subset_input_ids
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import RESPONSE_LOGPROBS, ResponseLogprobs
+from schemas.tables.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS, ResponseTokenLogprobs
 from schemas.tables.responses import RESPONSES, Responses
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import (
@@ -53,6 +55,8 @@ BOUND: dict[str, BoundTable[Any]] = {
     "demonstrations": DEMONSTRATIONS.bind(vocab_size=49_152),
     "subset_preferences": SUBSET_PREFERENCES.bind(vocab_size=49_152),
     "candidate_scores": CANDIDATE_SCORES.bind(vocab_size=49_152),
+    "aligned_spans": ALIGNED_SPANS.bind(vocab_size=49_152),
+    "aligned_spans_entries": ALIGNED_ENTRIES.bind(vocab_size=49_152),
     "teacher_logits_threshold": THRESHOLD.bind(vocab_size=49_152, sizes=SIZES),
     "teacher_logits_threshold_tau": THRESHOLD_TAU.bind(vocab_size=49_152),
     "teacher_logits_threshold_tau_large_vocabulary": THRESHOLD_TAU.bind(vocab_size=151_936),
@@ -62,6 +66,7 @@ BOUND: dict[str, BoundTable[Any]] = {
     "preference_pairs": PREFERENCE_PAIRS.bind(vocab_size=49_152),
     "responses": RESPONSES.bind(vocab_size=151_936, sizes=SIZES),
     "response_logprobs": RESPONSE_LOGPROBS.bind(vocab_size=49_152),
+    "response_token_logprobs": RESPONSE_TOKEN_LOGPROBS.bind(vocab_size=49_152),
     **{
         f"advantages_{name}": table.bind(vocab_size=49_152, sizes=SIZES)
         for name, table in SUPPORTS.items()
@@ -296,6 +301,14 @@ def test_rows_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Pa
                 sample_id="e" * 24,
                 response_logprobs_N=np.array([-10.5, -20.25], np.float32),
                 response_num_tokens_N=np.array([4, 7], np.int32),
+            ),
+        ),
+        "response_token_logprobs": (
+            RESPONSE_TOKEN_LOGPROBS,
+            ResponseTokenLogprobs(
+                sample_id="e" * 24,
+                token_logprobs_A=np.array([-10.5, -0.25, 0.0], np.float32),
+                response_num_tokens_N=np.array([1, 2], np.int32),
             ),
         ),
         "advantages_threshold": (

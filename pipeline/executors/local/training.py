@@ -25,6 +25,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pipeline.executors.training_job import OnEvent, TrainingJob
 from schemas.errors import ConfigError, EngineError, TeacherCacheError
 
+# How lines begin by which C++ and Python say why they abort a process.
+_OF_AN_ABORT = ("terminate called", "what():", "Fatal Python error", "FATAL")
+_MOST_SAID = 300
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -79,7 +82,7 @@ def _launch(job: TrainingJob, num_processes: int, on_event: OnEvent, folder: Pat
             except ChildFailedError as error:
                 failures = error.failures
     if failures:
-        _raise(failures, desk.errors)
+        _raise(failures, desk.errors, folder / "logs")
 
 
 class _Desk(socketserver.ThreadingUnixStreamServer):
@@ -120,7 +123,9 @@ class _Call(socketserver.StreamRequestHandler):
                 self.server.hear(pickle.load(self.rfile))
 
 
-def _raise(failures: Mapping[int, ProcessFailure], errors: list[TeacherCacheError | str]) -> None:
+def _raise(
+    failures: Mapping[int, ProcessFailure], errors: list[TeacherCacheError | str], logs: Path
+) -> None:
     """Raise the cause, of all that went wrong because of it: the others lose their partner."""
     for error in errors:
         if isinstance(error, TeacherCacheError):
@@ -133,10 +138,21 @@ def _raise(failures: Mapping[int, ProcessFailure], errors: list[TeacherCacheErro
     how = f"exit code {failure.exitcode}"
     if failure.exitcode < 0:
         how = signal.Signals(-failure.exitcode).name
+        if failure.exitcode == -signal.SIGABRT:
+            how += f": {_last_words(logs, rank)}"
     raise EngineError(
         f"training process {rank} died ({how}; SIGKILL may be for want of memory): the last whole "
         f"checkpoint is kept, run again to go on from it"
     )
+
+
+def _last_words(logs: Path, rank: int) -> str:
+    """Return what a process that aborted wrote about it."""
+    files = sorted(logs.glob(f"*/attempt_*/{rank}/stderr.log"))
+    text = files[-1].read_text(errors="replace") if files else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    why = [line for line in lines if line.startswith(_OF_AN_ABORT)] or lines[-1:]
+    return " ".join(why)[:_MOST_SAID] or "it said nothing"
 
 
 @contextmanager

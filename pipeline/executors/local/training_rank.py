@@ -31,7 +31,7 @@ def main(address: str) -> None:
         line.sendall(pickle.dumps(message))
 
     try:
-        job.carry_out(say)
+        job.carry_out(say, leaves_group=True)
     except TeacherCacheError as error:
         say(error)
         sys.exit(error.exit_code)

@@ -206,4 +206,7 @@ MEASURES: Mapping[str, tuple[Measure, ...]] = {
         ("log-prob of a response", "nats", lambda sampled: sampled.row.response_logprobs_N),
         ("chosen less rejected", "nats", _margin),
     ),
+    "response_token_logprobs": (
+        ("log-prob of a token", "nats", lambda sampled: sampled.row.token_logprobs_A),
+    ),
 }

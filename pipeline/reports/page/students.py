@@ -19,7 +19,10 @@ from stages.student.train.stage import TrainStage
 # What a log says beside losses; the curves of these come last or not at all.
 LAST = ("tokens_per_s", "learning_rate", "grad_norm")
 NO_CURVE = ("step", "epoch", "total_flos", "samples_per_s", "answer_tokens_per_s")
-NATS = ("loss", "kl", "kl_to_teacher", "cross_entropy", "kl_to_baseline")
+NATS = (
+    *("loss", "kl", "kl_to_teacher", "cross_entropy", "kl_to_baseline"),
+    *("reverse_kl", "staleness", "staleness_k1"),
+)
 MOST_CHARTS = 12  # of held-out numbers in one report
 
 

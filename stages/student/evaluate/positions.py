@@ -7,7 +7,13 @@ estimate for ``threshold`` and a lower bound for ``top_k``, so compare numbers o
 without (``stages.student.losses.kl``).
 A distiller is measured by what its reader says of queries and answers after its vectors, and
 ``answer_cross_entropy`` is over the answers' tokens alone, where there are answers.
-Of preference pairs the chosen responses are measured.
+Of preference pairs the chosen responses are measured. Of a student's responses with the teacher's
+log-probs of their tokens ``reverse_kl`` estimates KL(student || teacher) at the writer's prefixes,
+and ``staleness`` how far the student is from the writer (``stages.student.losses.opd``).
+Of aligned spans the tokens of the spans are measured:
+``bits_per_byte`` is the sum of their cross-entropy over the bytes they are (a special token is
+none), a number that students of different tokenizers can be compared by; ``teacher_bits_per_byte``
+is the teacher's, of the same bytes in its own tokens.
 
 Dimensions: N = scored positions, C = positions of one chunk, V = vocabulary.
 """
@@ -25,7 +31,9 @@ from transformers import PreTrainedModel
 
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.storage.files import Folder
+from schemas.tables.aligned_spans import ALIGNED_SPANS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
+from schemas.tables.responses import RESPONSES
 from stages.models.causal_lm.chunked_loss import PositionLoss, StudentHead, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import (
@@ -44,6 +52,7 @@ from stages.student.batches.demonstrations import (
     distiller_tokens,
 )
 from stages.student.batches.pairs import ChosenCollator
+from stages.student.batches.responses import OpdCollator
 from stages.student.batches.several_datasets import SeveralDatasets
 from stages.student.batches.signals import (
     Collator,
@@ -52,12 +61,14 @@ from stages.student.batches.signals import (
     encoding_of,
     worker_errors_as_raised,
 )
+from stages.student.batches.spans import SpansCollator
 from stages.student.batches.teachers import TAUGHT, on_device, taught_collator
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.reader import read_scored_states
 from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import Teacher, teacher_of
 from stages.student.losses.mixture import next_logprobs_of, of_each, taught_by
+from stages.student.losses.opd import OnPolicyDistillation
 from stages.student.options import TrainOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -158,7 +169,7 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     """Return the means of one pass over the rows, of all processes together."""
     training = model.training
     model.eval()
-    sums = torch.zeros(9, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(13, dtype=torch.float64, device=model.device)
     # What a divided student gathers is used in training, too: no tensors of inference alone.
     without_grad = torch.no_grad() if held_out.together else torch.inference_mode()
     with without_grad, worker_errors_as_raised():
@@ -169,7 +180,8 @@ def measure_student(model: PreTrainedModel, held_out: HeldOut) -> dict[str, floa
     model.train(training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    return _means(sums, has_teacher=bool(encoding_of(held_out.dataset)))
+    scored = held_out.dataset.manifests[0].table == RESPONSES.name
+    return _means(sums, has_teacher=bool(encoding_of(held_out.dataset)), is_scored=scored)
 
 
 def _stand_ins(model: PreTrainedModel, held_out: HeldOut) -> Iterator[dict[str, Tensor]]:
@@ -201,6 +213,10 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
         collator = DemonstrationsCollator(collator, tokens_of=held_out.tokens_of, frame=frame)
     elif held_out.dataset.manifests[0].table == PREFERENCE_PAIRS.name:
         collator = ChosenCollator(collator)
+    elif held_out.dataset.manifests[0].table == RESPONSES.name:
+        collator = OpdCollator.of(held_out.dataset, vocab_size)
+    elif held_out.dataset.manifests[0].table == ALIGNED_SPANS.name:
+        collator = SpansCollator(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
         batch_size=held_out.options.eval_batch_size,
@@ -217,9 +233,13 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     head = student_head(held_out.reader or model)
     sums = chunked_loss(hidden_ND, head, _scores(batch, held_out), dtype=dtype).sums
     answers = _answer_sums(batch, hidden_ND, head, dtype)
+    responses = _response_sums(batch, hidden_ND, head, dtype)
     teacher_ce = _teacher_cross_entropy(batch, held_out).to(hidden_ND)
     count = torch.tensor(float(len(hidden_ND)), device=model.device)
-    return torch.stack([*sums.values(), teacher_ce, count, *answers]).double()
+    of_spans = _span_sums(batch, hidden_ND)
+    return torch.stack(
+        [*sums.values(), teacher_ce, count, *answers, *responses, *of_spans]
+    ).double()
 
 
 def _scores(batch: dict[str, Any], held_out: HeldOut) -> PositionLoss:
@@ -264,9 +284,29 @@ def _answer_sums(
     return total, in_answer_N.sum().to(total)
 
 
-def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
-    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *answers = sums.tolist()
-    answer_ce, answered = answers
+def _response_sums(
+    batch: dict[str, Tensor], hidden_ND: Tensor, head: StudentHead, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of reverse KL and staleness over sampled tokens; zeros without a writer."""
+    if "writer_logprobs_N" not in batch:
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    scores = OnPolicyDistillation(
+        batch["next_token_ids_N"], batch["teacher_logprobs_N"], batch["writer_logprobs_N"]
+    )
+    sums = chunked_loss(hidden_ND, head, scores, dtype=dtype).sums
+    return sums["reverse_kl"], sums["staleness"]
+
+
+def _span_sums(batch: dict[str, Tensor], hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the teacher's log-prob of a batch's spans and their bytes; zeros without spans."""
+    if "span_bytes_S" not in batch:
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
+    return batch["span_logprobs_S"].sum(), batch["span_bytes_S"].sum().to(hidden_ND.dtype)
+
+
+def _means(sums: Tensor, *, has_teacher: bool, is_scored: bool) -> dict[str, float]:
+    cross_entropy, kl, dropped, agreed, compared, teacher_ce, count, *others = sums.tolist()
+    answer_ce, answered, reverse_kl, staleness, span_logprob, num_bytes = others
     tokens = max(count, 1.0)
     mean = cross_entropy / tokens
     means = {
@@ -276,6 +316,12 @@ def _means(sums: Tensor, *, has_teacher: bool) -> dict[str, float]:
     }
     if answered:
         means["answer_cross_entropy"] = answer_ce / answered
+    if is_scored:
+        means |= {"reverse_kl": reverse_kl / tokens, "staleness": staleness / tokens}
+    if num_bytes:
+        bits = num_bytes * math.log(2.0)
+        means["bits_per_byte"] = cross_entropy / bits
+        means["teacher_bits_per_byte"] = -span_logprob / bits
     if has_teacher:
         means["kl_to_teacher"] = kl / tokens
         if not math.isnan(teacher_ce):  # of distributions that were imported it is not known

@@ -28,7 +28,7 @@ from schemas.tables.episodes import split_candidates
 from stages.models.causal_lm.model import check_student, student_head, student_vocab_size
 from stages.models.encoder_decoder.halves import frame_of
 from stages.models.encoder_decoder.model import padded
-from stages.stage import is_one_model
+from stages.models.spec import is_one_model
 from stages.student.batches.demonstrations import asked_length, check_rooms
 from stages.student.distiller.distiller import load_distiller
 from stages.student.distiller.reader import answer_states, check_reader, load_reader, window_of

@@ -13,17 +13,20 @@ _NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")  # as configs spell i
 class StudentInitStage(FolderStage):
     """Make a student of ``model``: its tokenizer, embeddings, head and some of its layers.
 
-    ``layers`` is a number, kept evenly spaced, or a list of indices.
+    ``layers`` is a number, kept evenly spaced, or a list of indices. With ``tokenizer``, a model of
+    the recipe or a folder, the student has that one, and rows for its tokens (``vocabulary``).
     """
 
     KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 1
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("model",)
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("model", "tokenizer")
     RUNS: ClassVar[tuple[str, ...]] = ("model",)
+    TOKENIZER: ClassVar[str] = "tokenizer"
 
     stage: Literal["student_init"]
     model: str
     layers: int | tuple[int, ...]
+    tokenizer: str | None = None
 
     def check(self, tables: Sequence[TableRef], models: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse layers that the model does not have, where its config is there to be read."""

@@ -37,6 +37,7 @@ from stages.models.checkpoints.own_code import open_pretrained
 from stages.models.checkpoints.tokenizer_identity import copy_tokenizer, tokenizer_fingerprint
 from stages.stage import StepJob
 from stages.student.init.stage import StudentInitStage, chosen_layers
+from stages.student.init.vocabulary import take_vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = "config.json"  # moved into place last: without it a folder is no model
@@ -57,19 +58,26 @@ class StudentInfo:
 
 def make(stage: StudentInitStage, job: StepJob) -> None:
     """Make the student of a step."""
-    init_student(job.models[stage.model].path, job.output, stage.layers)
+    tokenizer = None if stage.tokenizer is None else Path(stage.tokenizer)
+    init_student(job.models[stage.model].path, job.output, stage.layers, tokenizer=tokenizer)
     record = CheckpointRecord(fingerprint=job.fingerprint, identity=job.identity)
     write_checkpoint(job.output, record)
 
 
 def init_student(
-    teacher: Path, output: Path, layers: int | Sequence[int], *, dtype: str | None = None
+    teacher: Path,
+    output: Path,
+    layers: int | Sequence[int],
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
 ) -> StudentInfo:
     """Save a student of ``teacher`` in ``output`` as an ordinary transformers folder.
 
     ``layers`` is how many to keep, evenly spaced, or which ones, in order. ``dtype`` is that of
-    the saved weights, by default the teacher's. Equal arguments give equal bytes, and making the
-    same student again changes nothing; raises ConfigError where another model lies in ``output``.
+    the saved weights, by default the teacher's. ``tokenizer`` is the folder of one that the student
+    is to have in the place of the teacher's. Equal arguments give equal bytes, and making the same
+    student again changes nothing; raises ConfigError where another model lies in ``output``.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: got '{dtype}', expected one of {', '.join(DTYPES)}")
@@ -79,9 +87,11 @@ def init_student(
     num_layers = len(getattr(holder, name))
     kept = chosen_layers(layers, num_layers)
     _keep_layers(model, holder, name, kept)
+    if tokenizer is not None:
+        take_vocabulary(model, teacher, tokenizer)
     with _new_folder(output) as folder:
         model.save_pretrained(folder)
-        copy_tokenizer(teacher, folder)
+        copy_tokenizer(tokenizer or teacher, folder)
         _require_same_logits(model, folder, teacher)
     return StudentInfo(
         path=output,

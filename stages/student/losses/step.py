@@ -18,7 +18,11 @@ from transformers import (
 from stages.models.causal_lm.chunked_loss import PositionLoss, chunked_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.causal_lm.model import last_layer_of, scored_hidden_states, student_head
-from stages.models.causal_lm.sequence_logprobs import Continuations, continuation_logprobs
+from stages.models.causal_lm.sequence_logprobs import (
+    Continuations,
+    continuation_logprobs,
+    gathered_logprobs,
+)
 from stages.student.distiller.reader import read_scored_states
 
 Unit = Literal["tokens", "samples", "answer_tokens"]
@@ -83,6 +87,13 @@ class Step:
         result = chunked_loss(hidden_ND, head, objective, dtype=self.dtype)
         sums = {name: value for name, value in result.sums.items() if name != "loss"}
         return Term(result.loss, sums, unit)
+
+    def logprobs_of(self, hidden_ND: Tensor, token_ids_N: Tensor) -> Tensor:
+        """Return [N] log p of one token at each hidden state, without a gradient."""
+        rows_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
+        head = student_head(self.reader or self.bare)
+        with torch.no_grad():
+            return gathered_logprobs(hidden_ND, head, rows_N, token_ids_N, dtype=self.dtype)
 
     def answer_logprobs(
         self, asked: list[Continuations], *, wrapped: bool = False

@@ -20,7 +20,7 @@ class CrossEntropyConfig(Objective):
     @property
     def reads(self) -> Reads:
         """The rows alone."""
-        return Reads(rows=TEXT)
+        return Reads(rows=(*TEXT, "aligned_spans"))
 
     def batches(self, data: "TrainingData") -> "Batches":
         """Return rows of any tables; a teacher's columns, if any, are left out."""

@@ -6,12 +6,12 @@ loads these files, so nothing in them loads torch before a training run asks: de
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from schemas.errors import ConfigError
-from stages.stage import StageConfig
+from stages.stage import StageConfig, TableRef
 from stages.student.batches.several_datasets import ROWS
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ class Objective(StageConfig, ABC):
         self._require([*rows, *((table,) for table in self.reads.data)], data, "data")
         if lm_data:
             self._require([(table,) for table in self.reads.lm_data], lm_data, "lm_data")
+
+    def check(self, tables: Sequence[TableRef]) -> None:
+        """Raise ConfigError for tables of a plan that are of other rows or models than it asks."""
+
+    def check_logged(self, means: Mapping[str, float], step: int) -> None:
+        """Raise ConfigError where what a step logged says that the run has to end."""
 
     def _require(
         self, needed: Sequence[tuple[str, ...]], tables: Sequence[TableKind], name: str

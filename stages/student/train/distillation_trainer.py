@@ -244,3 +244,5 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is unt
                 f"the loss is {logs['loss']} at step {self.state.global_step}: lower lr "
                 f"({self._config.lr:g}) or max_grad_norm ({self._config.max_grad_norm:g})"
             )
+        if "loss" in logs:
+            self._config.objective.check_logged(logs, self.state.global_step)

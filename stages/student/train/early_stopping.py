@@ -18,7 +18,7 @@ from stages.student.train.stage import EarlyStopping
 
 BEST = "best"
 MEASURED = "eval_"  # before the names of held-out means in a log, as transformers has it
-_MEANS = ("kl_to_teacher", "cross_entropy")  # the first that there is decides
+_MEANS = ("reverse_kl", "kl_to_teacher", "cross_entropy")  # the first that there is decides
 
 
 @dataclass(frozen=True, slots=True)

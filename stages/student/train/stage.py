@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from schemas.errors import ConfigError
 from stages.models.encoder_decoder.kind import kinds_problem
-from stages.stage import Kind, Stage, StageConfig, TableRef, is_one_model
+from stages.models.spec import is_one_model
+from stages.stage import Kind, Stage, StageConfig, TableRef
 from stages.student.lora import LoraSettings
 from stages.student.objectives import ObjectiveConfig
 from stages.student.objectives.kd import KdConfig
@@ -159,7 +160,7 @@ class TrainConfig(StageConfig):
             problem = (
                 f"objective '{self.objective.loss}' is not one forward of the student a batch, and "
                 f"the processes have to run a divided one together: use kd, cross_entropy, sft, "
-                f"dckd or adpa"
+                f"dckd, adpa or opd"
             )
         elif self.lora is not None:
             problem = "lora trains few weights and holds the student's whole: leave one of them out"
@@ -202,13 +203,15 @@ class TrainStage(TrainConfig, Stage):
     signals, for the LM part of ``icl_distillation`` and for nothing else.
     ``reader`` names the model that reads a distiller's vectors, for ``mend`` alone.
     Held-out shards are never trained on: they measure the student before and after.
+    With ``rounds`` the tables of ``data`` that ``student`` makes are made anew, by what the round
+    before trained, and trained on so often (``pipeline.planning.rounds``).
     """
 
     KIND: ClassVar[Kind] = "checkpoint"
     VERSION: ClassVar[int] = 2
     NOT_HASHED: ClassVar[tuple[str, ...]] = (
         *("student", "data", "lm_data", "reader"),
-        "max_missing_fraction",
+        *("max_missing_fraction", "rounds"),
     )
     READS: ClassVar[tuple[str, ...]] = ("data", "lm_data")
     RUNS: ClassVar[tuple[str, ...]] = ("student", "reader")
@@ -219,6 +222,7 @@ class TrainStage(TrainConfig, Stage):
     data: tuple[str, ...] = Field(min_length=1)
     lm_data: tuple[str, ...] = ()
     reader: str | None = None
+    rounds: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _text_where_used(self) -> "TrainStage":
@@ -258,6 +262,7 @@ class TrainStage(TrainConfig, Stage):
         """
         kinds = [(ref.table.name, ref.table.variant) for ref in tables]
         self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
+        self.objective.check(tables)
         if not isinstance(self.objective, MendConfig) or self.reader is None:
             return
         reader = models[self.reader]

@@ -63,6 +63,12 @@ def steps(folder: Path) -> dict[str, Any]:
             "temperature": 1.0,
             "n": 2,
         },
+        "token_logprobs": {
+            "stage": "response_logprobs",
+            "input": "responses",
+            "model": "aligned",
+            "per_token": True,
+        },
         "answered": {
             "stage": "answers",
             "input": "responses",
@@ -106,8 +112,9 @@ def steps(folder: Path) -> dict[str, Any]:
 
 
 TABLES = [
-    *("pair_signals", "pair_logprobs", "answer_signals", "episode_signals", "candidates"),
-    *("preferences", "shown_signals", *(f"advantages_{name}" for name in SUPPORTS)),
+    *("pair_signals", "pair_logprobs", "token_logprobs", "answer_signals", "episode_signals"),
+    *("candidates", "preferences", "shown_signals"),
+    *(f"advantages_{name}" for name in SUPPORTS),
 ]
 
 

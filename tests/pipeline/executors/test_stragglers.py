@@ -55,6 +55,7 @@ class TimedCrew:
         first = min((when for when, _ in self._due.values()), default=NEVER)
         if first > until:
             assert timeout_s is not None, "nothing would ever happen"
+            assert until > self.now, "no time passes, and nothing is done: it would wait for ever"
             self.now = until
             return []
         self.now = max(self.now, first)
@@ -122,6 +123,16 @@ def test_an_idle_worker_waits_until_a_shard_is_slow() -> None:
     # The last two begin at 20 s; one ends at 30 s, the other is slow 20 s after it began.
     assert crew.copies == [(40.0, 5)] and crew.now == 50.0
     assert sorted(made) == [f"{index:05d}" for index in range(6)] and len(made) == 6
+
+
+def test_it_never_waits_for_a_moment_that_it_takes_for_over() -> None:
+    """As digits grow coarser ``since + slow`` may be there when ``now - since`` is not."""
+    random = np.random.default_rng(0)
+    for start in 2**16 - random.uniform(32.0, 45.0, 50):
+        seconds = {(index, False): float(random.uniform(10.0, 11.0)) for index in range(12)}
+        crew = TimedCrew(seconds | {(11, False): 1000.0}, now=float(start))
+        assert len(crew.run(12, workers=3)) == 12
+        assert [index for _, index in crew.copies] == [11]
 
 
 def test_a_copy_that_comes_second_is_dropped_and_its_worker_ended_with_the_run() -> None:

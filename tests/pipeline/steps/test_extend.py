@@ -1,25 +1,34 @@
 """``teachercache extend``: rows of finished tables are copied, the teacher works on the others."""
 
 import json
+import os
+import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from safetensors.torch import load_file, save_file
 
 from pipeline.planning.plan import make_plan
-from pipeline.steps import extension, predecessors
+from pipeline.steps import extension, predecessors, wanted_rows
 from pipeline.steps.run import run_plan
 from schemas.open_table import open_table
-from schemas.storage.manifest import read_manifest
+from schemas.storage.manifest import damaged_shards, read_manifest
 from stages.signals.teacher_logits import work as teacher_work
 from stages.stage import Rejected
 from tests.fixtures.tiny_recipe import (
     Events,
     TinyRecipe,
     edit_recipe,
+    finish,
     make_recipe,
+    start,
+    table_bytes,
     teachercache,
     write_jsonl,
 )
@@ -139,7 +148,12 @@ def test_no_engine_starts_where_all_rows_are_known(
 
 @pytest.mark.parametrize(
     ("keys", "value"),
-    [(("encoding", "k"), 9), (("seed",), 3)],
+    [
+        (("encoding", "k"), 9),
+        (("encoding",), {"kind": "top_k", "k": 8}),
+        (("encoding",), {"kind": "threshold"}),
+        (("seed",), 3),
+    ],
 )
 def test_other_settings_are_no_predecessor(
     copied: TinyRecipe,
@@ -153,6 +167,124 @@ def test_other_settings_are_no_predecessor(
     events = extend(copied)
     assert len(worked) == 20
     assert any("no finished table has a row of it" in line for line in events.lines)
+
+
+def another_model(recipe: TinyRecipe, folder: Path) -> Path:
+    """Make a copy of the teacher's folder the teacher."""
+    old = recipe.load().models["teacher"].folder
+    shutil.copytree(old, folder)
+    edit_recipe(recipe, "models", "teacher", "path", value=str(folder))
+    return folder
+
+
+def other_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = min(weights)
+    save_file({**weights, name: weights[name] * 1.001}, file, {"format": "pt"})
+
+
+def other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def other_vocabulary(folder: Path) -> None:
+    """The same number of tokens, two of which have changed places."""
+    file = folder / "tokenizer.json"
+    body = json.loads(file.read_text())
+    vocabulary = body["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    file.write_text(json.dumps(body))
+
+
+def no_change(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "num_new"),
+    [
+        (other_weights, 20),
+        pytest.param(other_template, 20, marks=pytest.mark.slow),
+        pytest.param(other_vocabulary, 20, marks=pytest.mark.slow),
+        pytest.param(no_change, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_another_teacher_or_tokenizer_is_no_predecessor(
+    copied: TinyRecipe,
+    worked: list[str],
+    paragraphs: list[str],
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    num_new: int,
+) -> None:
+    change(another_model(copied, tmp_path / "model"))
+    with_texts(copied, paragraphs[:20])
+    extend(copied)
+    assert len(worked) == num_new and len(rows_of(copied)) == 20
+
+
+@pytest.mark.slow
+def test_a_teacher_in_another_dtype_is_no_predecessor(
+    copied: TinyRecipe, worked: list[str], paragraphs: list[str]
+) -> None:
+    edit_recipe(copied, "models", "teacher", "dtype", value="bfloat16")
+    with_texts(copied, paragraphs[:20])
+    extend(copied)
+    assert len(worked) == 20
+
+
+@pytest.mark.slow
+def test_a_table_of_other_rows_by_the_same_settings_is_passed_over(
+    copied: TinyRecipe, worked: list[str], paragraphs: list[str]
+) -> None:
+    """Its input is there and of another kind: nothing to warn of."""
+    body = yaml.safe_load(copied.path.read_text())
+    body["steps"]["shown"] = {"stage": "demonstrations", "input": "documents"}
+    body["steps"]["shown_signals"] = {**body["steps"][STEP], "input": "shown"}
+    copied.path.write_text(yaml.safe_dump(body, sort_keys=False))
+    copied.run()
+    worked.clear()
+    with_texts(copied, paragraphs[:33])
+    events = extend(copied)
+    assert len(worked) == 3 and events.warnings == []
+    assert len(rows_of(copied, "shown_signals")) == 33
+
+
+@pytest.mark.slow
+def test_of_many_earlier_tables_no_more_are_read_than_serve(
+    copied: TinyRecipe, worked: list[str], paragraphs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stop in (31, 32):  # as night after night
+        with_texts(copied, paragraphs[:stop])
+        extend(copied)
+    last = copied.step("documents").folder
+    hashed: list[Path] = []
+    damaged = damaged_shards
+
+    def noted(folder: Path, manifest: Any) -> list[str]:
+        hashed.append(folder)
+        return damaged(folder, manifest)
+
+    monkeypatch.setattr(predecessors, "damaged_shards", noted)
+    with_texts(copied, paragraphs[:28])
+    read = read_inputs(monkeypatch)
+    extend(copied)
+    assert read == {last, copied.step("documents").folder} and len(hashed) == 1
+    assert len(worked) == 2  # of the two nights before
+
+
+def read_inputs(patch: pytest.MonkeyPatch) -> set[Path]:
+    """The folders of inputs whose rows are looked at from now on."""
+    found: set[Path] = set()
+    rows_of_shard = wanted_rows.rows_of
+
+    def noted(place: Path, shard: Any) -> Any:
+        found.add(place)
+        return rows_of_shard(place, shard)
+
+    patch.setattr(wanted_rows, "rows_of", noted)
+    return found
 
 
 def test_rows_of_another_root_and_of_several_tables_are_copied(
@@ -174,7 +306,7 @@ def test_a_row_whose_input_has_other_columns_is_not_copied(
 ) -> None:
     with_texts(copied, paragraphs[:20])
     digests = iter(range(1 << 20))
-    monkeypatch.setattr(predecessors, "_digest", lambda values: str(next(digests)).encode())
+    monkeypatch.setattr(wanted_rows, "_digest", lambda values: next(digests))
     extend(copied)
     assert len(worked) == 20
 
@@ -227,6 +359,38 @@ def test_a_killed_extension_is_gone_on_with(
     carry_on(copied)
     assert len(worked) == 3
     assert len(rows_of(copied)) == 33
+
+
+def test_what_a_begun_extension_copies_is_needed(
+    copied: TinyRecipe, worked: list[str], paragraphs: list[str]
+) -> None:
+    """`gc` between a kill and the next run leaves it the earlier table; later that may go."""
+    earlier = [copied.step(name).folder for name in ("documents", STEP)]
+    with_texts(copied, paragraphs[:33])
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(extension, "_put_together", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extend(copied)
+    clean = ("gc", copied.root, "--keep", copied.path, "--delete")
+    assert teachercache(*clean).code == 0
+    assert all(folder.is_dir() for folder in earlier)
+    extend(copied)
+    assert len(worked) == 3
+    after = rows_of(copied)
+    assert teachercache(*clean).code == 0
+    assert not any(folder.exists() for folder in earlier)
+    assert list(rows_of(copied)) == list(after) and len(after) == 33
+
+
+def test_what_a_kill_left_of_a_finished_extension_goes(copied: TinyRecipe) -> None:
+    left = copied.step(STEP).folder / ".extend" / "made"
+    left.mkdir(parents=True)
+    copied.run()
+    assert not left.parent.exists()
 
 
 def test_one_tau_goes_with_the_rows(copied: TinyRecipe, paragraphs: list[str]) -> None:
@@ -292,6 +456,38 @@ def test_the_command_says_what_it_copies(copied: TinyRecipe, paragraphs: list[st
     assert "3 of 33 rows are new" in " ".join(said.out.split()), said.out
     nowhere = teachercache("extend", copied.path, "--from", copied.root / "nowhere")
     assert nowhere.code and "no such folder" in nowhere.error
+
+
+def shards_in(folder: Path) -> int:
+    return len([*folder.glob("shard-*.json")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [".extend/made", "."])
+def test_an_extension_that_was_killed_has_the_bytes_of_one_that_was_not(
+    copied: TinyRecipe, paragraphs: list[str], tmp_path: Path, part: str
+) -> None:
+    """SIGKILL while new rows are made, and while shards are put together."""
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    edit_recipe(copied, "steps", "documents", "rows_per_shard", value=2)
+    with_texts(copied, paragraphs[:30])
+    copied.run()
+    whole = copied.copy(tmp_path / "whole")
+    for recipe in (copied, whole):
+        with_texts(recipe, paragraphs[:45])
+    assert finish(start("extend", whole.path, **env)).code == 0
+    folder = copied.step(STEP).folder
+    killed = start("extend", copied.path, **env)
+    while killed.poll() is None and not shards_in(folder / part):
+        time.sleep(0.002)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert shards_in(folder / part) and not (folder / "manifest.json").exists()
+    said = finish(start("extend", copied.path, **env))
+    assert said.code == 0, said.err
+    assert "15 of 45 rows are new" in said.out
+    assert table_bytes(folder) == table_bytes(whole.step(STEP).folder)
+    assert not (folder / ".extend").exists()
 
 
 @pytest.mark.slow

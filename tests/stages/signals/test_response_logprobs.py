@@ -11,6 +11,7 @@ import torch
 from schemas.errors import ConfigError
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from schemas.tables.response_logprobs import ResponseLogprobs
+from schemas.tables.response_token_logprobs import ResponseTokenLogprobs
 from schemas.tables.responses import RESPONSES
 from stages.models.engines.engine import Engine, open_engine
 from stages.models.spec import EngineOptions
@@ -83,6 +84,31 @@ def test_all_responses_to_a_prompt_are_scored(folder: Path, engine: Engine) -> N
         expected = [plain_sum(folder, row.prompt_ids_T, ids) for ids in responses_of(row)]
         np.testing.assert_allclose(found.response_logprobs_N, expected, atol=1e-4)
         assert found.response_num_tokens_N.tolist() == row.response_lengths_N.tolist()
+
+
+def test_the_log_prob_of_each_token_is_kept(folder: Path, tmp_path: Path) -> None:
+    """Of responses and of pairs; what names a table of sums does not know of the setting."""
+    stage = STAGE.model_copy(update={"per_token": True})
+    context = context_of(tmp_path, VOCAB_SIZE, {"teacher": folder})
+    rows = random_rows(np.random.default_rng(6), VOCAB_SIZE, (2, 1, 3))
+    pairs = random_pairs()
+    with stage.open(context) as work:
+        found = list(work(as_shard(rows, VOCAB_SIZE)))
+        of_pairs = list(work(as_pair_shard(pairs, VOCAB_SIZE)))
+    asked = [(row.sample_id, row.prompt_ids_T, responses_of(row)) for row in rows]
+    for pair in pairs:
+        sides = [pair.chosen_ids_C.tolist(), pair.rejected_ids_R.tolist()]
+        asked.append((pair.sample_id, pair.prompt_ids_T, sides))
+    for (sample_id, prompt, responses), row in zip(asked, [*found, *of_pairs], strict=True):
+        assert isinstance(row, ResponseTokenLogprobs) and row.sample_id == sample_id
+        expected = [
+            plain_logprobs(folder, prompt, ids)[np.arange(len(ids)), ids] for ids in responses
+        ]
+        np.testing.assert_allclose(row.token_logprobs_A, np.concatenate(expected), atol=1e-5)
+        assert row.response_num_tokens_N.tolist() == [len(ids) for ids in responses]
+    assert stage.bind(context).table is stage.table is not STAGE.table
+    assert "per_token" not in STAGE.hashed()["config"]
+    assert stage.hashed()["config"]["per_token"] is True
 
 
 def test_the_prompts_last_token_predicts_the_first_of_the_response(tmp_path: Path) -> None:

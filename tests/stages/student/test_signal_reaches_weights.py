@@ -48,7 +48,8 @@ CASES = [
     if name == table
 ]
 # What is stored position by position, and what is said of whole answers.
-POSITIONS = [case for case in CASES if case[1] in ("teacher_logits", "advantages")]
+OF_POSITIONS = ("teacher_logits", "advantages", "response_token_logprobs")
+POSITIONS = [case for case in CASES if case[1] in OF_POSITIONS]
 ANSWERS = [case for case in CASES if case not in POSITIONS]
 WITHOUT_SIGNAL = [loss for loss in OBJECTIVES if not signals_of(loss)]
 

@@ -21,9 +21,15 @@ from transformers import (
 )
 
 from schemas.errors import ConfigError
-from stages.models.checkpoints.tokenizer_identity import tokenizer_fingerprint
+from stages.models.checkpoints.token_bytes import ByteTokenizer
+from stages.models.checkpoints.tokenizer_identity import (
+    num_token_ids,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 from stages.student.init.stage import chosen_layers, evenly_spaced
 from stages.student.init.work import init_student
+from tests.fixtures.tokenizer_kinds import save_kind
 
 LAYERS = 6
 SIZES = {
@@ -210,3 +216,39 @@ def test_folder_without_a_model_or_tokenizer_is_refused(teacher: Path, tmp_path:
         init_student(teacher, tmp_path / "student", 2)
     with pytest.raises(ConfigError, match="expected one of float32"):
         init_student(teacher, tmp_path / "student", 2, dtype="int8")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_rows_for_another_tokenizer_are_the_teachers_own_or_means(
+    tie: bool, tmp_path: Path
+) -> None:
+    """A token that both have keeps its embedding; half a character is the mean of its bytes."""
+    folder = save_kind(tmp_path / "teacher", "byte_level", "PreTrainedTokenizerFast")
+    other = save_kind(tmp_path / "other", "metaspace", "LlamaTokenizer")
+    torch.manual_seed(0)
+    num_tokens = num_token_ids(folder) or 0
+    sizes = {**SIZES, "vocab_size": num_tokens + 3}  # rows that pad the teacher's matrix
+    LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tie)).save_pretrained(folder)
+    init_student(folder, tmp_path / "student", 2, tokenizer=other)
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    one, two = ByteTokenizer(folder), ByteTokenizer(other)
+    id_of = {part: index for index, part in one.bytes_of.items()}
+    copied = mixed = 0
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        old_VD = getattr(teacher, name)().weight
+        new_VD = getattr(student, name)().weight
+        assert len(new_VD) == 1 + max(*two.bytes_of, *two.special)
+        for index, part in two.bytes_of.items():
+            if part in id_of:
+                torch.testing.assert_close(new_VD[index], old_VD[id_of[part]])
+                copied += 1
+                continue
+            tokens, _ = one.encode(part)
+            torch.testing.assert_close(new_VD[index], old_VD[tokens].mean(dim=0))
+            mixed += 1
+        for role in ("bos", "eos"):
+            torch.testing.assert_close(new_VD[two.named[role]], old_VD[one.named[role]])
+    assert copied > 256 and mixed > 10
+    assert student.config.eos_token_id == two.named["eos"]
+    assert vocabulary_fingerprint(tmp_path / "student") == vocabulary_fingerprint(other)

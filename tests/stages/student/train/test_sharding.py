@@ -22,7 +22,7 @@ from stages.student.options import TrainOptions
 from stages.student.train.sharding import require_same_sharding
 from stages.student.train.stage import TrainConfig
 from stages.student.train.work import train
-from tests.fixtures.cached_data import CachedData, make_cached_data, save_model
+from tests.fixtures.cached_data import CachedData, make_cached_data, save_model, spans_table
 from tests.fixtures.preference_data import PreferenceData, make_preference_data
 from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
 
@@ -67,6 +67,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": KD | {"max_steps": 3, "dtype": "bfloat16"},
     "packed": KD | {"max_steps": 2, "packing": True, "gradient_checkpointing": True},
     "dckd": KD | {"max_steps": 2, "objective": {"loss": "dckd"}},
+    "opd": KD | {"max_steps": 2, "objective": {"loss": "opd", "max_staleness": 5.0}},
+    "alm": KD | {"max_steps": 2, "objective": {"loss": "alm", "entries_weight": 0.5}},
 }
 
 
@@ -95,6 +97,10 @@ def runs(
         student, tables = data.student, data.tables("threshold")
         if name == "dckd":
             student, tables = pairs.student, pairs.dckd("threshold")
+        if name == "opd":
+            student, tables = pairs.student, pairs.opd
+        if name == "alm":
+            tables = [spans_table(data, "entries")]
         if name == "untied":
             student = data.root / "untied"
         options = TrainOptions(num_workers=0, log_every=1)
