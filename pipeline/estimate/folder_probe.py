@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.estimate.measures import Clock, folder_bytes
 from pipeline.estimate.probed_plan import ProbedPlan
 from pipeline.estimate.sizes import Found, Size
+from pipeline.planning.data_sets import data_sets
 from pipeline.planning.plan import PlannedStep
 from pipeline.state.step_state import finished_manifest
 from pipeline.steps.folder_step import run_folder
@@ -19,10 +20,14 @@ _STEPS = 10  # of training; the trainer tells every fifth
 
 def probe_training(plan: ProbedPlan, step: PlannedStep, stage: TrainStage) -> Found:
     """Train a few steps on the probe's tables; held-out rows are measured before and after."""
-    source = plan.found[step.inputs[0].name].size
-    sampled = finished_manifest(plan.probed.get(step.inputs[0].place, step.inputs[0]))
-    assert source is not None and sampled is not None
-    train_rows = source.num_rows - source.num_heldout
+    train_rows = num_heldout = num_sampled = 0
+    for first, *_ in data_sets(step):
+        source = plan.found[first.name].size
+        sampled = finished_manifest(plan.probed.get(first.place, first))
+        assert source is not None and sampled is not None
+        train_rows += source.num_rows - source.num_heldout
+        num_heldout += source.num_heldout
+        num_sampled += Size.of(sampled).num_heldout
     steps = stage.max_steps or math.ceil(
         (stage.epochs or 1.0) * math.ceil(train_rows / stage.rows_per_step)
     )
@@ -31,7 +36,7 @@ def probe_training(plan: ProbedPlan, step: PlannedStep, stage: TrainStage) -> Fo
     clock = Clock(plan.said)
     run_training(probed, probed.stage, plan.alone, clock)  # type: ignore[arg-type]
     line, heldout = clock.step_line(), clock.heldout_seconds()
-    times_more = source.num_heldout / max(1, Size.of(sampled).num_heldout)
+    times_more = num_heldout / max(1, num_sampled)
     assert isinstance(probed.place, Path)
     return Found(
         num_bytes=folder_bytes(probed.place),

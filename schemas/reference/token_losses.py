@@ -11,6 +11,7 @@ Dimensions: N = scored positions, V = the student's logits, U <= V = the teacher
 entries. All values in nats.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ def exact_kl(logits_NV: Array, teacher_logits_NU: Array) -> F64Array:
     student_NU = log_softmax(logits_NV)[:, : teacher_NU.shape[1]]
     kl_N: F64Array = (np.exp(teacher_NU) * (teacher_NU - student_NU)).sum(axis=1)
     return kl_N
+
+
+def geometric_kl(
+    logits_NV: Array, teachers_logits: Sequence[Array], weights: Sequence[float]
+) -> F64Array:
+    """Return the KL [N] to ``prod_t p_t ** w_t / Z``, of several teachers' logits [N, U].
+
+    Weights are divided by their sum. A token that one teacher lacks has probability 0. Of the
+    arithmetic mixture our own trainer's is the mean of the teachers' KLs by these weights.
+    """
+    num_ids = min(np.shape(logits_NU)[1] for logits_NU in teachers_logits)
+    logprobs_NU = np.zeros((len(logits_NV), num_ids))
+    for logits_NU, weight in zip(teachers_logits, weights, strict=True):
+        logprobs_NU += weight / sum(weights) * log_softmax(logits_NU)[:, :num_ids]
+    return exact_kl(logits_NV, logprobs_NU)
 
 
 def kd(kl_N: Array, cross_entropy_N: Array, weight: float = 1.0) -> F64Array:

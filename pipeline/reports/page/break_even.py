@@ -14,6 +14,7 @@ captured as well. Running text of ``lm_data`` is left out of both.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.planning.data_sets import data_sets
 from pipeline.planning.plan import PlannedStep
 from pipeline.reports.step_times import MeasuredTime
 from stages.student.train.stage import TrainStage
@@ -74,6 +75,7 @@ def _break_even(
     num_rows: float | None,
 ) -> BreakEven:
     names = tuple(source.name for source in read)
+    shares = _shares(step, signals)
     capture_s, live_s, reading_s = 0.0, 0.0, 0.0
     for source in read:
         signal = signals.get(source.name)
@@ -85,6 +87,19 @@ def _break_even(
             return BreakEven(step.name, names, missing="the student is not trained yet")
         made_s_a_row = signal.made.seconds / signal.made.num_rows
         capture_s += made_s_a_row * signal.num_rows
-        live_s += made_s_a_row * num_rows
-        reading_s += signal.read_s_a_row * num_rows
+        rows_told = shares.get(source.name, 1.0) * num_rows
+        live_s += made_s_a_row * rows_told
+        reading_s += signal.read_s_a_row * rows_told
     return BreakEven(step.name, names, round(num_rows or 0), capture_s, live_s, reading_s)
+
+
+def _shares(step: PlannedStep, signals: Mapping[str, Signal]) -> dict[str, float]:
+    """Return, of several data sets, which share of a run's rows each signal is about."""
+    found = [[source.name for source in own if source.name in signals] for own in data_sets(step)]
+    most = [max((signals[name].num_rows for name in own), default=0) for own in found]
+    total = max(1, sum(most))
+    shares: dict[str, float] = {}
+    for own, num_rows in zip(found, most, strict=True):
+        for name in own:  # one table may tell rows of two data sets
+            shares[name] = shares.get(name, 0.0) + num_rows / total
+    return shares

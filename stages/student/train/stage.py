@@ -198,8 +198,9 @@ class TrainConfig(StageConfig):
 class TrainStage(TrainConfig, Stage):
     """Train ``student`` (a checkpoint step or a model) on the joined rows of the ``data`` tables.
 
-    ``data`` names the documents or episodes step first, then the signal steps; ``lm_data`` the
-    running text and its signals, for the LM part of ``icl_distillation`` and for nothing else.
+    ``data`` names the documents or episodes step first, then the signal steps; for ``kd`` so again
+    for each further data set with signals of its own. ``lm_data`` are the running text and its
+    signals, for the LM part of ``icl_distillation`` and for nothing else.
     ``reader`` names the model that reads a distiller's vectors, for ``mend`` alone.
     Held-out shards are never trained on: they measure the student before and after.
     With ``rounds`` the tables of ``data`` that ``student`` makes are made anew, by what the round

@@ -57,6 +57,18 @@ def test_the_break_even_is_the_one_worked_by_hand(every_kind: TinyRecipe) -> Non
         assert why in unknown.missing and unknown.runs is None
 
 
+def test_each_signal_of_several_data_sets_is_about_its_own_rows(every_kind: TinyRecipe) -> None:
+    """A run reads 40 rows, 10 of the one and 30 of the other: 2 s live each, 1 s and 6 s read."""
+    steps = every_kind.plan("steps.distilled.data=[documents, signals, documents, states]")
+    signals = {
+        "signals": Signal(50, MeasuredTime(100.0, 50, 500, 5), 0.1),
+        "states": Signal(150, MeasuredTime(300.0, 150, 500, 5), 0.2),
+    }
+    (found,) = break_evens(steps, signals, {"distilled": 40})
+    assert (found.capture_s, found.live_s) == (400.0, 80.0)
+    assert found.reading_s == pytest.approx(7.0)
+
+
 def test_of_a_sampled_capture_time_the_whole_table_is_told(every_kind: TinyRecipe) -> None:
     made = MeasuredTime(10.0, 20, 200, 2)  # of 20 of its 50 rows
     (found,) = break_evens(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from schemas.reference import token_losses
 from stages.models.causal_lm.chunked_loss import LossSums, StudentHead, chunked_loss, logits_loss
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.student.losses.kl import ExactTeacher, Kd, Teacher, ThresholdTeacher, TopKTeacher
@@ -150,6 +151,9 @@ def test_the_geometric_loss_is_the_kl_to_the_normalised_product(weight: float) -
     wanted = weight * kl + (1 - weight) * cross
     torch.testing.assert_close(found.loss, wanted)
     torch.testing.assert_close(found.sums["kl"], kl)
+    of_teachers = [each.probs_NV[:, :U].log().numpy() for each in told]
+    in_numpy_N = token_losses.geometric_kl(logits.detach().numpy(), of_teachers, [5, 2, 3])
+    assert kl.item() == pytest.approx(in_numpy_N.sum())
     one, other = (torch.autograd.grad(x, logits)[0] for x in (found.loss, wanted))
     torch.testing.assert_close(one, other)
     assert torch.equal(teacher.top_token_ids(slice(2, 7)), p[2:7].argmax(-1))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from pipeline.executors.local.training import train_in_processes
+from pipeline.executors.training_job import TrainingJob
 from schemas.dataset import open_dataset
 from schemas.errors import ConfigError, IdentityMismatch, RejectLimitError
 from schemas.sample_id import sample_id_of
@@ -18,6 +20,7 @@ from schemas.storage.manifest import read_manifest, write_manifest
 from schemas.tables import TABLES
 from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.teacher_logits import ENCODINGS
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.student.batches.several_datasets import SeveralDatasets, open_data_sets
 from stages.student.batches.training_data import TrainingData, teacher_head_of, teacher_heads_of
 from stages.student.evaluate.positions import HeldOut, measure_student
@@ -359,3 +362,51 @@ def test_runs_without_a_mixture_keep_their_names() -> None:
     objective = {"loss": "kd", "mixture": MIXTURE}
     hashed = TrainStage.model_validate(body | {"objective": objective}).hashed()
     assert hashed["config"]["objective"]["mixture"] == {"kind": "arithmetic", "weights": [3, 1]}
+
+
+def job_of(caches: Caches, output: Path) -> TrainingJob:
+    tables = [*caches.mixed("threshold_tau", "top_k"), *caches.second.tables("exact")]
+    config = TrainConfig.model_validate(
+        {
+            "objective": {"loss": "kd", "weight": 0.8, "mixture": MIXTURE},
+            "max_steps": 8,
+            "lr": 3e-3,
+            "per_device_batch_size": 4,
+            "packing": True,
+        }
+    )
+    return TrainingJob(
+        config=config,
+        student=caches.student,
+        data=tuple(tables),
+        output=output,
+        fingerprint="the same",
+        options=TrainOptions(num_workers=1, log_every=1, checkpoint_every=3),
+    )
+
+
+def losses_of(job: TrainingJob) -> list[float]:
+    record = read_checkpoint(job.output)
+    assert record is not None
+    return [entry["loss"] for entry in record.history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_stopped_run_take_the_same_steps(
+    caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read in loader workers; the run is stopped behind its first checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone, together, stopped = (job_of(caches, tmp_path / name) for name in ("1", "2", "stopped"))
+    alone.carry_out(lambda event: None)
+    train_in_processes(together, 2, lambda event: None)
+    assert losses_of(together) == pytest.approx(losses_of(alone), rel=1e-5)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("step") == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        stopped.carry_out(stop)
+    stopped.carry_out(lambda event: None)
+    assert losses_of(stopped) == losses_of(alone) and len(losses_of(alone)) == 8
