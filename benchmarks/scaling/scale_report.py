@@ -89,7 +89,8 @@ with them, runs of small shards would be over before they show anything else.
 Once all shards are handed out, an idle worker is given a copy of one that takes over twice the
 median; whoever is first has made it, and the other is ended. Stragglers in the middle of a run are
 left alone, as no worker is idle then: what they cost follows from the assumption (1 % of shards at
-10x are 9 % more work), and no way of handing out shards gets it back.
+10x are 9 % more work), and no way of handing out shards gets it back: 0.95 is out of reach with
+them, and is reached without ("none" below).
 
 ### More trouble, 1,000 workers
 
@@ -178,7 +179,7 @@ def page(found: Measured, bars: Sequence[Bar]) -> str:
         by_size=markdown_table([result.row() for result in found.by_size]),
         most_shards=found.most_shards,
         by_copies=markdown_table(
-            [{"second copies": result.note, **result.row()} for result in found.by_copies]
+            [{"copying": result.note, **result.row()} for result in found.by_copies]
         ),
         by_trouble=markdown_table(
             [{"trouble": result.note, **result.row()} for result in found.by_trouble]
