@@ -55,6 +55,7 @@ from stages.signals.teacher_logits.work import score_shard
 Array = npt.NDArray[Any]
 MAX_RATIO, MAX_KL = 0.55, 1e-4
 ROWS, QUICK_ROWS = 3, 2
+OTHERS = 1022  # positions on which other ways to round are tried
 ALLOWED = (None, 1e-4, 1e-3)
 CHUNK = 128
 
@@ -78,7 +79,7 @@ float32 (D = 576), {tokens:,} tokens of each kind of text.
 
 ## Other ways to round
 
-The web rows, columns of states alone.
+{others_of:,} positions of the web rows, columns of states alone.
 
 {others}
 
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="rounded-") as scratch:
             rows += [*tables_of(name, rows_RT.numpy(), seen, Path(scratch))]
         if not others:
-            hidden_PD = states_of(seen)
+            hidden_PD = states_of(seen)[:OTHERS]
             size_P = np.sqrt(np.square(hidden_PD).mean(axis=1))
             outliers = float((np.abs(hidden_PD).max(axis=1) / size_P).mean())
             others = [*other_ways(hidden_PD, seen.head)]
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bars=bars_table(bars),
             tables=markdown_table(rows),
             others=markdown_table(others),
+            others_of=OTHERS,
             outliers=outliers,
         )
         (options.docs / "rounded.md").write_text(page, encoding="utf-8")
