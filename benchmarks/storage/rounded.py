@@ -68,7 +68,7 @@ float32 (D = 576), {tokens:,} tokens of each kind of text.
 
 {tables}
 
-- "bytes / token" are of every file of the `teacher_logits` table but the head (56.6 MB once, the
+- "bytes / token" are of every file of the `teacher_logits` table but the head (113 MB once, the
   same for both); "over float16" is beside `exact` as it is stored without `mean_kl`, zstd included.
 - "KL" is the mean of KL(p, p') over all positions, p of the teacher's float32 states and p' of the
   stored ones; "said" is what the table's rows say of themselves, measured on up to 32 positions
