@@ -24,6 +24,7 @@ from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.student.batches.several_datasets import SeveralDatasets, open_data_sets
 from stages.student.batches.training_data import TrainingData, teacher_head_of, teacher_heads_of
 from stages.student.evaluate.positions import HeldOut, measure_student
+from stages.student.hf_trainer import distillation
 from stages.student.losses.step import Step
 from stages.student.objectives.kd import KdConfig
 from stages.student.options import TrainOptions
@@ -353,6 +354,11 @@ def test_a_mixture_has_no_other_divergence() -> None:
     settings = {"loss": "kd", "mixture": MIXTURE, "temperature": 2.0}
     with pytest.raises(ValueError, match="leave divergence and temperature out"):
         KdConfig.model_validate(settings)
+
+
+def test_trainers_of_others_take_one_teacher(caches: Caches) -> None:
+    with pytest.raises(ConfigError, match="mixture: several teachers at once are for the train"):
+        distillation(caches.mixed("exact", "exact"), caches.student, mixture=MIXTURE)
 
 
 def test_runs_without_a_mixture_keep_their_names() -> None:
