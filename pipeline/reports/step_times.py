@@ -14,7 +14,7 @@ RECORDS_READ = 1000  # of a table
 class MeasuredTime:
     """Seconds of work on some of a table's shards, and what those hold.
 
-    ``seconds`` is None where no record tells any: an import tells none. Shards that are made at
+    ``seconds`` is None where no record tells any: an import and an extension tell none. Shards that are made at
     once on several workers count each.
     """
 
@@ -35,7 +35,9 @@ def measured_time(folder: Folder, manifest: Manifest) -> MeasuredTime:
     every = math.ceil(len(manifest.shards) / RECORDS_READ) or 1
     shards = manifest.shards[::every]
     for shard, notes in zip(shards, all_notes(folder, [s.name for s in shards]), strict=True):
-        told = None if notes is None else notes.get("notes", {}).get("seconds")
+        told = {} if notes is None else notes.get("notes", {})
+        # A shard put together of copied rows tells the time of copying.
+        told = None if "extended_from" in told else told.get("seconds")
         if isinstance(told, int | float):
             seconds += told
             num_rows += shard.num_rows

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline.planning.plan import make_plan
+from pipeline.reports.step_times import measured_time
 from pipeline.steps import extension, predecessors, wanted_rows
 from pipeline.steps.run import run_plan
 from schemas.open_table import open_table
@@ -112,6 +113,9 @@ def test_only_new_rows_are_worked_on_and_the_others_are_copied(
     )
     assert len(events.starts) == 1
     assert not (copied.step(STEP).folder / ".extend").exists()
+    new, made = copied.step(STEP), measured_time(old.folder, read_manifest(old.folder))
+    assert made.seconds and made.positions_per_s
+    assert measured_time(new.folder, read_manifest(new.folder)).seconds is None, "a copy's is none"
 
 
 def test_the_table_is_that_of_a_full_run(

