@@ -14,8 +14,8 @@ RECORDS_READ = 1000  # of a table
 class MeasuredTime:
     """Seconds of work on some of a table's shards, and what those hold.
 
-    ``seconds`` is None where no record tells any: an import and an extension tell none. Shards that are made at
-    once on several workers count each.
+    ``seconds`` is None where no record tells any: an import and an extension tell none. Shards that
+    are made at once on several workers count each.
     """
 
     seconds: float | None

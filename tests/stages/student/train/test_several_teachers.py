@@ -231,6 +231,7 @@ def run(caches: Caches, tables: list[Path], out: Path, objective: Any, **setting
     return train(config, student=caches.student, data=tables, output=out, options=OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_run_brings_the_student_to_its_teachers(caches: Caches, tmp_path: Path) -> None:
     """And its steps do not depend on how rows fall into batches."""
     tables = [*caches.mixed("threshold", "top_k"), *caches.second.tables("exact")]
