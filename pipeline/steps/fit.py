@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,14 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def free_memory(execution: Execution) -> Memory | None:
-    """Return the memory that a worker's model goes into; None where the system does not say."""
+    """Return the memory that a worker's model goes into; None where the system does not say.
+
+    None without torch, too: no model is loaded then, and the step says what to install.
+    """
     if devices := devices_of(execution):
         return max(devices, key=lambda device: device.free_bytes)
+    if find_spec("torch") is None:
+        return None
     from stages.models.engines.memory import available_memory  # loads torch
 
     free = available_memory()

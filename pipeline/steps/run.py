@@ -6,6 +6,7 @@ that die with the process, and whoever comes too late is refused in one line.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.planning.plan import PlannedStep, needs
 from pipeline.planning.recipe import Execution
@@ -61,7 +62,8 @@ def run_plan(
         if progress.state == "done":
             _refuse_missing_files(step)
             remove_source_work(step)
-            remove_extension(step)
+            if isinstance(step.place, Path):  # in a store a look costs a request for each step
+                remove_extension(step)
             continue
         with step_lock(step.place, warned=reporter.warned):
             remove_torn_files(step.place)

@@ -158,7 +158,7 @@ def test_the_holder_of_the_row_has_the_change_and_both_have_its_weights(
     )
     assert before[0].gradients and not changed_places(before[0], after[0])
     moved = changed_places(before[HOLDER], after[HOLDER])
-    if table in ("teacher_logits", "advantages"):
+    if table in ("teacher_logits", "advantages", "response_token_logprobs"):
         p = places_of(stored_row(source, table, row["sample_id"]))[0]
         assert list(moved) == [places_in_student(loss, row)[p]]
     else:
