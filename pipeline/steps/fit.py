@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipeline.state.step_state import is_done, progress_of
 from schemas.errors import ConfigError, StoreError
 from schemas.storage.files import Folder
 from schemas.storage.object_path import ObjectPath
+from stages.models.available_memory import available_memory
 from stages.stage import TableStage
 
 OVERRIDE = "--no-fit-check"
@@ -148,16 +148,9 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def free_memory(execution: Execution) -> Memory | None:
-    """Return the memory that a worker's model goes into; None where the system does not say.
-
-    None without torch, too: no model is loaded then, and the step says what to install.
-    """
+    """Return the memory that a worker's model goes into; None where the system does not say."""
     if devices := devices_of(execution):
         return max(devices, key=lambda device: device.free_bytes)
-    if find_spec("torch") is None:
-        return None
-    from stages.models.engines.memory import available_memory  # loads torch
-
     free = available_memory()
     return Memory("this machine's memory", free, free) if free else None
 

@@ -16,10 +16,11 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from stages.models.available_memory import available_memory
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.checkpoints.adapters import served_rank
 from stages.models.engines.engine import DTYPES, Engine, open_adapted_engine, open_model
-from stages.models.engines.memory import available_memory, weight_bytes
+from stages.models.engines.memory import weight_bytes
 from stages.models.engines.vllm_engine import VllmEngine
 from stages.models.spec import EngineOptions, HeadCheck, ModelSpec
 

@@ -44,11 +44,12 @@ from schemas.errors import EngineError, first_line
 from schemas.storage.checksums import remembered_sha256
 from schemas.storage.files import write_text
 from schemas.storage.shard_cache import user_cache
+from stages.models.available_memory import available_memory
 from stages.models.causal_lm.language_head import LanguageHead, read_config
 from stages.models.checkpoints.adapters import adapted_model
 from stages.models.checkpoints.own_code import code_files, is_trusted, open_pretrained
 from stages.models.encoder_decoder.halves import frame_of
-from stages.models.engines.memory import available_memory, weight_bytes
+from stages.models.engines.memory import weight_bytes
 from stages.models.engines.sequences import TokenIds
 from stages.models.engines.vllm_generator import VllmGenerator, installed_vllm
 from stages.models.spec import EngineOptions, HeadCheck

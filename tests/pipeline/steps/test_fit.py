@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.steps import fit
 from pipeline.steps.fit import Memory, devices_of, left_bytes, num_parameters
-from stages.models.engines import memory
 from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
 
 
@@ -81,14 +80,14 @@ def test_weights_that_the_memory_has_not_are_refused_unless_overridden(
     begun: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = begun.copy(tmp_path)
-    monkeypatch.setattr(memory, "available_memory", lambda: 500_000)
+    monkeypatch.setattr(fit, "available_memory", lambda: 500_000)
     said = teachercache("run", recipe.path)
     assert said.error.startswith("steps.signals: model 'teacher' needs about 0.0 GB of memory")
     assert said.error.endswith("or run with --no-fit-check")
-    monkeypatch.setattr(memory, "available_memory", lambda: 700_000)
+    monkeypatch.setattr(fit, "available_memory", lambda: 700_000)
     workers = teachercache("run", recipe.path, "--set", "execution.workers=2")
     assert "in each of 2 workers" in workers.error
-    monkeypatch.setattr(memory, "available_memory", lambda: 500_000)
+    monkeypatch.setattr(fit, "available_memory", lambda: 500_000)
     assert teachercache("run", recipe.path, "--no-fit-check").code == 0
 
 
@@ -96,7 +95,7 @@ def test_a_system_that_does_not_say_what_is_free_refuses_nothing(
     begun: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = begun.copy(tmp_path)
-    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    monkeypatch.setattr(fit, "available_memory", lambda: 0)
     assert teachercache("run", recipe.path).code == 0
 
 

@@ -290,7 +290,7 @@ def test_what_will_not_fit_is_refused_before_an_engine_starts(
     said = teachercache("run", recipe.path)
     assert said.code == 2 and "GB of memory for weights and head" in said.error
     assert not recipe.step("documents").folder.exists()
-    monkeypatch.setattr("stages.models.engines.memory.available_memory", lambda: 0)  # unknown
+    monkeypatch.setattr("pipeline.steps.fit.available_memory", lambda: 0)  # unknown
     said = teachercache("run", recipe.path)
     assert said.code == StoreError.exit_code
     assert re.match(r"step 'signals' needs about [\d,.]+ MB in .*, only [\d,.]+ MB are", said.error)

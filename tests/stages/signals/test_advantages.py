@@ -23,6 +23,7 @@ from schemas.tables.prompted.advantages import (
     UnionAdvantages,
 )
 from schemas.tables.prompted.responses import Responses
+from stages.models.available_memory import available_memory
 from stages.models.causal_lm.language_head import LanguageHead
 from stages.models.engines.engine import Engine, open_engine
 from stages.models.engines.engine_pair import (
@@ -31,7 +32,7 @@ from stages.models.engines.engine_pair import (
     SideBySide,
     fit_together,
 )
-from stages.models.engines.memory import available_memory, weight_bytes
+from stages.models.engines.memory import weight_bytes
 from stages.models.spec import EngineOptions, ModelSpec
 from stages.signals.advantages.stage import AdvantagesStage
 from stages.signals.advantages.work import Asked, score_row, score_shard
