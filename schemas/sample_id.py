@@ -23,6 +23,15 @@ def sample_id_of(input_ids_T: npt.NDArray[Any], spans: Iterable[tuple[int, int]]
     return digest.hexdigest()
 
 
+def sample_id_of_part(
+    input_ids_T: npt.NDArray[Any], spans_S2: npt.NDArray[Any], source_id: str
+) -> str:
+    """Return the key of token ids with scored spans, made of another row (``""``: of none)."""
+    spans = np.asarray(spans_S2, np.int64).reshape(-1, 2)
+    listed = [(int(start), int(end)) for start, end in spans]
+    return sample_id_of(input_ids_T, [*listed, *id_spans(source_id)])
+
+
 def is_sample_id(text: str) -> bool:
     """Return whether a text has the form of one."""
     return len(text) == HEX_DIGITS and set(text) <= set("0123456789abcdef")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ..ragged import id_twice
-from ..sample_id import id_spans, is_sample_id, sample_id_of
+from ..sample_id import is_sample_id, sample_id_of_part
 from ..scored_spans import span_problem, span_targets
 from ..table import MOST_LOGPROB, TOKEN_ID, Column, Table
 from .documents import SPLITS
@@ -67,9 +67,7 @@ class AlignedSpans:
     @property
     def hashed_id(self) -> str:
         """The ``sample_id`` of these token ids and spans, and of the document's key."""
-        spans_S2 = np.asarray(self.scored_S2, np.int64).reshape(-1, 2)
-        spans = [(int(start), int(end)) for start, end in spans_S2]
-        return sample_id_of(self.input_ids_T, [*spans, *id_spans(self.source_id)])
+        return sample_id_of_part(self.input_ids_T, self.scored_S2, self.source_id)
 
     @property
     def num_tokens(self) -> int:
