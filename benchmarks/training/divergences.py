@@ -92,6 +92,10 @@ class Fixed:
     def teacher_head(self) -> Any:
         return self.step.teacher_head
 
+    @property
+    def teacher_heads(self) -> Any:
+        return self.step.teacher_heads
+
     def over_positions(self, batch: dict[str, Any], objective: PositionLoss) -> Term:
         return self.step.over(self.hidden_ND, objective)
 

@@ -28,8 +28,7 @@ from benchmarks.bars import (
     markdown_table,
 )
 from benchmarks.training.cached_tables import QUICK_LAYERS, QUICK_SIZE, Size, prepared_tables
-from benchmarks.training.divergences import timed
-from stages.models.causal_lm.chunked_loss import PositionLoss
+from benchmarks.training.divergences import Fixed, timed
 from stages.models.causal_lm.model import load_student, student_vocab_size
 from stages.student.batches.several_datasets import open_data_sets
 from stages.student.batches.training_data import TrainingData, teacher_heads_of
@@ -85,25 +84,8 @@ class Case:
         """The loss on hidden states that are there."""
         with torch.no_grad():
             hidden_ND = self.step.hidden_states(self.batch)
-        fixed: Any = _Fixed(self.step, hidden_ND.requires_grad_())
+        fixed: Any = Fixed(self.step, hidden_ND.requires_grad_())
         return self.objective.terms(self.batch, fixed)
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    step: Step
-    hidden_ND: torch.Tensor
-
-    @property
-    def teacher_head(self) -> Any:
-        return self.step.teacher_head
-
-    @property
-    def teacher_heads(self) -> Any:
-        return self.step.teacher_heads
-
-    def over_positions(self, batch: dict[str, Any], objective: PositionLoss) -> Term:
-        return self.step.over(self.hidden_ND, objective)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
