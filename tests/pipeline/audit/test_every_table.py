@@ -17,6 +17,7 @@ from pipeline.state.audit_verdict import AuditVerdict, verdict_of
 from schemas.storage.manifest import read_manifest
 from tests.conftest import save_tiny_model
 from tests.fixtures.changed_entries import CHANGES, places_of
+from tests.fixtures.task_files import episodes_step, write_tasks
 from tests.fixtures.tiny_recipe import TinyRecipe, make_recipe, teachercache
 from tests.fixtures.tiny_t5 import save_t5
 from tests.fixtures.wrong_signals import at_rows, rewrite, stored_rows
@@ -30,7 +31,6 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "as_released": {"kind": "as_released", "k": 6},
     "exact": {"kind": "exact"},
 }
-LABELS = ("glad", "sad and blue")
 
 
 def _logits(input_: str, **more: Any) -> dict[str, Any]:
@@ -84,25 +84,7 @@ def steps(folder: Path) -> dict[str, Any]:
             }
             for name, support in SUPPORTS.items()
         },
-        "episodes": {
-            "stage": "episodes",
-            "tokenizer": "teacher",
-            "sources": [
-                {
-                    "kind": "crossfit",
-                    "paths": [str(folder / "tasks")],
-                    "task_kind": "classification",
-                }
-            ],
-            "targets": ["size"],
-            "paradigm": "meta",
-            "demonstrations": 3,
-            "draw": "resample",
-            "support": 8,
-            "queries_per_task": 5,
-            "max_length": 250,
-            "rows_per_shard": 4,
-        },
+        "episodes": episodes_step(folder),
         "episode_signals": _logits("episodes"),
         "candidates": {"stage": "candidate_scores", "input": "episodes", "model": "teacher"},
         "preferences": {"stage": "subset_preferences", "input": "episodes", "model": "teacher"},
@@ -144,11 +126,7 @@ def made(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tin
         for number, text in enumerate(words)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    for task in ("mood", "size"):
-        path = folder / "tasks" / task / f"{task}_16_100_train.tsv"
-        path.parent.mkdir(parents=True)
-        lines = [f"{task} {words[i][0]} {i}\t{LABELS[i % 2]}\n" for i in range(20)]
-        path.write_text("".join(lines))
+    write_tasks(folder, words, "mood", "size")
     recipe = make_recipe(folder, model, paragraphs[:3], more_steps=steps(folder))
     body = yaml.safe_load(recipe.path.read_text())
     body["models"]["aligned"] = {**body["models"]["teacher"], "path": str(folder / "aligned")}

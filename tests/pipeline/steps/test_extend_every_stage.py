@@ -23,6 +23,7 @@ from stages.registry import STAGES
 from stages.signals.teacher_logits.calibration import CALIBRATION, read_calibration
 from stages.stage import SignalStage
 from tests.conftest import save_tiny_model
+from tests.fixtures.task_files import episodes_step, write_tasks
 from tests.fixtures.tiny_recipe import (
     TinyRecipe,
     edit_recipe,
@@ -34,7 +35,6 @@ from tests.fixtures.tiny_recipe import (
 from tests.stages.sources.test_preference_pairs import CHATML
 
 pytestmark = pytest.mark.slow
-LABELS = ("glad", "sad and blue")
 KNOWN, ALL = 110, 121  # documents of 48 tokens: a tau is found over the first 88 of them
 ENCODINGS: dict[str, dict[str, Any]] = {
     "threshold_tau": {"kind": "threshold"},
@@ -75,25 +75,7 @@ def steps(folder: Path) -> dict[str, Any]:
             "heldout_fraction": 0.2,
             "rows_per_shard": 6,
         },
-        "episodes": {
-            "stage": "episodes",
-            "tokenizer": "teacher",
-            "sources": [
-                {
-                    "kind": "crossfit",
-                    "paths": [str(folder / "tasks")],
-                    "task_kind": "classification",
-                }
-            ],
-            "targets": ["size"],
-            "paradigm": "meta",
-            "demonstrations": 3,
-            "draw": "resample",
-            "support": 8,
-            "queries_per_task": 5,
-            "max_length": 250,
-            "rows_per_shard": 4,
-        },
+        "episodes": episodes_step(folder),
         "shown": {"stage": "demonstrations", "input": "episodes"},
         **{
             f"documents_{name}": teacher("teacher_logits", "documents", encoding=encoding)
@@ -207,14 +189,6 @@ def write_pairs(folder: Path, words: list[list[str]]) -> None:
         for text in words
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-
-
-def write_tasks(folder: Path, words: list[list[str]], *tasks: str) -> None:
-    for task in tasks:
-        path = folder / "tasks" / task / f"{task}_16_100_train.tsv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"{task} {words[i][0]} {i}\t{LABELS[i % 2]}\n" for i in range(20)]
-        path.write_text("".join(lines))
 
 
 def extended_from(folder: Path) -> dict[str, int]:
