@@ -127,6 +127,10 @@ def test_both_methods_run_from_tasks_to_a_report(recipe: TinyRecipe) -> None:
     assert (task["task"], task["num_queries"], task["num_draws"]) == ("size", 5, 2)
     assert set(task["accuracy_by_draw"]) == {"0", "1"}
     assert report["student"]["overall"] != report["bialign"]["overall"]
+    lines = (recipe.step("results").folder / "rows.jsonl").read_text().splitlines()
+    right = [row["right"] for row in map(json.loads, lines) if row["student"] == "bialign"]
+    assert len(right) == task["num_episodes"]
+    assert sum(right) / len(right) == pytest.approx(task["numbers"]["accuracy"])
     assert teachercache("verify", recipe.root).code == 0
 
     again = recipe.run()
