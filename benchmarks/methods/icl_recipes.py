@@ -269,20 +269,24 @@ def _texts(paths: list[str], length: int) -> Step:
 
 
 def _episodes(folder: Path, settings: Settings, tasks: str, *, multitask: bool = False) -> Step:
-    """Training episodes of ``train``; of other tasks those that ask, or train, multitask."""
-    counts = {"train": settings.train_tasks, "judged": settings.judged_tasks}
-    count = counts.get(tasks, tuning_tasks(settings))
-    targets = [] if tasks == "train" else [f"{tasks}_{number}" for number in range(count)]
+    """Training episodes of ``train``; of other tasks those that ask, or train, multitask.
+
+    Training steps measure a query of each held-out task before and after.
+    """
+    trains = tasks == "train" or multitask
+    held_out = "tuning" if tasks == "train" else tasks
+    count = settings.judged_tasks if held_out == "judged" else tuning_tasks(settings)
+    files = ("train", "tuning") if tasks == "train" else (tasks,)
     return {
         "stage": "episodes",
         "tokenizer": "blank_teacher",
-        "sources": [{"kind": "metaicl", "paths": [str(folder / f"{tasks}.jsonl")]}],
-        "targets": targets,
+        "sources": [{"kind": "metaicl", "paths": [str(folder / f"{f}.jsonl") for f in files]}],
+        "targets": [f"{held_out}_{number}" for number in range(count)],
         "paradigm": "multitask" if multitask else "meta",
-        "demonstrations": {"min": 4, "max": 10} if tasks == "train" or multitask else 8,
+        "demonstrations": {"min": 4, "max": 10} if trains else 8,
         "draw": "resample",
         "support": settings.support,
-        **({"queries_per_task": 1} if multitask else {}),
+        **({"queries_per_task": 1} if trains else {}),
         "template": TEMPLATE,
         "max_length": 48,
     }
