@@ -56,7 +56,7 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
         {
             "student": METHODS[name].said if name in METHODS else name,
             "accuracy": f"{value:.3f}",
-            "log P of gold": f"{results['gold_logprob'][name]:.3f}",
+            "log P of gold": _given(results["gold_logprob"], name),
             "tau-b of subsets": _given(results["subset_correlation"], name),
             "tokens read a step": _given(results["tokens"], name, "{:,.0f}"),
             "rate": _given(results["rates"], name, "{:g}"),
