@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from pipeline.executors.local.training import train_in_processes
+from pipeline.executors.training_job import TrainingJob
 from schemas.dataset import CachedDataset, open_dataset
 from schemas.distribution import weighted_tokens
 from schemas.errors import ConfigError, RejectLimitError, StoreError
@@ -29,6 +31,7 @@ from schemas.tables.span_masks import SPAN_MASKS, SpanMask
 from schemas.tables.teacher_logits import ENCODINGS as LOGITS
 from schemas.tables.token_entropies import TOKEN_ENTROPIES, TokenEntropies
 from stages.models.causal_lm.model import load_student
+from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.stage import TableRef
 from stages.student.batches.signals import IGNORED
 from stages.student.batches.training_data import TrainingData, teacher_head_of
@@ -380,6 +383,34 @@ def test_a_run_counts_what_it_trains_at_and_measures_all(
         other = trained(caches, tmp_path / name, positions, **settings)
         same = [entry["loss"] for entry in other.history if "loss" in entry]
         np.testing.assert_allclose(same, losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps(
+    caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows differ in length, so one has more selected positions than the other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    objective = {"loss": "kd", "positions": BY_STUDENT}
+    body = {"objective": objective, "per_device_batch_size": 6, "max_steps": 4, "lr": 1e-2}
+    losses = []
+    for processes in (1, 2):
+        job = TrainingJob(
+            config=TrainConfig.model_validate(body),
+            student=caches.data.student,
+            data=tuple(caches.tables("documents", "threshold")),
+            output=tmp_path / str(processes),
+            fingerprint="the same",
+            options=OPTIONS,
+        )
+        if processes == 1:
+            job.carry_out(lambda event: None)
+        else:
+            train_in_processes(job, processes, lambda event: None)
+        record = read_checkpoint(job.output)
+        assert record is not None
+        losses.append([entry["loss"] for entry in record.history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
