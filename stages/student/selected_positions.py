@@ -54,7 +54,7 @@ class ByMask(StageConfig):
 
 Positions = Annotated[ByTeacherEntropy | ByStudentEntropy | ByMask, Field(discriminator="by")]
 # The table that says which; the teacher's entropies are in its own.
-SELECTS = {"student_entropy": ENTROPIES, "mask": MASKS}
+TABLES = {"student_entropy": ENTROPIES, "mask": MASKS}
 
 
 def largest(values_P: npt.NDArray[Any], fraction: float) -> BoolArray:

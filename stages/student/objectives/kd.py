@@ -25,7 +25,7 @@ from stages.student.batches.several_datasets import data_sets_of
 from stages.student.objectives.objective import TEXT, Objective, Reads, TableKind
 from stages.student.selected_positions import (
     ENTROPIES,
-    SELECTS,
+    TABLES,
     AtSelected,
     ByStudentEntropy,
     Positions,
@@ -146,9 +146,13 @@ class KdConfig(Objective):
     @property
     def reads(self) -> Reads:
         """The rows, the teacher's distributions and, where there is one, the table that selects."""
+        return Reads(data=(TEACHER, *self.selects), rows=TEXT)
+
+    @property
+    def selects(self) -> tuple[str, ...]:
+        """The table that says which positions; none where the teacher's own entropies do."""
         by = "" if self.positions is None else self.positions.by
-        selects = (SELECTS[by],) if by in SELECTS else ()
-        return Reads(data=(TEACHER, *selects), rows=TEXT)
+        return (TABLES[by],) if by in TABLES else ()
 
     def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
         """Refuse, beside other tables, teachers or an encoding that are not what is asked for."""

@@ -386,6 +386,28 @@ def test_a_run_counts_what_it_trains_at_and_measures_all(
 
 
 @pytest.mark.slow
+def test_held_out_rows_need_no_mask(caches: Caches, tmp_path: Path) -> None:
+    """Spans of rows to train on are all that has to be given; what is measured stays the same."""
+    rows = [row for row in make_documents() if row.split == "train"]
+    masks = [
+        SpanMask(sample_id=row.sample_id, selected_S2=marked(len(row.input_ids_T))) for row in rows
+    ]
+    splits = {row.sample_id: "train" for row in rows}
+    bound = SPAN_MASKS.bind(vocab_size=VOCAB_SIZE)
+    write_table(tmp_path / "masks", bound, masks, caches.data.student, splits=splits)
+    plain = trained(caches, tmp_path / "plain", None)
+    config = {"objective": {"loss": "kd", "positions": BY_MASK}, "max_steps": 1}
+    found = train(
+        TrainConfig.model_validate(config),
+        student=caches.data.student,
+        data=[*caches.data.tables("threshold"), tmp_path / "masks"],
+        output=tmp_path / "out",
+        options=OPTIONS,
+    )
+    assert found.metrics["before"] == plain.metrics["before"]
+
+
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps(
     caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
