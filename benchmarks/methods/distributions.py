@@ -202,7 +202,7 @@ class Study:
             )
         steps = self._tables(name, heldout)
         distinct: dict[str, float] = {}
-        for method in dict.fromkeys(method for method, _ in students.values()):
+        for method in {method.name: method for method, _ in students.values()}.values():
             if method.made == "peer":
                 folder, distinct[method.name] = self._imported(name, method, ids_BT, seed)
                 steps[f"of-{method.name}"] = {"stage": "finished_table", "folder": str(folder)}
