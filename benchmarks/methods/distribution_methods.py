@@ -56,13 +56,13 @@ METHODS = (
         name=EXACT, label="exact: whole distributions", family=EXACT, made="product",
         encoding=_EXACT,
     ),
-    *map(_threshold, (0.3, 0.1, 0.04, 0.015)),
+    *map(_threshold, (0.3, 0.04)),
     Method(
         name=FIXED, label="threshold, k 16", family=FIXED, made="product", encoding=_FIXED, size=16
     ),
-    *map(_draws, (5, 25, 50)),
-    *map(_rest, (4, 12, 40)),
-    *map(_renormalised, (4, 12, 40)),
+    *map(_draws, (12, 50)),
+    *map(_rest, (12, 40)),
+    *map(_renormalised, (12, 40)),
 )  # fmt: skip
 FAMILIES = (TEXT, EXACT, DEFAULT, FIXED, DRAWS, GHOST, RENORMALISED)
 OF_NAME = {method.name: method for method in METHODS}
