@@ -89,7 +89,7 @@ FULL = Settings(
     rows=2000,
     heldout=200,
     batch_size=8,
-    rates=(2.5e-3, 5e-3),
+    rates=(1.25e-3, 2.5e-3, 5e-3),
     methods=tuple(OF_NAME),
 )
 QUICK = Settings(seeds=2, rows=320, heldout=40, batch_size=8, rates=(5e-3,), methods=FAMILIES)
