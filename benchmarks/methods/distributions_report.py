@@ -149,9 +149,9 @@ each row once ({tokens:,} tokens); {seeds} seeds with rows, weights, order and d
 
 Effects are differences of held-out KL to the truth in nats a position, paired over seeds and
 sequences; intervals are of 95 % over new seeds and new sequences (two-way cluster bootstrap,
-Student's t over seeds). "As good as": worse by no more than a tenth of what whole distributions
-gain over text. The paper is RS-KD (arXiv 2503.16870), its numbers are LM losses of a 300M student
-of a 3B teacher.
+Student's t over seeds). "As good as" is worse by no more than a tenth of what whole distributions
+gain over text: that tenth is taken off the effect. The paper is RS-KD (arXiv 2503.16870), its
+numbers are LM losses of a 300M student of a 3B teacher.
 
 ![effects over cross-entropy, and KL by bytes a position](evidence_distributions.png)
 
@@ -168,6 +168,8 @@ of a 3B teacher.
 
 - **Why top-k that sums to one loses**: its best student gives the dropped tokens nothing, and
   KL(truth, student) counts their mass. {dropped}
+- **What one bucket for the rest lacks** is how its mass is spread: the student is free there, and
+  in a source with long tails that is where it is far from the truth.
 - **`exact` has no place in the curve**: this source has few distinct n-grams and its states repeat,
   so they compress as no language model's do; uncompressed they are 2 bytes a token of the
   vocabulary.
