@@ -27,7 +27,7 @@ class EvaluateStage(FolderStage):
     """
 
     KIND: ClassVar[Kind] = "report"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "data", "reader")
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students", "reader")

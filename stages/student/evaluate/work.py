@@ -6,6 +6,7 @@ from schemas.storage.manifest import read_manifest
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
 from stages.stage import StepJob
+from stages.student.evaluate.by_row import RowScores, write_rows
 from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
@@ -13,7 +14,10 @@ from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
 
 
 def make(stage: EvaluateStage, job: StepJob) -> None:
-    """Measure each student; ``evaluation.json`` has every number of every task."""
+    """Measure each student; ``evaluation.json`` has every number of every task.
+
+    Of tables of text ``rows.arrow`` has those of every held-out row (``by_row``).
+    """
     reports: dict[str, Any]
     metrics: dict[str, dict[str, float]]
     if stage.reader is not None:
@@ -46,11 +50,16 @@ def _of_students(
     of_episodes = read_manifest(job.tables[0]).table == EPISODES.name
     reports: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
+    by_row: dict[str, RowScores] = {}
     for name, model in job.models.items():
         job.said(f"measuring {name}")
         if of_episodes:
             report = evaluate_episodes(model.path, job.tables, scoring=stage.score)
             reports[name], metrics[name] = report.as_dict(), report.summary()
         else:
-            reports[name] = metrics[name] = evaluate(model.path, job.tables)
+            by_row[name] = RowScores()
+            found = evaluate(model.path, job.tables, by_row=by_row[name])
+            reports[name] = metrics[name] = found
+    if any(found.sample_ids for found in by_row.values()):
+        write_rows(job.output, by_row)
     return reports, metrics
