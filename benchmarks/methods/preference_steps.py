@@ -11,7 +11,7 @@ from typing import Any
 
 TEACHER, REFERENCE, ALIGNED = "blank_teacher", "reference", "aligned"
 BLANK, START = "blank_student", "sft"
-BETA = 0.1  # of the teacher's alignment, of its advantages and of the judge
+BETA = 0.5  # of the teacher's alignment, of its advantages and of the judge
 Steps = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ class Method:
 
 
 SFT_MORE = Method(name="sft_more", label="SFT, as many steps more", objective={"loss": "sft"})
-DPO = Method(name="dpo", label="DPO", objective={"loss": "dpo"}, strength="beta", centre=0.1)
+DPO = Method(name="dpo", label="DPO", objective={"loss": "dpo"}, strength="beta", centre=BETA)
 DCKD = Method(
     name="dckd",
     label="DCKD",
@@ -60,7 +60,7 @@ DCKD = Method(
     strength="alpha",
 )
 ADPA = Method(
-    name="adpa", label="ADPA", objective={"loss": "adpa"}, strength="gamma", centre=16.0
+    name="adpa", label="ADPA", objective={"loss": "adpa"}, strength="gamma", centre=1.6 / BETA
 )  # the published 1.6 multiplies advantages without beta
 RELEASED = Method(
     name="adpa_as_released",
@@ -74,7 +74,7 @@ ADPA_PLUS = Method(
     label="ADPA+",
     objective={"loss": "adpa"},
     strength="gamma",
-    centre=16.0,
+    centre=1.6 / BETA,
     start=DCKD.name,
 )
 METHODS = (SFT_MORE, DPO, DCKD, ADPA, RELEASED, ADPA_PLUS)
@@ -160,9 +160,9 @@ def _teacher(folder: Path, size: Size) -> Steps:
             "student": TEACHER,
             "data": ["texts"],
             "objective": {"loss": "cross_entropy"},
-            "lr": 2e-3,
+            "lr": 3e-3,
             "max_steps": size.teacher_steps,
-            "per_device_batch_size": size.batch_size,
+            "per_device_batch_size": 2 * size.batch_size,
         },
         REFERENCE: {
             "stage": "train",
@@ -178,7 +178,7 @@ def _teacher(folder: Path, size: Size) -> Steps:
             "model": REFERENCE,
             "data": "pairs",
             "beta": BETA,
-            "lr": 3e-4,
+            "lr": 1e-3,
             "max_steps": size.align_steps,
             "per_device_batch_size": size.batch_size,
         },
@@ -196,6 +196,7 @@ def _start(size: Size, seed: int) -> Steps:
             "objective": {"loss": "cross_entropy"},
             "lr": 4e-3,
             "max_steps": size.base_steps,
+            "per_device_batch_size": 2 * size.batch_size,
         },
         START: trained
         | {
@@ -223,6 +224,7 @@ def _tables(method: Method, size: Size, seed: int) -> Steps:
                     "input": "pairs",
                     "model": method.start,
                     "max_tokens": size.max_tokens,
+                    "max_rejected_fraction": 0.5,  # an empty response makes no row
                 },
                 _advantages(method): {
                     "stage": "advantages",
@@ -237,7 +239,7 @@ def _tables(method: Method, size: Size, seed: int) -> Steps:
     return {}
 
 
-_AS_RELEASED: Steps = {"beta": 1.0, "support": {"kind": "as_released", "k": 50}}
+_AS_RELEASED: Steps = {"beta": 1.0, "support": {"kind": "as_released", "k": 16}}
 
 
 def _advantages(method: Method) -> str:
@@ -279,6 +281,7 @@ def _answers(student: str, asked: str, size: Size, seed: int, *, judged: bool) -
             "max_tokens": size.max_tokens,
             "temperature": 1.0,
             "n": size.responses,
+            "max_rejected_fraction": 0.5,
             "seed": seed,
         },
         **{f"{answers}-{judge}": _scored(answers, judge) for judge in judges},

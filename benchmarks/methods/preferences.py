@@ -41,20 +41,22 @@ from benchmarks.methods.preference_steps import (
     recipe_of,
 )
 from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
-from benchmarks.rewarded_grammar.files import num_parameters, write_jsonl, write_model
-from benchmarks.rewarded_grammar.grammar import Grammar, preferred, prompts, reward
+from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
+from benchmarks.rewarded_grammar.grammar import NOTHING, Grammar, preferred, prompts, reward
 from pipeline.planning.plan import make_plan
 from pipeline.planning.recipe_file import load_recipe
 from pipeline.reports.progress import ConsoleReporter
 from pipeline.steps.run import run_plan
 from schemas.dataset import open_dataset
+from schemas.tables.prompted.responses import FINISH_REASONS
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 Array = npt.NDArray[Any]
 GRAMMAR = Grammar()
-LEAST_GAP = 1.0  # between the rewards of a pair
+LEAST_GAP = 2.0  # between the rewards of a pair
 SEARCH_SEED = 1000
+STOPPED = FINISH_REASONS.index("stop")
 MIN_ACCURACY, MAX_HALF_WIDTH = 0.9, 0.03
 
 
@@ -71,17 +73,17 @@ class Settings:
 
 
 FULL = Settings(
-    seeds=6,
+    seeds=5,
     size=Size(
-        texts=20_000,
-        pairs=4_000,
+        texts=40_000,
+        pairs=6_000,
         trials=500,
         questions=1_000,
-        teacher_steps=900,
-        align_steps=240,
-        base_steps=700,
-        sft_steps=115,
-        steps=230,
+        teacher_steps=1_000,
+        align_steps=400,
+        base_steps=500,
+        sft_steps=150,
+        steps=170,
     ),
     rates=(3e-4, 1e-3, 3e-3),
     factors=(1 / 3, 3.0),
@@ -180,23 +182,21 @@ class Study:
         First all learning rates, then the other strengths at the best of them.
         """
         found: dict[Method, dict[Run, float]] = {}
-        for methods in (
-            [method for method in METHODS if method.start == START],
-            [method for method in METHODS if method.start != START],
-        ):
+        after_sft = [method for method in METHODS if method.start == START]
+        for methods in (after_sft, [method for method in METHODS if method not in after_sft]):
             rates = [
-                Run(f"{method.name}-rate-{rate:g}", method, rate)
+                Run(f"{method.name}-rate-{number}", method, rate)
                 for method in methods
-                for rate in self.settings.rates
+                for number, rate in enumerate(self.settings.rates)
             ]
             self._try(found, rates)
             best = {method: max(found[method], key=lambda run: found[method][run]).rate
                     for method in methods}  # fmt: skip
             others = [
-                Run(f"{method.name}-strength-{factor:.2g}", method, rate, factor)
+                Run(f"{method.name}-strength-{number}", method, rate, factor)
                 for method, rate in best.items()
                 if method.strength
-                for factor in self.settings.factors
+                for number, factor in enumerate(self.settings.factors)
             ]
             self._try(found, others)
         return found
@@ -209,7 +209,12 @@ class Study:
         if DCKD in found and runs[0].method.start == DCKD.name:
             best = max(found[DCKD], key=lambda run: found[DCKD][run])
             by_step = {DCKD.name: Run(DCKD.name, DCKD, best.rate, best.factor)} | by_step
-        ran = self._run(f"search-{runs[0].step}", SEARCH_SEED, by_step, asked="trials")
+        ran = self._run(
+            f"search-{len(found)}-{sum(map(len, found.values()))}",
+            SEARCH_SEED,
+            by_step,
+            asked="trials",
+        )
         for run in runs:
             wins_EN = ran["students"][run.step]["wins"]
             found.setdefault(run.method, {})[run] = float(np.mean(wins_EN))
@@ -232,14 +237,18 @@ class Study:
         plan = make_plan(recipe)
         run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
         folders = {step.name: step.folder for step in plan}
-        rewards = {student: self._rewards(folders[f"{student}-answers"])
-                   for student in (START, *runs)}  # fmt: skip
-        students = {}
-        for student, rewards_EN in rewards.items():
-            students[student] = {
+        rewards = {
+            student: self._rewards(folders[asked], folders[f"{student}-answers"])
+            for student in (START, *runs)
+        }
+        students = {
+            student: {
                 "reward": rewards_EN.mean(axis=1).tolist(),
                 "wins": wins(rewards_EN, rewards[START]).tolist(),
-            } | (_scores(folders, f"{student}-answers") if judged else {})
+            }
+            | (_scores(folders, f"{student}-answers") if judged else {})
+            for student, rewards_EN in rewards.items()
+        }
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         record = read_checkpoint(folders[ALIGNED])
         assert record is not None
@@ -249,19 +258,31 @@ class Study:
     def _tokenizer(self) -> Any:
         return open_tokenizer(self.folder / "teacher")
 
-    def _rewards(self, answers: Path) -> Array:
-        """Return the true rewards [E, N] of a table of responses."""
-        found = []
-        for row in rows_of(answers):
-            prompt = self._tokenizer.decode(row["prompt_ids_T"])
-            ends = np.cumsum(row["response_lengths_N"])[:-1]
-            texts = [self._tokenizer.decode(ids, skip_special_tokens=True)
-                     for ids in np.split(row["response_ids_A"], ends)]  # fmt: skip
-            found.append([
-                reward(prompt, text, finished=bool(finished))
-                for text, finished in zip(texts, row["finish_reasons_N"], strict=True)
-            ])  # fmt: skip
-        return np.array(found)
+    def _rewards(self, asked: Path, answers: Path) -> Array:
+        """Return the true rewards [E, N] of responses; who said nothing has no row and earns -2."""
+        by_id = {row["sample_id"]: row for row in rows_of(answers)}
+        nothing = [NOTHING] * self.settings.size.responses
+        return np.array(
+            [
+                self._earned(by_id[row["sample_id"]]) if row["sample_id"] in by_id else nothing
+                for row in rows_of(asked)
+            ]
+        )
+
+    def _earned(self, row: Mapping[str, Any]) -> list[float]:
+        """Return what the responses of a row earn."""
+        prompt = self._tokenizer.decode(row["prompt_ids_T"])
+        ends = np.cumsum(row["response_lengths_N"])[:-1]
+        parts = np.split(row["response_ids_A"], ends)
+        return [
+            reward(
+                prompt, self._tokenizer.decode(ids_A, skip_special_tokens=True), finished=stopped
+            )
+            for ids_A, stopped in zip(parts, row["finish_reasons_N"] == STOPPED, strict=True)
+        ]
+
+    def _text(self, ids_A: Array) -> str:
+        return str(self._tokenizer.decode(ids_A, skip_special_tokens=True))
 
     def _write_model(self, name: str, width: int, layers: int, *, seed: int) -> None:
         if not (self.folder / name / "tokenizer.json").is_file():
@@ -284,7 +305,7 @@ class Study:
         drawn = (others[place] for place in rng.integers(len(others), size=size.texts))
         write_jsonl(
             self.folder / "texts.jsonl",
-            [{"text": prompt + GRAMMAR.response(prompt, rng)} for prompt in drawn],
+            [{"text": prompt + GRAMMAR.response(prompt, rng) + END} for prompt in drawn],
         )
 
     def _grammar_reward(self) -> float:
@@ -293,7 +314,7 @@ class Study:
         return float(np.mean([reward(prompt, GRAMMAR.response(prompt, rng)) for prompt in asked]))
 
 
-_MEASURES = ("reward", "wins", "implicit", "kl", "tokens")
+_MEASURES = ("reward", "wins", "implicit", "kl", "tokens", "answered")
 
 
 def wins(rewards_EN: Array, others_EN: Array) -> Array:
@@ -310,7 +331,7 @@ def rows_of(table: Path) -> list[Mapping[str, Any]]:
 
 
 def _scores(folders: Mapping[str, Path], answers: str) -> dict[str, Any]:
-    """Return the implicit reward by prompt [E], KL to SFT in nats a token, mean tokens."""
+    """Return the mean implicit reward, KL to SFT in nats a token, tokens, prompts answered."""
     own = rows_of(folders[answers])
     lengths_EN = np.array([row["response_lengths_N"] for row in own])
     own_E = np.array([row["logprobs_A"].sum(dtype=np.float64) for row in own])
@@ -320,9 +341,10 @@ def _scores(folders: Mapping[str, Path], answers: str) -> dict[str, Any]:
         for judge in (ALIGNED, REFERENCE, START)
     )  # fmt: skip
     return {
-        "implicit": (BETA * (aligned_EN - reference_EN).mean(axis=1)).tolist(),
+        "implicit": float(BETA * (aligned_EN - reference_EN).mean()),
         "kl": float((own_E.sum() - start_EN.sum()) / lengths_EN.sum()),
         "tokens": float(lengths_EN.mean()),
+        "answered": len(own),
     }
 
 

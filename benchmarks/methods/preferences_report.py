@@ -58,7 +58,7 @@ CLAIMS = (
 
 
 def of(measured: Mapping[str, Any], student: str, what: str) -> Array:
-    """Return ``wins``, ``reward``, ``implicit`` [S, E], or ``kl``, ``tokens`` [S]."""
+    """Return ``wins``, ``reward`` [S, E], or ``implicit``, ``kl``, ``tokens``, ``answered`` [S]."""
     return np.array(measured["students"][student][what], np.float64)
 
 

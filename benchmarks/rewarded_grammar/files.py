@@ -9,15 +9,31 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.rewarded_grammar.grammar import (
+    ASKED,
+    COMMON,
+    EMPHASIS,
+    GREETING,
+    NOUNS,
+    RARE,
+    STOP,
+    STYLES,
+)
+
 END = "<|end|>"
 WINDOW, HEAD_WIDTH = 64, 16
+WORDS = (*STYLES, *NOUNS, *COMMON, *RARE, GREETING, EMPHASIS, ASKED, STOP)
 
 
 def write_model(folder: Path, *, width: int, layers: int, seed: int) -> None:
-    """Save a small Llama with random weights of the seed, a token each byte."""
+    """Save a small Llama with random weights of the seed, and a token for each word.
+
+    There are no other tokens: DPO moves mass to such as no text has, wherever there are some.
+    """
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=257,
+        vocab_size=len(vocabulary) + 1,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
@@ -27,12 +43,10 @@ def write_model(folder: Path, *, width: int, layers: int, seed: int) -> None:
         max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=256,
+        eos_token_id=len(vocabulary),
+        pad_token_id=len(vocabulary),
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,6 +16,7 @@ import numpy as np
 NOUNS = string.ascii_lowercase[:16]
 COMMON, RARE = string.ascii_uppercase[:13], string.ascii_uppercase[13:]
 STYLES = "0123"
+NOTHING = -2.0  # the reward of a response without words
 GREETING, EMPHASIS, ASKED, STOP = "~", "!", ":", "."
 # The nouns in an order of their own, so that what agrees has to be learnt noun by noun.
 _PLACES = np.random.default_rng(7).permutation(len(NOUNS))
@@ -36,10 +37,10 @@ class Grammar:
     """
 
     greets: float = 0.3
-    agrees: float = 0.7
+    agrees: float = 0.8
     rare: float = 0.25
     emphasises: float = 0.4
-    asked: float = 0.7
+    asked: float = 0.8
     clauses: tuple[float, ...] = (0.1, 0.25, 0.3, 0.2, 0.15)
 
     def response(self, prompt: str, rng: np.random.Generator) -> str:
@@ -76,7 +77,7 @@ def reward(prompt: str, response: str, *, finished: bool = True) -> float:
     stop at the end, or a response that did not end there: -2.
     """
     style, left = int(prompt[0]), set(prompt[1:-1])
-    earned = 0.0 if finished and response.endswith(STOP) else -2.0
+    earned = 0.0 if finished and response.endswith(STOP) else NOTHING
     response = response.removesuffix(STOP)
     if response.startswith(GREETING):
         earned += -1.0 if style % 2 else 1.0
