@@ -11,7 +11,7 @@ from typing import Any
 
 TEACHER, REFERENCE, ALIGNED = "blank_teacher", "reference", "aligned"
 BLANK, START = "blank_student", "sft"
-BETA = 0.5  # of the teacher's alignment, of its advantages and of the judge
+BETA = 1.0  # of the teacher's alignment, of its advantages and of the judge
 Steps = dict[str, Any]
 
 
