@@ -28,6 +28,7 @@ import yaml
 from rich.console import Console
 
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
+from benchmarks.methods.advantage_peaks import peaks
 from benchmarks.methods.preference_steps import (
     ALIGNED,
     BETA,
@@ -56,6 +57,7 @@ Array = npt.NDArray[Any]
 GRAMMAR = Grammar()
 LEAST_GAP = 2.0  # between the rewards of a pair
 SEARCH_SEED = 1000
+PEAK_ROWS = 200  # of SFT's responses, to see where advantages are largest
 STOPPED = FINISH_REASONS.index("stop")
 MIN_ACCURACY, MAX_HALF_WIDTH = 0.9, 0.03
 
@@ -81,12 +83,12 @@ FULL = Settings(
         questions=1_000,
         teacher_steps=1_000,
         align_steps=400,
-        base_steps=500,
+        base_steps=1_500,
         sft_steps=150,
         steps=170,
     ),
-    rates=(3e-4, 1e-3, 3e-3),
-    factors=(1 / 3, 3.0),
+    rates=(1e-3, 3e-3, 1e-2),
+    factors=(0.1, 1 / 3, 3.0),
 )
 QUICK = Settings(
     seeds=2,
@@ -161,6 +163,7 @@ class Study:
                 for name, run in runs.items()
             },
             "teacher": seeds[0]["teacher"],
+            "peaks": seeds[0]["peaks"],
             "parameters": {
                 "teacher": num_parameters(self.folder / "teacher"),
                 "student": num_parameters(self.folder / "students/0"),
@@ -252,7 +255,11 @@ class Study:
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         record = read_checkpoint(folders[ALIGNED])
         assert record is not None
-        return {"students": students, "teacher": dict(record.metrics["heldout"])}
+        found = {"students": students, "teacher": dict(record.metrics["heldout"])}
+        if judged:
+            written = rows_of(folders[f"{START}-answers"])[:PEAK_ROWS]
+            found["peaks"] = asdict(peaks(folders[ALIGNED], folders[REFERENCE], written))
+        return found
 
     @cached_property
     def _tokenizer(self) -> Any:

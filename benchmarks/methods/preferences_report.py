@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bars import markdown_table
+from benchmarks.methods.advantage_peaks import UNLIKELY
 from benchmarks.methods.paired import (
     Interval,
     paired_interval,
@@ -30,6 +31,7 @@ from benchmarks.methods.preference_steps import (
     SFT_MORE,
     START,
 )
+from benchmarks.rewarded_grammar.grammar import NOTHING
 
 Array = npt.NDArray[np.float64]
 PAPER, OURS = "ADPA", "ours"
@@ -150,9 +152,9 @@ PAGE = """# Preferences: does what the teacher prefers arrive, and is it better?
 
 Written by `python benchmarks/methods/preferences.py --docs docs/methods`. A grammar
 (`benchmarks/rewarded_grammar/grammar.py`) writes responses to prompts; a programmed reward, at most
-7, orders them: asked-for nouns once each, the rare one of two agreeing verbs, a greeting in two of
-four styles; foreign nouns and emphasis cost. What earns most is not what is likely: the grammar's
-own responses earn {grammar_reward:.2f}. {pairs:,} pairs of them, rewards at least {gap:g} apart.
+8.5, orders them: asked-for nouns once each, the rare one of two verbs that agree, greeting and
+emphasis in two of four styles each; all else costs. What earns most is not what is likely: the
+grammar's own responses earn {grammar_reward:.2f}. {pairs:,} pairs, rewards at least {gap:g} apart.
 
 The teacher ({teacher_parameters:,} parameters) learns {texts:,} texts, the chosen responses (its
 reference), then the pairs by `teacher_align`: its implicit reward orders {accuracy:.3f} of
@@ -174,9 +176,14 @@ rate. The paper is ADPA (arXiv 2502.17927): ADPA+ over ADPA over DCKD over the o
 
 - **The teacher's reward** is its log-ratio to its reference times {beta:g}, **KL** is that of the
   student to SFT on its own responses, in nats a token; neither decides a verdict.
-- **The same search for all**: three learning rates, then a third and three times the strength (beta
-  of DPO, alpha of DCKD, gamma of ADPA) at the best of them; the win rate on {trials} other prompts
-  of a seed that is not among those above. "x" is times a strength of {strengths}.
+- **Where advantages are largest**: at {unlikely:.0%} of the positions of SFT's responses on a token
+  that the reference gives less than {bound:g}; {largest:+.2f} nats there on average, {written:+.2f}
+  at the token written. ADPA's sum grows with mass on such tokens, however unlikely they are.
+- **The same search for all**: three learning rates, then a tenth, a third and three times the
+  strength (beta of DPO, alpha of DCKD, gamma of ADPA) at the best of them; the win rate on {trials}
+  other prompts of a seed that is not among those above. "x" is times a strength of {strengths}.
+- An empty response makes no row, so both of its prompt's earn {nothing:g}, what a response without
+  words earns.
 
 {search}
 """
@@ -192,6 +199,9 @@ def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
     )
     page = PAGE.format(
         **size,
+        **measured["peaks"],
+        bound=UNLIKELY,
+        nothing=NOTHING,
         grammar_reward=measured["grammar_reward"],
         gap=measured["least_gap"],
         teacher_parameters=measured["parameters"]["teacher"],
