@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from rich.console import Console
 
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
 from benchmarks.methods.advantage_peaks import peaks
+from benchmarks.methods.preference_measures import rows_of, scores_of, wins
 from benchmarks.methods.preference_steps import (
     ALIGNED,
-    BETA,
     DCKD,
     METHODS,
     REFERENCE,
@@ -48,7 +47,6 @@ from pipeline.planning.plan import make_plan
 from pipeline.planning.recipe_file import load_recipe
 from pipeline.reports.progress import ConsoleReporter
 from pipeline.steps.run import run_plan
-from schemas.dataset import open_dataset
 from schemas.tables.prompted.responses import FINISH_REASONS
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.tokenizer import open_tokenizer
@@ -249,7 +247,7 @@ class Study:
                 "reward": rewards_EN.mean(axis=1).tolist(),
                 "wins": wins(rewards_EN, rewards[START]).tolist(),
             }
-            | (_scores(folders, f"{student}-answers") if judged else {})
+            | (scores_of(folders, f"{student}-answers") if judged else {})
             for student, rewards_EN in rewards.items()
         }
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -322,37 +320,6 @@ class Study:
 
 
 _MEASURES = ("reward", "wins", "implicit", "kl", "tokens", "answered")
-
-
-def wins(rewards_EN: Array, others_EN: Array) -> Array:
-    """Return by prompt [E] the share of all N x N comparisons won, a tie being half a win."""
-    signs_ENN = np.sign(rewards_EN[:, :, None] - others_EN[:, None, :])
-    shares_E: Array = (signs_ENN.mean(axis=(1, 2)) + 1) / 2
-    return shares_E
-
-
-def rows_of(table: Path) -> list[Mapping[str, Any]]:
-    """Return all rows of a table by their ids, so that those of two tables stand side by side."""
-    rows = open_dataset([table], split="train", verify=False)
-    return sorted((rows[index] for index in range(len(rows))), key=itemgetter("sample_id"))
-
-
-def _scores(folders: Mapping[str, Path], answers: str) -> dict[str, Any]:
-    """Return the mean implicit reward, KL to SFT in nats a token, tokens, prompts answered."""
-    own = rows_of(folders[answers])
-    lengths_EN = np.array([row["response_lengths_N"] for row in own])
-    own_E = np.array([row["logprobs_A"].sum(dtype=np.float64) for row in own])
-    aligned_EN, reference_EN, start_EN = (
-        np.array([row["response_logprobs_N"] for row in rows_of(folders[f"{answers}-{judge}"])],
-                 np.float64)
-        for judge in (ALIGNED, REFERENCE, START)
-    )  # fmt: skip
-    return {
-        "implicit": float(BETA * (aligned_EN - reference_EN).mean()),
-        "kl": float((own_E.sum() - start_EN.sum()) / lengths_EN.sum()),
-        "tokens": float(lengths_EN.mean()),
-        "answered": len(own),
-    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.methods import preferences
+from benchmarks.methods.preference_measures import wins
 from benchmarks.methods.preference_steps import METHODS, START
 from benchmarks.methods.preferences_report import CLAIMS
 from pipeline.planning.plan import make_plan
@@ -15,8 +16,8 @@ from pipeline.planning.recipe_file import load_recipe
 
 def test_wins_are_counted_over_all_comparisons() -> None:
     first_EN, second_EN = np.array([[1.0, 3.0], [0.0, 0.0]]), np.array([[1.0, 2.0], [1.0, 0.0]])
-    assert preferences.wins(first_EN, second_EN).tolist() == [0.625, 0.25]
-    assert preferences.wins(first_EN, first_EN).tolist() == [0.5, 0.5]
+    assert wins(first_EN, second_EN).tolist() == [0.625, 0.25]
+    assert wins(first_EN, first_EN).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.slow
