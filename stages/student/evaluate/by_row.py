@@ -1,8 +1,10 @@
-"""What each held-out row comes to: means over its positions, a line a student and row of a file.
+"""What each held-out row comes to: a line a student and row of a file, to be paired by.
 
-``rows.arrow`` (Arrow IPC) stands beside ``evaluation.json``: columns ``student``, ``sample_id``,
-``positions``, ``cross_entropy`` and ``kl_to_teacher`` (null without a teacher), in nats a position.
-Students of one report have the same rows in the same order, so their differences are paired.
+``rows.arrow`` (Arrow IPC) stands beside ``evaluation.json``. Of every table it has columns
+``student`` and ``sample_id``; of text also ``positions``, and ``cross_entropy`` and
+``kl_to_teacher`` (null without a teacher) as means over these, in nats; of episodes what
+``icl_rows`` lists. Students of one report have the same rows in the same order, so their
+differences are paired.
 
 Dimensions: N = scored positions of a batch, B = rows of a batch.
 """
@@ -18,25 +20,14 @@ from torch import Tensor
 
 ROWS = "rows.arrow"
 SAMPLE_IDS = "sample_ids"  # of a batch: those of its rows, in order
-SCHEMA = pa.schema(
-    [
-        pa.field("student", pa.string(), nullable=False),
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("positions", pa.int32(), nullable=False),
-        pa.field("cross_entropy", pa.float64(), nullable=False),
-        pa.field("kl_to_teacher", pa.float64()),
-    ]
-)
+Row = Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class RowScores:
     """The rows of one student as batches come; each batch row is one row of the data."""
 
-    sample_ids: list[str] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    cross_entropies: list[float] = field(default_factory=list)
-    kls: list[float | None] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def add(self, batch: Mapping[str, Any], scores_N2: Tensor, *, has_teacher: bool) -> None:
         """Add a batch by the cross-entropy and the KL [N, 2] of its positions."""
@@ -46,10 +37,9 @@ class RowScores:
         sums_B2.index_add_(0, row_of_N, scores_N2.double().cpu())
         counts_B = torch.bincount(row_of_N, minlength=len(ids))
         means_B2 = sums_B2 / counts_B.clamp(min=1)[:, None]
-        self.sample_ids += ids
-        self.positions += counts_B.tolist()
-        self.cross_entropies += means_B2[:, 0].tolist()
-        self.kls += means_B2[:, 1].tolist() if has_teacher else [None] * len(ids)
+        for name, count, (nll, kl) in zip(ids, counts_B.tolist(), means_B2.tolist(), strict=True):
+            row = {"sample_id": name, "positions": count, "cross_entropy": nll}
+            self.rows.append({**row, "kl_to_teacher": kl if has_teacher else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +53,15 @@ class WithSampleIds:
         return {**self.collator(rows), SAMPLE_IDS: [row["sample_id"] for row in rows]}
 
 
-def write_rows(folder: Path, scores: Mapping[str, RowScores]) -> None:
-    """Write ``rows.arrow``, student after student."""
-    with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for student, found in scores.items():
-            names = [student] * len(found.sample_ids)
-            columns = [
-                *(names, found.sample_ids, found.positions),
-                *(found.cross_entropies, found.kls),
-            ]
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+def write_rows(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Write ``rows.arrow``, student after student; nothing where no row was measured by itself."""
+    lines = [{"student": name, **row} for name, found in rows.items() for row in found]
+    if not lines:
+        return
+    names = dict.fromkeys(name for line in lines for name in line)
+    table = pa.table({name: [line.get(name) for line in lines] for name in names})
+    with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def read_rows(folder: Path) -> pa.Table:

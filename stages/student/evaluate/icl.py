@@ -27,6 +27,7 @@ from stages.models.causal_lm.model import check_student, load_student, student_v
 from stages.student.batches.signals import encoding_of
 from stages.student.evaluate.free_answers import FreeAnswer, generate_answers
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores, mean_and_spread
+from stages.student.evaluate.icl_rows import EpisodeRow, episode_row
 from stages.student.evaluate.icl_scoring import candidate_sums, subset_sums
 from stages.student.evaluate.icl_tasks import (
     STUDENT,
@@ -89,7 +90,8 @@ class IclReport:
     """All tasks in the order of their names.
 
     ``num_missing`` rows lacked a partner in some table, ``num_left_out`` free answers a tokenizer.
-    ``positions`` is ``measure_student``'s.
+    ``positions`` is ``measure_student``'s. ``rows`` has each episode's own results (``icl_rows``),
+    in the order of the tasks.
     """
 
     tasks: tuple[TaskReport, ...]
@@ -97,6 +99,7 @@ class IclReport:
     num_missing: int
     num_left_out: int
     positions: Numbers = field(default_factory=dict)
+    rows: tuple[EpisodeRow, ...] = ()
 
     def summary(self) -> dict[str, float]:
         """Return the numbers over all tasks, for a trainer's metrics.
@@ -124,8 +127,10 @@ class IclReport:
         return sum(task.num_episodes for task in self.tasks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain JSON values."""
-        return {**asdict(self), "overall": self.summary()}
+        """Return all of it but the rows as plain JSON values."""
+        body = asdict(replace(self, rows=()))
+        del body["rows"]
+        return {**body, "overall": self.summary()}
 
 
 def evaluate_episodes(
@@ -185,6 +190,7 @@ def measure_episodes(
         scoring=options.scoring,
         num_missing=dataset.num_missing,
         num_left_out=sum(row["gold"] < 0 for row in rows) - len(answered.answers),
+        rows=tuple(answered.row(row) for task in sorted(tasks) for row in tasks[task]),
     )
 
 
@@ -220,6 +226,13 @@ class _Answered:
         """Return whether anything was measured on a row."""
         return any(
             row["sample_id"] in found for found in (self.choices, self.answers, self.subsets)
+        )
+
+    def row(self, row: Row) -> EpisodeRow:
+        """Return what was measured on one row."""
+        name = row["sample_id"]
+        return episode_row(
+            row, self.choices.get(name), self.answers.get(name), self.subsets.get(name)
         )
 
     def report(self, task: str, rows: Sequence[Row]) -> TaskReport:

@@ -35,6 +35,7 @@ from stages.student.distiller.reader import answer_states, check_reader, load_re
 from stages.student.evaluate.before_query import Given, beside_distillers
 from stages.student.evaluate.icl import IclReport, TaskReport
 from stages.student.evaluate.icl_metrics import CandidateScoring, candidate_scores
+from stages.student.evaluate.icl_rows import EpisodeRow, episode_row
 from stages.student.evaluate.icl_tasks import (
     STUDENT,
     Numbers,
@@ -137,6 +138,7 @@ def _answered(
     """Answer each of ``rows`` that has candidates by the one of the best score."""
     tasks: dict[str, list[Any]] = defaultdict(list)
     kinds: dict[str, str] = {}
+    found_rows: list[EpisodeRow] = []
     num_left_out = 0
     for row in (dataset[index] for index in rows):
         if row["gold"] < 0:
@@ -144,7 +146,9 @@ def _answered(
             continue
         sums_N = candidate_sums(reader, given.before(row), row)
         scores_N = candidate_scores(sums_N, row["candidate_lengths_N"], scoring)
-        tasks[row["task"]].append(make_choice(row, {STUDENT: scores_N}))
+        choice = make_choice(row, {STUDENT: scores_N})
+        tasks[row["task"]].append(choice)
+        found_rows.append(episode_row(row, choice))
         kinds[row["task"]] = row["kind"]
     found = [
         TaskReport(
@@ -158,7 +162,9 @@ def _answered(
         )
         for task, choices in sorted(tasks.items())
     ]
-    return IclReport(tuple(found), scoring, dataset.num_missing, num_left_out)
+    return IclReport(
+        tuple(found), scoring, dataset.num_missing, num_left_out, rows=tuple(found_rows)
+    )
 
 
 def candidate_sums(reader: PreTrainedModel, vectors_MR: Tensor, row: Row) -> Any:

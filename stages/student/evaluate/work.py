@@ -1,12 +1,13 @@
 """The work of ``evaluate``: each student by itself, then one report of all."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from schemas.storage.manifest import read_manifest
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
 from stages.stage import StepJob
-from stages.student.evaluate.by_row import RowScores, write_rows
+from stages.student.evaluate.by_row import Row, RowScores, write_rows
 from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
@@ -16,7 +17,7 @@ from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
 def make(stage: EvaluateStage, job: StepJob) -> None:
     """Measure each student; ``evaluation.json`` has every number of every task.
 
-    Of tables of text ``rows.arrow`` has those of every held-out row (``by_row``).
+    ``rows.arrow`` has a line for each student and held-out row (``by_row``, ``icl_rows``).
     """
     reports: dict[str, Any]
     metrics: dict[str, dict[str, float]]
@@ -38,6 +39,7 @@ def _of_distillers(
     found = evaluate_vectors(distillers, reader, job.tables, scoring=stage.score)
     # The reader is the last of the step's models.
     label = {"cross_model": float(is_cross_model(job.identity["models"][-1], job.tables))}
+    write_rows(job.output, {name: report.rows for name, report in found.items()})
     return (
         {name: report.as_dict() for name, report in found.items()},
         {name: report.summary() | label for name, report in found.items()},
@@ -50,16 +52,16 @@ def _of_students(
     of_episodes = read_manifest(job.tables[0]).table == EPISODES.name
     reports: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
-    by_row: dict[str, RowScores] = {}
+    by_row: dict[str, Sequence[Row]] = {}
     for name, model in job.models.items():
         job.said(f"measuring {name}")
         if of_episodes:
             report = evaluate_episodes(model.path, job.tables, scoring=stage.score)
             reports[name], metrics[name] = report.as_dict(), report.summary()
+            by_row[name] = report.rows
         else:
-            by_row[name] = RowScores()
-            found = evaluate(model.path, job.tables, by_row=by_row[name])
-            reports[name] = metrics[name] = found
-    if any(found.sample_ids for found in by_row.values()):
-        write_rows(job.output, by_row)
+            scores = RowScores()
+            reports[name] = metrics[name] = evaluate(model.path, job.tables, by_row=scores)
+            by_row[name] = scores.rows
+    write_rows(job.output, by_row)
     return reports, metrics

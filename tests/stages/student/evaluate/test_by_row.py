@@ -34,20 +34,21 @@ def test_each_row_is_that_of_a_plain_forward(data: CachedData) -> None:
     by_row = RowScores()
     report = evaluate(data.student, data.tables("exact"), batch_size=3, by_row=by_row)
     rows = open_dataset(data.tables("exact"), split="heldout")
-    assert by_row.sample_ids == [rows[index]["sample_id"] for index in range(len(rows))]
-    for place in range(len(rows)):
-        ids_T = rows[place]["input_ids_T"]
+    for index, scores in enumerate(by_row.rows):
+        ids_T = rows[index]["input_ids_T"]
         student_PV, teacher_PV = (logprobs_of(m, ids_T) for m in (data.student, data.teacher))
         next_P = student_PV[np.arange(len(student_PV)), ids_T[1:].astype(int)]
         kl = (np.exp(teacher_PV) * (teacher_PV - student_PV)).sum(axis=1).mean()
-        assert by_row.positions[place] == len(ids_T) - 1
-        assert by_row.cross_entropies[place] == pytest.approx(-next_P.mean(), abs=1e-4)
-        assert by_row.kls[place] == pytest.approx(kl, abs=5e-3)  # float16 states
-    means = {"cross_entropy": by_row.cross_entropies, "kl_to_teacher": by_row.kls}
-    for name, values in means.items():
-        weighed = np.average(np.array(values, float), weights=by_row.positions)
+        assert scores["sample_id"] == rows[index]["sample_id"]
+        assert scores["positions"] == len(ids_T) - 1
+        assert scores["cross_entropy"] == pytest.approx(-next_P.mean(), abs=1e-4)
+        assert scores["kl_to_teacher"] == pytest.approx(kl, abs=5e-3)  # float16 states
+    assert len(by_row.rows) == len(rows)
+    counts = [scores["positions"] for scores in by_row.rows]
+    for name in ("cross_entropy", "kl_to_teacher"):
+        weighed = np.average([scores[name] for scores in by_row.rows], weights=counts)
         assert report[name] == pytest.approx(weighed, rel=1e-5)
-    assert report["tokens"] == sum(by_row.positions)
+    assert report["tokens"] == sum(counts)
 
 
 def test_rows_with_scored_spans_and_without_a_teacher(data: CachedData) -> None:
@@ -56,16 +57,24 @@ def test_rows_with_scored_spans_and_without_a_teacher(data: CachedData) -> None:
         report = evaluate(data.student, tables, by_row=by_row)
         rows = open_dataset(tables, split="heldout")
         counts = [len(scored_targets(rows[index])) for index in range(len(rows))]
-        assert by_row.positions == counts and by_row.kls == [None] * len(counts)
-        weighed = np.average(by_row.cross_entropies, weights=by_row.positions)
-        assert report["cross_entropy"] == pytest.approx(weighed, rel=1e-5)
+        assert [scores["positions"] for scores in by_row.rows] == counts
+        assert {scores["kl_to_teacher"] for scores in by_row.rows} == {None}
+        own = [scores["cross_entropy"] for scores in by_row.rows]
+        assert report["cross_entropy"] == pytest.approx(np.average(own, weights=counts), rel=1e-5)
 
 
 def test_rows_are_written_student_after_student(tmp_path: Path) -> None:
-    one = RowScores(["a", "b"], [3, 4], [1.5, 2.5], [0.25, 0.5])
-    other = RowScores(["a", "b"], [3, 4], [1.0, 2.0], [None, None])
+    one = [{"sample_id": "a", "right": True, "tau": None}, {"sample_id": "b", "token_f1": 0.5}]
+    other = [{"sample_id": "a", "right": False, "tau": 1.0}, {"sample_id": "b", "token_f1": 0.25}]
     write_rows(tmp_path, {"one": one, "other": other})
     table = read_rows(tmp_path)
     assert table["student"].to_pylist() == ["one", "one", "other", "other"]
-    assert table["kl_to_teacher"].to_pylist() == [0.25, 0.5, None, None]
-    assert table["positions"].to_pylist() == [3, 4, 3, 4]
+    assert table["sample_id"].to_pylist() == ["a", "b", "a", "b"]
+    assert table["right"].to_pylist() == [True, None, False, None]
+    assert table["tau"].to_pylist() == [None, None, 1.0, None]
+    assert table["token_f1"].to_pylist() == [None, 0.5, None, 0.25]
+
+
+def test_a_report_without_rows_leaves_no_file(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"one": [], "other": []})
+    assert not list(tmp_path.iterdir())

@@ -196,6 +196,34 @@ def test_agreement_of_a_student_is_that_of_slow_scores(
     assert numbers["candidate_kl"] > 0.01
 
 
+@pytest.mark.parametrize("tables", [("subset_preferences",), ("candidate_scores",)])
+def test_rows_are_each_episode_by_itself(
+    made: Made, student: PreTrainedModel, tables: tuple[str, ...]
+) -> None:
+    """Right by slow scores, log P of the gold, and means over rows that are the tasks' numbers."""
+    dataset = open_dataset(made.tables(*tables))
+    report = measure_episodes(student, dataset, IclOptions(tokenizer=made.teacher))
+    of = {episode.sample_id: episode for episode in made.episodes}
+    expected_ids = {dataset[index]["sample_id"] for index in range(len(dataset))}
+    assert {row["sample_id"] for row in report.rows} == expected_ids
+    for row in report.rows:
+        episode = of[row["sample_id"]]
+        assert (row["task"], row["draw"]) == (episode.task, episode.draw)
+        if episode.gold < 0:
+            assert "right" not in row and row["exact_match"] in (True, False)
+            continue
+        scores_N = np.array(slow_scores(made, episode, "mean"))
+        assert row["right"] == (first_best(list(scores_N)) == episode.gold)
+        expected = scores_N[episode.gold] - np.log(np.exp(scores_N).sum())
+        assert row["gold_logprob"] == pytest.approx(expected, abs=1e-4)
+    for task in report.tasks:
+        own = [row for row in report.rows if row["task"] == task.task]
+        for name in ("candidate_kl", "best_subset_agreement", "subset_rank_correlation"):
+            known = [row[name] for row in own if row.get(name) is not None]
+            mean = pytest.approx(statistics.mean(known)) if known else None
+            assert task.numbers.get(name) == mean
+
+
 def test_a_summary_is_the_mean_of_tasks(made: Made, student: PreTrainedModel) -> None:
     report = measure_episodes(student.train(), open_dataset(made.tables("candidate_scores")))
     assert student.training
