@@ -205,8 +205,8 @@ def _search_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _dropped(measured: Mapping[str, Any]) -> str:
-    mass = ", ".join(f"{share:.2f} of it at k {k}" for k, share in measured["top_mass"].items())
-    return f"The k largest hold {mass} of the mass of this source, on average."
+    mass = " and ".join(f"{share:.2f} (k {k})" for k, share in measured["top_mass"].items())
+    return f"The k largest tokens of this source hold {mass} of the mass, on average."
 
 
 def plot(path: Path, measured: Mapping[str, Any]) -> None:
