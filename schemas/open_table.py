@@ -79,7 +79,7 @@ _WRITTEN_SO = (
 )
 
 
-@dataclass
+@dataclass(eq=False)  # two openings of a table are two
 class OpenTable:
     """One table's shards; another process that is given it opens the files itself."""
 

@@ -15,6 +15,7 @@ from stages.signals.response_logprobs.stage import ResponseLogprobsStage
 from stages.signals.responses.stage import ResponsesStage
 from stages.signals.subset_preferences.stage import SubsetPreferencesStage
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
+from stages.signals.token_entropies.stage import TokenEntropiesStage
 from stages.sources.answers.stage import AnswersStage
 from stages.sources.conversations.stage import ConversationsStage
 from stages.sources.demonstrations.stage import DemonstrationsStage
@@ -22,6 +23,7 @@ from stages.sources.documents.stage import IngestStage
 from stages.sources.episodes.stage import EpisodesStage
 from stages.sources.finished_table.stage import FinishedTableStage
 from stages.sources.preference_pairs.stage import PreferencePairsStage
+from stages.sources.span_masks.stage import SpanMasksStage
 from stages.sources.token_files.stage import TokenFilesStage
 from stages.stage import Stage
 from stages.student.distiller.stage import DistillerInitStage
@@ -38,9 +40,11 @@ Step = Annotated[
     | DemonstrationsStage
     | ConversationsStage
     | AnswersStage
+    | SpanMasksStage
     | PreferencePairsStage
     | FinishedTableStage
     | TeacherLogitsStage
+    | TokenEntropiesStage
     | AlignedSpansStage
     | SubsetPreferencesStage
     | CandidateScoresStage

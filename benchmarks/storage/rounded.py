@@ -54,7 +54,7 @@ from stages.signals.teacher_logits.work import score_shard
 
 Array = npt.NDArray[Any]
 MAX_RATIO, MAX_KL = 0.55, 1e-4
-ROWS, QUICK_ROWS = 3, 2
+ROWS, QUICK_ROWS = 8, 2
 OTHERS = 1022  # positions on which other ways to round are tried
 ALLOWED = (None, 1e-4, 1e-3)
 CHUNK = 128

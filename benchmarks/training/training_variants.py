@@ -43,6 +43,7 @@ from stages.student.objectives.alm import AlmConfig
 from stages.student.objectives.cross_entropy import CrossEntropyConfig
 from stages.student.objectives.kd import KdConfig
 from stages.student.options import TrainOptions
+from stages.student.selected_positions import ByTeacherEntropy
 from stages.student.train.arguments import training_arguments
 from stages.student.train.distillation_trainer import DistillationTrainer
 from stages.student.train.stage import TrainConfig
@@ -52,6 +53,7 @@ SPANS = "spans"
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "cross_entropy": CrossEntropyConfig(),
     "stock_cross_entropy": CrossEntropyConfig(),
+    "cached_selected": KdConfig(positions=ByTeacherEntropy(by="teacher_entropy", fraction=0.2)),
     "cached_alm": AlmConfig(),
     "cached_alm_entries": AlmConfig(entries_weight=1.0),
 }
@@ -232,6 +234,7 @@ def _trl(job: Job, args: TrainingArguments) -> Trainer:
 VARIANTS: dict[str, Callable[[Job, TrainingArguments], Trainer]] = {
     "cross_entropy": lambda job, args: _ours(job, args, None),
     "cached_threshold": lambda job, args: _ours(job, args, "threshold"),
+    "cached_selected": lambda job, args: _ours(job, args, "threshold"),
     "cached_alm": lambda job, args: _ours(job, args, SPANS),
     "cached_alm_entries": lambda job, args: _ours(job, args, SPANS),
     "cached_exact": lambda job, args: _ours(job, args, "exact"),

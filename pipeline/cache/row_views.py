@@ -30,6 +30,7 @@ from schemas.tables.episodes import Episode, split_candidates
 from schemas.tables.prompted.advantages import AnyAdvantages
 from schemas.tables.subset_preferences import SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import RoundedLogits, TauLogits, ThresholdLogits, TopKLogits
+from schemas.tables.token_entropies import TokenEntropies
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,16 @@ def _teacher_logits(row: Any, look: Look) -> list[RenderableType]:
     return [Text(f"{cost} from the teacher unrounded"), view]
 
 
+def _token_entropies(row: TokenEntropies, look: Look) -> list[RenderableType]:
+    """The first positions in order, each with its place among all of the row."""
+    entropies_P = np.asarray(row.token_entropies_P, np.float64)
+    places_P = np.argsort(np.argsort(-entropies_P, kind="stable"), kind="stable")
+    view = RichTable("position", "entropy (nats)", "place")
+    for j in range(min(look.positions, row.num_positions)):
+        view.add_row(str(j), f"{entropies_P[j]:.3f}", str(places_P[j] + 1))
+    return [Text(f"{row.num_positions} positions, mean {entropies_P.mean():.3f} nats"), view]
+
+
 def _known(value: Any) -> str:
     """Return a number of nats, or that nobody knows it."""
     return "unknown" if np.isnan(value) else f"{float(value):.2f}"
@@ -228,4 +239,5 @@ VIEWS: dict[str, Callable[[Any, Look], Sequence[RenderableType]]] = {
     "response_token_logprobs": lambda row, look: [response_token_logprobs_table(row)],
     "advantages": _advantages,
     "teacher_logits": _teacher_logits,
+    "token_entropies": _token_entropies,
 }

@@ -69,6 +69,7 @@ def _problems(error: ValidationError, body: dict[str, Any]) -> str:
         if kind == "union_tag_invalid":
             place += f".{context['discriminator'].strip(chr(39))}"
             got[place] = f"got '{context['tag']}', "
+            context = {"expected_tags": context["expected_tags"].replace("'", "")}
         elif kind in _EXPECTED:
             got[place] = f"got {_shown(problem['input'])}, "
         told = (

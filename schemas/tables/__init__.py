@@ -14,8 +14,10 @@ from .prompted.advantages import SUPPORTS
 from .prompted.response_logprobs import RESPONSE_LOGPROBS
 from .prompted.response_token_logprobs import RESPONSE_TOKEN_LOGPROBS
 from .prompted.responses import RESPONSES
+from .span_masks import SPAN_MASKS
 from .subset_preferences import SUBSET_PREFERENCES
 from .teacher_logits import ENCODINGS
+from .token_entropies import TOKEN_ENTROPIES
 
 _KNOWN: tuple[Table[Any], ...] = (
     DOCUMENTS,
@@ -29,6 +31,8 @@ _KNOWN: tuple[Table[Any], ...] = (
     RESPONSE_LOGPROBS,
     RESPONSE_TOKEN_LOGPROBS,
     *ENCODINGS.values(),
+    TOKEN_ENTROPIES,
+    SPAN_MASKS,
     ALIGNED_SPANS,
     ALIGNED_ENTRIES,
     *SUPPORTS.values(),

@@ -5,8 +5,8 @@ another lie whole tokens of both, however many of each: a span. The teacher's lo
 the sum over its own tokens there; a student of the other tokenizer has one of the same bytes. A
 special token of both, such as the end of a text, is a span of no bytes.
 
-Variant ``entries`` adds what the teacher predicts where a span begins: its likeliest tokens, as far
-as the bytes of each are one token of the student's too, under the student's ids.
+Variant ``entries`` adds what the teacher predicts where a span begins: its likeliest tokens, each
+under the student's token that its bytes begin with.
 
 Dimensions: T = tokens of the row, S = spans, E = entries of all spans end to end.
 """
@@ -89,7 +89,7 @@ class AlignedEntries(AlignedSpans):
     entry_logprobs_E: Annotated[
         Array,
         Column(
-            *(pa.float16(), "the teacher's log-prob of the token with these bytes"),
+            *(pa.float16(), "the teacher's log-prob of tokens that begin with it"),
             dims="E",
             unit="nats",
             high=MOST_LOGPROB,

@@ -82,6 +82,11 @@ def distillation(
             "distillation: mixture: several teachers at once are for the train steps of recipes: "
             "leave it out and name one table of teacher_logits"
         )
+    if objective.positions is not None:
+        raise ConfigError(
+            "distillation: positions: selected positions are for the train steps of recipes: leave "
+            "it out"
+        )
     dataset = open_dataset(tables, split="train", verify=verify)
     objective.require([(m.table, m.variant) for m in dataset.manifests], [])
     held_out = None

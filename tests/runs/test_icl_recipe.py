@@ -9,6 +9,7 @@ import yaml
 
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
+from stages.student.evaluate.by_row import read_rows
 from tests.fixtures.tiny_recipe import TinyRecipe, table_bytes, teachercache, write_jsonl
 
 WORDS = ("stone", "river", "cloud", "ember", "grove", "harbor", "meadow", "canyon", "valley")
@@ -127,8 +128,8 @@ def test_both_methods_run_from_tasks_to_a_report(recipe: TinyRecipe) -> None:
     assert (task["task"], task["num_queries"], task["num_draws"]) == ("size", 5, 2)
     assert set(task["accuracy_by_draw"]) == {"0", "1"}
     assert report["student"]["overall"] != report["bialign"]["overall"]
-    lines = (recipe.step("results").folder / "rows.jsonl").read_text().splitlines()
-    right = [row["right"] for row in map(json.loads, lines) if row["student"] == "bialign"]
+    rows = read_rows(recipe.step("results").folder).to_pylist()
+    right = [row["right"] for row in rows if row["student"] == "bialign"]
     assert len(right) == task["num_episodes"]
     assert sum(right) / len(right) == pytest.approx(task["numbers"]["accuracy"])
     assert teachercache("verify", recipe.root).code == 0

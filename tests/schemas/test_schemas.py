@@ -35,6 +35,7 @@ from schemas.tables.prompted.response_token_logprobs import (
     ResponseTokenLogprobs,
 )
 from schemas.tables.prompted.responses import RESPONSES, Responses
+from schemas.tables.span_masks import SPAN_MASKS, SpanMask
 from schemas.tables.subset_preferences import SUBSET_PREFERENCES, SubsetPreferences, split_subsets
 from schemas.tables.teacher_logits import (
     EXACT,
@@ -46,6 +47,7 @@ from schemas.tables.teacher_logits import (
     ThresholdLogits,
     TopKLogits,
 )
+from schemas.tables.token_entropies import TOKEN_ENTROPIES, TokenEntropies
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {"K": 4, "D": 8, "R": 6}
@@ -66,6 +68,8 @@ BOUND: dict[str, BoundTable[Any]] = {
     "teacher_logits_top_k": TOP_K.bind(vocab_size=151_936, sizes=SIZES),
     "teacher_logits_exact": EXACT.bind(vocab_size=49_152, sizes=SIZES),
     "teacher_logits_exact_int8": EXACT_INT8.bind(vocab_size=49_152, sizes=SIZES),
+    "token_entropies": TOKEN_ENTROPIES.bind(vocab_size=49_152),
+    "span_masks": SPAN_MASKS.bind(vocab_size=49_152),
     "preference_pairs": PREFERENCE_PAIRS.bind(vocab_size=49_152),
     "responses": RESPONSES.bind(vocab_size=151_936, sizes=SIZES),
     "response_logprobs": RESPONSE_LOGPROBS.bind(vocab_size=49_152),
@@ -362,6 +366,16 @@ def test_rows_and_their_scores_come_back_and_bare_readers_see_lists(tmp_path: Pa
                 answer_logprobs_N=np.array([-1.0, -2.0, -3.5], np.float32),
                 num_answer_tokens=1,
                 ranks_N=np.array([1, 2, 3], np.int32),
+            ),
+        ),
+        "span_masks": (
+            SPAN_MASKS,
+            SpanMask(sample_id="e" * 24, selected_S2=np.array([[1, 3], [7, 8]], np.int32)),
+        ),
+        "token_entropies": (
+            TOKEN_ENTROPIES,
+            TokenEntropies(
+                sample_id="e" * 24, token_entropies_P=np.array([0.0, 2.5, 10.5], np.float16)
             ),
         ),
         "candidate_scores": (

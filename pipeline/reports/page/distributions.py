@@ -187,6 +187,8 @@ MEASURES: Mapping[str, tuple[Measure, ...]] = {
         ("kept mass", "", _kept_mass),
         ("kept entries", "", _num_kept),
     ),
+    "span_masks": (("selected tokens of a row", "tokens", _scored),),
+    "token_entropies": (("entropy", "nats", lambda sampled: sampled.row.token_entropies_P),),
     "advantages": (
         ("advantage of the token", "nats", lambda sampled: sampled.row.token_advantages_P),
         ("advantage of a kept entry", "nats", _kept_advantages),

@@ -26,6 +26,8 @@ INPUTS_SHOWN = 6  # of a table that measures nothing
 
 VIEWS: dict[str, Callable[[SampledRow, Words], dict[str, Any]]] = {
     "teacher_logits": tokens.logits_sample,
+    "token_entropies": tokens.entropies_sample,
+    "span_masks": tokens.mask_sample,
     "advantages": tokens.advantages_sample,
     "responses": tokens.responses_sample,
     "subset_preferences": subsets_sample,
@@ -33,7 +35,8 @@ VIEWS: dict[str, Callable[[SampledRow, Words], dict[str, Any]]] = {
     "response_logprobs": logprobs_sample,
 }
 
-ABOUT_TEXT = ("teacher_logits", "advantages")  # whose rows are nothing to look at alone
+# Whose rows are nothing to look at alone.
+ABOUT_TEXT = ("teacher_logits", "token_entropies", "span_masks", "advantages")
 
 
 @dataclass(slots=True)

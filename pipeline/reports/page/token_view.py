@@ -118,6 +118,36 @@ def _targets(row: Any, source: Any, num_tokens: int) -> Any:
     return targets
 
 
+def entropies_sample(sampled: SampledRow, words: Words) -> Json:
+    """Return a row of ``token_entropies`` on its text; raises ValueError where they do not meet."""
+    row, source, found = sampled.row, sampled.source, ids_and_parts(sampled.source)
+    if source is None or found is None:
+        raise ValueError(f"sample {row.sample_id} has no input with token ids")
+    targets = np.arange(1, len(found[0]))
+    if hasattr(source, SCORED):
+        targets = span_targets(source.scored_S2)
+    if len(targets) != row.num_positions:
+        raise ValueError(
+            f"sample {row.sample_id}: {row.num_positions} entropies are not about its input's "
+            f"{len(targets)} tokens"
+        )
+    entropies = row.token_entropies_P.tolist()
+    numbers = {int(t): (entropy,) for t, entropy in zip(targets, entropies, strict=True)}
+    return _sample(sampled, *found, words, [ENTROPY], numbers, {})
+
+
+def mask_sample(sampled: SampledRow, words: Words) -> Json:
+    """Return the text that a row of ``span_masks`` is about, cut at its spans."""
+    row, found = sampled.row, ids_and_parts(sampled.source)
+    if found is None:
+        raise ValueError(f"sample {row.sample_id} has no input with token ids")
+    ids, _ = found
+    marks = [0, *row.selected_S2.reshape(-1).tolist(), len(ids)]
+    names = ["selected" if n % 2 else "read" for n in range(len(marks) - 1)]
+    parts = [(name, a, b) for name, (a, b) in zip(names, pairwise(marks), strict=True) if a < b]
+    return _sample(sampled, ids, parts, words, [], {}, {})
+
+
 def advantages_sample(sampled: SampledRow, words: Words) -> Json:
     """Return a row of ``advantages`` on prompt and responses; raises ValueError without them."""
     row, source = sampled.row, sampled.source

@@ -8,6 +8,7 @@ text that has none. Neither kind's tokens have to be whole characters.
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ class ByteTokenizer:
         elif joined != text:
             raise UnknownBytes("the student's tokenizer changes the text")
         return np.array(ids, np.int64), sizes
+
+    def begin_of(self, part: bytes) -> int | None:
+        """Return the token that a text goes on with where it goes on with ``part``, alone.
+
+        None where that is not known: bytes that are no text, or that the tokenizer changes. A
+        tokenizer that puts a space before a text is asked behind a line break.
+        """
+        try:
+            text = part.decode()
+        except UnicodeDecodeError:
+            return None
+        for before, asked in (("", text), ("", text.removeprefix(" ")), (" \n", "\n" + text)):
+            ids = self._backend.encode(asked, add_special_tokens=False).ids
+            parts = [self.bytes_of.get(index, b"") for index in ids]
+            starts = [0, *accumulate(map(len, parts))]
+            if b"".join(parts) == before.encode() + part and len(before) in starts[:-1]:
+                return int(ids[starts.index(len(before))])
+        return None
 
     def spelling(self, index: int) -> str:
         """Return how a token is spelled, for people."""

@@ -1,4 +1,12 @@
-"""A teacher's entries under another tokenizer's ids: those whose bytes are one token of both.
+"""A teacher's entries under another tokenizer's ids: the token that the bytes of each begin with.
+
+What a teacher says in one token, `` Dogs``, a student may say in two, `` Dog`` and ``s``: the
+probability of the one is that of the first of the two, where the text stands still at the same
+byte. Were tokens of both alone kept, the student would be told that `` Dog`` is as rare as in the
+teacher's tokens, where it is only spelled otherwise (arXiv 2605.21699 sees students spoilt so).
+
+A teacher's token is taken as if it stood alone: the student's tokens of its text could also reach
+over its end.
 
 Dimensions: P = scored positions, K = entries of one, S = spans, E = entries of all spans.
 """
@@ -25,18 +33,21 @@ class Kept(NamedTuple):
     probs_PK: Array
 
 
-def same_tokens(teacher: ByteTokenizer, student: ByteTokenizer) -> Array:
-    """Return for each id of the teacher the student's token of the same bytes, or ``NO_TOKEN``.
+def first_tokens(teacher: ByteTokenizer, student: ByteTokenizer) -> Array:
+    """Return for each id of the teacher the student's token that its bytes begin with.
 
-    The ends of a text are each other's.
+    That is not the token of the same bytes where the tokenizer never makes it (digits of a number
+    kept apart); it is for bytes that are no text. ``NO_TOKEN`` where none is known. The ends of a
+    text are each other's.
     """
     id_of = {part: index for index, part in student.bytes_of.items()}
-    same_V = np.full(1 + max(*teacher.bytes_of, *teacher.special), NO_TOKEN, np.int64)
+    first_V = np.full(1 + max(*teacher.bytes_of, *teacher.special), NO_TOKEN, np.int64)
     for index, part in teacher.bytes_of.items():
-        same_V[index] = id_of.get(part, NO_TOKEN)
+        found = student.begin_of(part)
+        first_V[index] = id_of.get(part, NO_TOKEN) if found is None else found
     if "eos" in teacher.named and "eos" in student.named:
-        same_V[teacher.named["eos"]] = student.named["eos"]
-    return same_V
+        first_V[teacher.named["eos"]] = student.named["eos"]
+    return first_V
 
 
 def kept_of(columns: Mapping[str, Array]) -> Kept:
@@ -49,16 +60,16 @@ def kept_of(columns: Mapping[str, Array]) -> Kept:
     return Kept(ids_PK.astype(np.int64), np.where(in_head_PK, weights_PK, 0.0))
 
 
-def with_entries(row: AlignedSpans, kept: Kept, places_S: Array, same_V: Array) -> AlignedEntries:
+def with_entries(row: AlignedSpans, kept: Kept, places_S: Array, first_V: Array) -> AlignedEntries:
     """Add entries to a row; ``places_S`` are its spans' first positions, -1 for one without any.
 
-    Tokens of the teacher's whose bytes are the same count together.
+    Tokens of the teacher's that begin with the same token of the student's count together.
     """
     ids, logprobs, counts = [], [], []
     for place in places_S.tolist():
         ids_K, probs_K = kept.ids_PK[place], kept.probs_PK[place]
-        in_reach_K = (probs_K > LEAST) & (ids_K < len(same_V)) & (place >= 0)
-        others, at = np.unique(same_V[ids_K[in_reach_K]], return_inverse=True)
+        in_reach_K = (probs_K > LEAST) & (ids_K < len(first_V)) & (place >= 0)
+        others, at = np.unique(first_V[ids_K[in_reach_K]], return_inverse=True)
         sums = np.bincount(at, probs_K[in_reach_K], len(others))
         is_token = others != NO_TOKEN
         ids.append(others[is_token])

@@ -21,11 +21,11 @@ class AlignedSpansStage(TableStage):
     ``teacher`` names the model whose ids documents and signals hold, ``tokenizer`` the student's: a
     model of the recipe or a folder. Neither's weights are loaded. A row whose bytes are not known
     exactly is a reject with its reason. With ``entries`` the teacher's likeliest tokens where a
-    span begins are kept, those whose bytes are one token of the student's; of ``threshold`` signals
-    they are the head, of ``top_k`` all.
+    span begins are kept, each under the student's token that its bytes begin with; of ``threshold``
+    signals they are the head, of ``top_k`` all.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONSUMES: ClassVar[tuple[Table[Any], ...]] = tuple(ENCODINGS.values())
     READS: ClassVar[tuple[str, ...]] = ("input", "documents")
     RUNS: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -25,7 +25,7 @@ from schemas.table import Table
 from schemas.tables.aligned_spans import ALIGNED_ENTRIES, AlignedEntries, AlignedSpans
 from stages.models.checkpoints.token_bytes import ByteTokenizer, UnknownBytes
 from stages.signals.aligned_spans.alignment import Alignment, align
-from stages.signals.aligned_spans.entries import kept_of, same_tokens, with_entries
+from stages.signals.aligned_spans.entries import first_tokens, kept_of, with_entries
 from stages.signals.aligned_spans.stage import AlignedSpansStage
 from stages.stage import Rejected, StageContext, Work
 
@@ -43,7 +43,7 @@ def open_work(stage: AlignedSpansStage, context: StageContext) -> Iterator[Work]
     signals = known_table(read_manifest(context.input_folder), context.input_folder)
 
     names = list(signals.columns) if stage.entries else list(_READ)
-    same_V = same_tokens(teacher, student)
+    first_V = first_tokens(teacher, student) if stage.entries else None
 
     def work(shard: pa.Table) -> Iterable[AlignedSpans | Rejected]:
         split = split_of(shard)
@@ -62,9 +62,9 @@ def open_work(stage: AlignedSpansStage, context: StageContext) -> Iterator[Work]
                 except UnknownBytes as error:
                     yield Rejected(sample_id, str(error))
                     continue
-                if stage.entries:
+                if first_V is not None:
                     places_S = _first_positions(row, found, signal["first_target"])
-                    row = with_entries(row, kept_of(signal), places_S, same_V)
+                    row = with_entries(row, kept_of(signal), places_S, first_V)
                 yield replace(row, sample_id=row.hashed_id)
 
     yield work

@@ -40,6 +40,7 @@ from stages.signals.scoring.agreement import (
 )
 from stages.signals.scoring.encoding import measure
 from stages.signals.scoring.possible_draw import Entries, draw_apart
+from stages.signals.scoring.states import States
 from stages.signals.teacher_logits.calibration import read_calibration
 from stages.signals.teacher_logits.questions import questions
 from stages.signals.teacher_logits.stage import (
@@ -48,7 +49,7 @@ from stages.signals.teacher_logits.stage import (
     ThresholdEncoding,
     TopKEncoding,
 )
-from stages.signals.teacher_logits.work import States, open_teacher
+from stages.signals.teacher_logits.work import open_teacher
 from stages.stage import Rejected, StageContext
 
 __all__ = ["Live", "measures", "open_live", "questions"]

@@ -4,7 +4,6 @@ Dimensions: P = scored positions, V = vocabulary, K = kept entries (the most of 
 D = hidden width, N = uniforms of a position.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from schemas.distribution import (
 )
 from schemas.tables.teacher_logits import AnyLogits
 from stages.signals.scoring.encoding import Measured, threshold_sample, top_k
+from stages.signals.scoring.states import Asked
 from stages.signals.teacher_logits.rounding import Rounded
 from stages.signals.teacher_logits.stage import (
     ExactEncoding,
@@ -31,15 +31,6 @@ from stages.signals.teacher_logits.stage import (
 )
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One row to be: its key, and the tokens that its positions predict."""
-
-    sample_id: str
-    first_target: int
-    targets_P: npt.NDArray[np.int64]
 
 
 class RowEncoder:

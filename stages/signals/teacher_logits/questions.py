@@ -18,8 +18,9 @@ from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.models.causal_lm.language_head import read_config
 from stages.models.encoder_decoder.halves import frame_of
 from stages.signals.scoring.agreement import I64Array, Question
+from stages.signals.scoring.states import sequences_of, spanned_of
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
-from stages.signals.teacher_logits.work import halves_of, sequences_of, spanned_of
+from stages.signals.teacher_logits.work import halves_of
 from stages.stage import StageContext
 
 

@@ -5,10 +5,8 @@ time, in blocks of positions, and the encoding keeps what the recipe asks for: o
 the engine is at what follows. A whole input shard goes to the engine as one unit and in one order,
 so that a re-run meets the same batches.
 
-Positions: a row of T tokens has T - 1 scored positions; the hidden state at index t predicts
-token t + 1, so entry j comes from index j and ``first_target`` is 1. Where the input's rows name
-spans (``schemas.scored_spans``), their tokens alone are scored, and what follows the last is not
-read. An encoder-decoder reads such a row in two halves (``stages.models.encoder_decoder.halves``).
+Which positions are scored is in ``stages.signals.scoring.states``. An encoder-decoder reads a row
+that names spans in two halves (``stages.models.encoder_decoder.halves``).
 Of a preference pair only the responses are scored, each after the prompt, which is run once.
 
 Dimensions: T = tokens, P = scored positions, V = vocabulary, K = kept entries, D = hidden width.
@@ -20,16 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from schemas.packing.coder import coding_library
 from schemas.scored_spans import SCORED, span_targets
 from schemas.tables.demonstrations import DEMONSTRATIONS
-from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from schemas.tables.teacher_logits import AnyLogits
 from stages.models.causal_lm.language_head import LanguageHead, read_config
@@ -41,13 +36,23 @@ from stages.models.engines.encoder_decoder_engine import (
 )
 from stages.models.engines.engine import Engine, HiddenStates, open_model
 from stages.models.engines.engine_pair import head_of
-from stages.models.engines.sequences import TokenIds, require_room
+from stages.models.engines.sequences import require_room
 from stages.models.spec import EngineOptions, HeadCheck
 from stages.signals.scoring.encoding import cache_slices, measure
 from stages.signals.scoring.logits import LogitBlocks
 from stages.signals.scoring.responses import Prompted, prompted_of, response_states
+from stages.signals.scoring.states import (
+    Asked,
+    Rows,
+    Spanned,
+    States,
+    document_states,
+    id_reason,
+    scored_states,
+    sequences_of,
+)
 from stages.signals.teacher_logits.calibration import read_calibration
-from stages.signals.teacher_logits.encoder import Asked, RowEncoder
+from stages.signals.teacher_logits.encoder import RowEncoder
 from stages.signals.teacher_logits.rounding import rounded
 from stages.signals.teacher_logits.stage import ExactEncoding, TeacherLogitsStage
 from stages.signals.teacher_logits.tau import with_tau
@@ -79,17 +84,6 @@ def open_work(stage: TeacherLogitsStage, context: StageContext) -> Iterator[Work
 
 
 @dataclass(frozen=True, slots=True)
-class States:
-    """One row that is asked about, and the final hidden state [P, D] at each of its positions."""
-
-    asked: Asked
-    hidden_PD: Tensor
-
-
-Rows = Iterable[States | Rejected]
-
-
-@dataclass(frozen=True, slots=True)
 class Teacher:
     """An open teacher: ``states`` of some rows of the input, one or a rejection each, in order."""
 
@@ -113,11 +107,7 @@ def open_teacher(stage: TeacherLogitsStage, context: StageContext) -> Iterator[T
         def states(rows: pa.Table) -> Rows:
             if of_pairs:
                 return pair_states(engine, prompted_of(rows), context.engine)
-            if SCORED in rows.schema.names:
-                return span_states(engine, rows, context.engine)
-            longest = pc.max(pc.list_value_length(rows["input_ids_T"])).as_py() or 0
-            require_room(engine, longest, context.engine)
-            return document_states(engine, rows)
+            return scored_states(engine, rows, context.engine)
 
         yield Teacher(engine.head, engine.head_check, states)
 
@@ -149,40 +139,6 @@ def encoded(stage: TeacherLogitsStage, head: LanguageHead, rows: Rows) -> Iterab
             yield blocks.later(row.hidden_PD, partial(_encode, stage, blocks, row.asked))
 
 
-def document_states(engine: HiddenStates, shard: pa.Table) -> Rows:
-    """Yield the states of each row, every one of whose tokens is scored but the first."""
-    rows = [row for batch in shard.to_batches() for row in sequences_of(batch)]
-    fits = [len(ids_T) <= engine.max_length for _, ids_T in rows]
-    hidden = engine.hidden_states([ids_T for (_, ids_T), ok in zip(rows, fits, strict=True) if ok])
-    for (sample_id, ids_T), ok in zip(rows, fits, strict=True):
-        if ok:
-            yield States(Asked(sample_id, 1, np.asarray(ids_T[1:], np.int64)), next(hidden)[:-1])
-        else:
-            reason = f"longer than the model's window of {engine.max_length} tokens"
-            yield Rejected(sample_id, reason)
-
-
-def span_states(engine: Engine, shard: pa.Table, options: EngineOptions) -> Rows:
-    """Yield the states of each row, whose column names the spans that are scored."""
-    rows = [row for batch in shard.to_batches() for row in spanned_of(batch)]
-    reasons = [_span_reason(engine, row) for row in rows]
-    require_room(engine, max((len(row.read_T) for row in rows), default=0), options)
-    fitting = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    states = iter(
-        engine.last_hidden_states(
-            [row.read_T for row in fitting], [row.num_states for row in fitting]
-        )
-    )
-    for row, reason in zip(rows, reasons, strict=True):
-        if reason:
-            yield Rejected(row.sample_id, reason)
-            continue
-        hidden_ND, first = next(states), int(row.targets_P[0])
-        wanted_P = torch.from_numpy(row.targets_P - first).to(hidden_ND.device)
-        asked = Asked(row.sample_id, first, row.ids_T[row.targets_P].astype(np.int64))
-        yield States(asked, hidden_ND[wanted_P])
-
-
 def halves_states(engine: EncoderDecoderEngine, shard: pa.Table, options: EngineOptions) -> Rows:
     """Yield the states of each row of ``demonstrations``, which is read in two halves."""
     rows = [row for batch in shard.to_batches() for row in halves_of(batch)]
@@ -205,7 +161,7 @@ def halves_states(engine: EncoderDecoderEngine, shard: pa.Table, options: Engine
 class Halves:
     """A row of which the decoder says the tokens from ``begins`` on, the scored ones among them."""
 
-    spanned: "Spanned"
+    spanned: Spanned
     begins: int
 
     @property
@@ -231,49 +187,7 @@ def _halves_reason(engine: EncoderDecoderEngine, row: Halves) -> str:
         return "none of its scored tokens is one that a decoder says"
     if engine.longest_half(row.read) > engine.max_length:
         return f"longer than the model's window of {engine.max_length} tokens"
-    return _id_reason(engine, row.spanned)
-
-
-@dataclass(frozen=True, slots=True)
-class Spanned:
-    """A row whose scored tokens are ``targets_P``, by index."""
-
-    sample_id: str
-    ids_T: TokenIds
-    targets_P: npt.NDArray[np.int64]
-
-    @property
-    def read_T(self) -> TokenIds:
-        """What the teacher has to read: all up to the last scored token, which nothing follows."""
-        return self.ids_T[: max(self.targets_P, default=0)]
-
-    @property
-    def num_states(self) -> int:
-        """From the state that predicts the first scored token to the last one."""
-        return int(self.targets_P[-1] - self.targets_P[0]) + 1
-
-
-def spanned_of(batch: pa.RecordBatch) -> Iterator[Spanned]:
-    """Yield each row that names its spans, with the tokens that are scored."""
-    spans = DEMONSTRATIONS.column_values(batch, SCORED)
-    for (sample_id, ids_T), spans_S2 in zip(sequences_of(batch), spans, strict=True):
-        yield Spanned(sample_id, ids_T, span_targets(spans_S2))
-
-
-def _span_reason(engine: Engine, row: Spanned) -> str:
-    """Say why a teacher cannot score a row, ``""`` if it can."""
-    if not len(row.targets_P):
-        return "no token of it is scored: it is a prompt"
-    if len(row.read_T) > engine.max_length:
-        return f"longer than the model's window of {engine.max_length} tokens"
-    return _id_reason(engine, row)
-
-
-def _id_reason(engine: Engine | EncoderDecoderEngine, row: Spanned) -> str:
-    largest, vocab_size = int(row.ids_T.max()), engine.head.vocab_size
-    if largest >= vocab_size:
-        return f"token id {largest} outside the teacher's vocabulary of {vocab_size}"
-    return ""
+    return id_reason(engine.head.vocab_size, row.spanned)
 
 
 def pair_states(engine: Engine, pairs: Sequence[Prompted], options: EngineOptions) -> Rows:
@@ -285,13 +199,6 @@ def pair_states(engine: Engine, pairs: Sequence[Prompted], options: EngineOption
             continue
         targets_P = pair.token_ids_A.astype(np.int64)
         yield States(Asked(pair.sample_id, len(pair.prompt_T), targets_P), hidden_PD)
-
-
-def sequences_of(batch: pa.RecordBatch) -> Iterator[tuple[str, TokenIds]]:
-    """Yield key and token ids of each row: two columns that every input table has."""
-    names = ("sample_id", "input_ids_T")
-    columns = [DOCUMENTS.column_values(batch, name) for name in names]
-    yield from zip(*columns, strict=True)
 
 
 def _encode(

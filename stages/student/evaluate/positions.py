@@ -65,6 +65,7 @@ from stages.student.batches.spans import SpansCollator
 from stages.student.batches.teachers import TAUGHT, on_device, taught_collator
 from stages.student.batches.training_data import teacher_head_of
 from stages.student.distiller.reader import read_scored_states
+from stages.student.evaluate.by_row import RowScores, WithSampleIds
 from stages.student.losses.cross_entropy import CrossEntropy
 from stages.student.losses.kl import Teacher, teacher_of
 from stages.student.losses.mixture import next_logprobs_of, of_each, taught_by
@@ -77,12 +78,13 @@ DtypeName = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Sums over positions that an evaluation reports; it has no gradient."""
+    """Sums over positions that an evaluation reports; each one's first two go to ``each_N2``."""
 
     SUMS: ClassVar[tuple[str, ...]] = ("cross_entropy", "kl", "dropped", "agreed", "compared")
 
     next_token_ids_N: Tensor
     teacher: Teacher | None
+    each_N2: Tensor | None = None
 
     @property
     def extra_blocks(self) -> int:
@@ -92,12 +94,17 @@ class Scores:
     def reduce_(self, logprobs_CV: Tensor, rows: slice, *, with_grad: bool) -> Tensor:
         """Return the sums of ``SUMS``; see ``chunked_loss.PositionLoss``."""
         assert not with_grad, "an evaluation has no gradient"
-        cross_entropy = -logprobs_CV.gather(1, self.next_token_ids_N[rows, None]).sum()
+        next_C = logprobs_CV.gather(1, self.next_token_ids_N[rows, None])[:, 0]
+        cross_entropy = -next_C.sum()
+        if self.each_N2 is not None:
+            self.each_N2[rows, 0] = -next_C
         if self.teacher is None:
             return torch.stack([cross_entropy, *cross_entropy.new_zeros(4)])
         teacher_C = self.teacher.top_token_ids(rows)
         agreed = (logprobs_CV.argmax(dim=1) == teacher_C).sum()
         kl_C, dropped_C = self.teacher.kl_(logprobs_CV, rows, None)
+        if self.each_N2 is not None:
+            self.each_N2[rows, 1] = kl_C
         counts = torch.stack([agreed, (teacher_C >= 0).sum()]).to(kl_C)
         return torch.stack([cross_entropy, kl_C.sum(), dropped_C.sum().to(kl_C), *counts])
 
@@ -110,7 +117,7 @@ class HeldOut:
     those that count (None: all), ``tokens_of`` a row what a distiller reads. ``together`` all
     processes run the student equally often, as one that is divided over them has to be. Of several
     teachers ``teacher_heads`` are by their table's place in the data, and ``mixture`` is that of
-    objective ``kd``.
+    objective ``kd``. ``by_row`` takes in rows one by one: of one teacher or none, each a batch's.
     """
 
     dataset: CachedDataset
@@ -126,6 +133,7 @@ class HeldOut:
     tokens_of: Callable[[Row], Array] = distiller_tokens
     teacher_heads: Mapping[int, LanguageHead] = field(default_factory=dict)
     mixture: Any = None
+    by_row: RowScores | None = None
 
 
 def evaluate(
@@ -136,14 +144,18 @@ def evaluate(
     batch_size: int = 8,
     dtype: DtypeName = "float32",
     options: TrainOptions | None = None,
+    by_row: RowScores | None = None,
 ) -> dict[str, float]:
-    """Load a student and measure it on one split; raises what training would raise."""
+    """Measure a student on one split, and into ``by_row`` each row; raises what training would."""
     options = replace(options or TrainOptions(), eval_batch_size=batch_size)
     device = device_of(options)
     dataset = open_dataset(data, split=split, verify=options.verify)
     model = load_student(student, device=device)
     check_student(student, dataset, student_vocab_size(model))
-    return measure_student(model, held_out_of(dataset, student, device, options, dtype))
+    held_out = held_out_of(dataset, student, device, options, dtype)
+    if dataset.manifests[0].table != RESPONSES.name:
+        held_out = replace(held_out, by_row=by_row)
+    return measure_student(model, held_out)
 
 
 def held_out_of(
@@ -217,6 +229,8 @@ def _batches(model: PreTrainedModel, held_out: HeldOut) -> DataLoader[dict[str, 
         collator = OpdCollator.of(held_out.dataset, vocab_size)
     elif held_out.dataset.manifests[0].table == ALIGNED_SPANS.name:
         collator = SpansCollator(collator)
+    if held_out.by_row is not None:
+        collator = WithSampleIds(collator)
     return DataLoader(
         Subset(SignalRows(held_out.dataset), mine),  # type: ignore[arg-type]
         batch_size=held_out.options.eval_batch_size,
@@ -231,7 +245,10 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden_ND = _hidden_states(model, batch, held_out)
     head = student_head(held_out.reader or model)
-    sums = chunked_loss(hidden_ND, head, _scores(batch, held_out), dtype=dtype).sums
+    each_N2 = None if held_out.by_row is None else hidden_ND.new_zeros(len(hidden_ND), 2)
+    sums = chunked_loss(hidden_ND, head, _scores(batch, held_out, each_N2), dtype=dtype).sums
+    if held_out.by_row is not None and each_N2 is not None:
+        held_out.by_row.add(batch, each_N2, has_teacher=bool(encoding_of(held_out.dataset)))
     answers = _answer_sums(batch, hidden_ND, head, dtype)
     responses = _response_sums(batch, hidden_ND, head, dtype)
     teacher_ce = _teacher_cross_entropy(batch, held_out).to(hidden_ND)
@@ -242,7 +259,7 @@ def _sums_of(model: PreTrainedModel, batch: dict[str, Tensor], held_out: HeldOut
     ).double()
 
 
-def _scores(batch: dict[str, Any], held_out: HeldOut) -> PositionLoss:
+def _scores(batch: dict[str, Any], held_out: HeldOut, each_N2: Tensor | None) -> PositionLoss:
     """Return what is summed over a batch's positions, each against its own teacher."""
     if TAUGHT in batch:
         heads, mixture = held_out.teacher_heads, held_out.mixture
@@ -251,7 +268,7 @@ def _scores(batch: dict[str, Any], held_out: HeldOut) -> PositionLoss:
         )
     has_teacher = bool(encoding_of(held_out.dataset))
     teacher = teacher_of(batch, held_out.teacher_head) if has_teacher else None
-    return Scores(batch["next_token_ids_N"], teacher)
+    return Scores(batch["next_token_ids_N"], teacher, each_N2)
 
 
 def _teacher_cross_entropy(batch: dict[str, Any], held_out: HeldOut) -> Tensor:

@@ -1,27 +1,23 @@
 """The work of ``evaluate``: each student by itself, then one report of all."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from schemas.storage.files import write_text
 from schemas.storage.manifest import read_manifest
 from schemas.tables.episodes import EPISODES
 from stages.models.checkpoints.checkpoint import CheckpointRecord, write_evaluation
 from stages.stage import StepJob
-from stages.student.evaluate.icl import IclReport, evaluate_episodes
+from stages.student.evaluate.by_row import Row, RowScores, write_rows
+from stages.student.evaluate.icl import evaluate_episodes
 from stages.student.evaluate.positions import evaluate
 from stages.student.evaluate.stage import EvaluateStage
 from stages.student.evaluate.vectors import evaluate_vectors, is_cross_model
-
-ROWS = "rows.jsonl"
 
 
 def make(stage: EvaluateStage, job: StepJob) -> None:
     """Measure each student; ``evaluation.json`` has every number of every task.
 
-    Of episodes ``rows.jsonl`` has a line for each student and row (``icl_rows``).
+    ``rows.arrow`` has a line for each student and held-out row (``by_row``, ``icl_rows``).
     """
     reports: dict[str, Any]
     metrics: dict[str, dict[str, float]]
@@ -43,7 +39,7 @@ def _of_distillers(
     found = evaluate_vectors(distillers, reader, job.tables, scoring=stage.score)
     # The reader is the last of the step's models.
     label = {"cross_model": float(is_cross_model(job.identity["models"][-1], job.tables))}
-    _write_rows(job.output, found)
+    write_rows(job.output, {name: report.rows for name, report in found.items()})
     return (
         {name: report.as_dict() for name, report in found.items()},
         {name: report.summary() | label for name, report in found.items()},
@@ -56,23 +52,16 @@ def _of_students(
     of_episodes = read_manifest(job.tables[0]).table == EPISODES.name
     reports: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
-    found: dict[str, IclReport] = {}
+    by_row: dict[str, Sequence[Row]] = {}
     for name, model in job.models.items():
         job.said(f"measuring {name}")
         if of_episodes:
-            found[name] = report = evaluate_episodes(model.path, job.tables, scoring=stage.score)
+            report = evaluate_episodes(model.path, job.tables, scoring=stage.score)
             reports[name], metrics[name] = report.as_dict(), report.summary()
+            by_row[name] = report.rows
         else:
-            reports[name] = metrics[name] = evaluate(model.path, job.tables)
-    if found:
-        _write_rows(job.output, found)
+            scores = RowScores()
+            reports[name] = metrics[name] = evaluate(model.path, job.tables, by_row=scores)
+            by_row[name] = scores.rows
+    write_rows(job.output, by_row)
     return reports, metrics
-
-
-def _write_rows(folder: Path, reports: Mapping[str, IclReport]) -> None:
-    lines = (
-        json.dumps({"student": name, **row}) + "\n"
-        for name, report in reports.items()
-        for row in report.rows
-    )
-    write_text(folder / ROWS, "".join(lines))

@@ -16,9 +16,9 @@ cross-entropy's. The sum over spans is divided by the step's scored tokens, wher
 the mean over spans. And outcomes are not debiased: the paper multiplies p and q by the probability
 that a new word begins behind the span. A student's log q is taken to be at most -1e-6.
 
-**Entries.** Where a span begins, both predict what the text goes on with. Of the teacher's
-likeliest tokens those are taken whose bytes are one token of the student's too; all else is one
-bucket, on either side:
+**Entries.** Where a span begins, both predict what the text goes on with. The teacher's likeliest
+tokens are taken as the student's tokens that their bytes begin with, p_v summed over those of one
+begin; all else is one bucket, on either side:
 
     sum_v p_v log(p_v / q_v) + r log(r / R),   r = 1 - sum_v p_v,   R = 1 - sum_v q_v
 

@@ -7,6 +7,8 @@ them; they are defined in ``losses.divergences``.
 
 Tables of rows, each before the signals about its rows, are several data sets: each row is taught by
 the teachers of its own. Several teachers of one are a ``mixture`` (``losses.mixture``).
+
+With ``positions`` the loss is taken at some of each row's positions (``selected_positions``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +19,17 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from schemas.errors import ConfigError
 from schemas.tables.teacher_logits import WHOLE
-from stages.stage import StageConfig
+from stages.models.spec import is_one_model
+from stages.stage import StageConfig, TableRef
 from stages.student.batches.several_datasets import data_sets_of
 from stages.student.objectives.objective import TEXT, Objective, Reads, TableKind
+from stages.student.selected_positions import (
+    ENTROPIES,
+    TABLES,
+    AtSelected,
+    ByStudentEntropy,
+    Positions,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +101,8 @@ class Mixture(StageConfig):
 class KdConfig(Objective):
     """The divergence from the cached teacher with weight ``weight``, cross-entropy with the rest.
 
-    Both distributions are taken at ``temperature``, cross-entropy at 1.
+    Both distributions are taken at ``temperature``, cross-entropy at 1. With ``positions`` both are
+    taken at those positions alone, and held-out rows are measured at all.
     """
 
     PACKS: ClassVar[bool] = True
@@ -103,6 +114,7 @@ class KdConfig(Objective):
     divergence: Divergence = ForwardKl()
     temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     mixture: Mixture | None = None
+    positions: Positions | None = None
 
     @model_validator(mode="after")
     def _plain_where_mixed(self) -> "KdConfig":
@@ -111,13 +123,17 @@ class KdConfig(Objective):
                 "mixture: it is of forward_kl at temperature 1: leave divergence and temperature "
                 "out, or the mixture"
             )
+        if self.mixture is not None and self.positions is not None:
+            raise ValueError(
+                "positions: they are selected of one teacher's rows: leave out mixture or positions"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later and is as it was, so that runs without it keep their names."""
         given: dict[str, Any] = dump(self)
-        for name in ("divergence", "temperature", "mixture"):
+        for name in ("divergence", "temperature", "mixture", "positions"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 del given[name]
         return given
@@ -129,12 +145,19 @@ class KdConfig(Objective):
 
     @property
     def reads(self) -> Reads:
-        """The rows and the teacher's distributions."""
-        return Reads(data=(TEACHER,), rows=TEXT)
+        """The rows, the teacher's distributions and, where there is one, the table that selects."""
+        return Reads(data=(TEACHER, *self.selects), rows=TEXT)
+
+    @property
+    def selects(self) -> tuple[str, ...]:
+        """The table that says which positions; none where the teacher's own entropies do."""
+        by = "" if self.positions is None else self.positions.by
+        return (TABLES[by],) if by in TABLES else ()
 
     def require(self, data: Sequence[TableKind], lm_data: Sequence[TableKind]) -> None:
         """Refuse, beside other tables, teachers or an encoding that are not what is asked for."""
         places = data_sets_of([table for table, _ in data])
+        self._require_one_teacher(data, len(places))
         most = 0
         for place in places:
             own = data[place]
@@ -154,6 +177,26 @@ class KdConfig(Objective):
                 f"data: objective.mixture has {len(self.mixture.weights)} weights, and no rows "
                 f"have more than one {TEACHER}: name the other teachers' tables, or leave it out"
             )
+
+    def _require_one_teacher(self, data: Sequence[TableKind], num_data_sets: int) -> None:
+        """Refuse several teachers or data sets where positions are selected."""
+        num_teachers = sum(table == TEACHER for table, _ in data)
+        if self.positions is not None and (num_teachers > 1 or num_data_sets > 1):
+            raise ConfigError(
+                f"data: objective.positions selects them in one data set with one teacher, there "
+                f"are {num_data_sets} tables of rows and {num_teachers} {TEACHER}: name one of "
+                f"each, or leave positions out"
+            )
+
+    def require_scorer(self, tables: Sequence[TableRef], student: Mapping[str, Any]) -> None:
+        """Refuse entropies that another model than the student has: it selects by its own."""
+        for table in tables if isinstance(self.positions, ByStudentEntropy) else ():
+            is_other = table.made_by is not None and not is_one_model(table.made_by, student)
+            if table.table.name == ENTROPIES and is_other:
+                raise ConfigError(
+                    f"data: objective.positions is by student_entropy, and '{table.step}' has "
+                    f"the entropies of another model than the student: make them with the student"
+                )
 
     def _require_mixed(self, encodings: Sequence[str]) -> None:
         """Refuse the teachers of one data set, by their encodings."""
@@ -191,7 +234,8 @@ class KdConfig(Objective):
 
     def batches(self, data: "TrainingData") -> "Batches":
         """Return the rows with the teachers' distributions."""
-        return data.rows(data.taught())
+        collate = data.taught()
+        return data.rows(collate if self.positions is None else AtSelected(collate, self.positions))
 
     def terms(self, batch: dict[str, Any], step: "Step") -> "list[Term]":
         """Return the loss of one batch."""

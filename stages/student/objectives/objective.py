@@ -50,6 +50,11 @@ class Objective(StageConfig, ABC):
     def reads(self) -> Reads:
         """The tables it needs; others may lie beside them."""
 
+    @property
+    def selects(self) -> tuple[str, ...]:
+        """Tables of ``data`` that decide where it trains: held-out rows are measured without."""
+        return ()
+
     @abstractmethod
     def batches(self, data: "TrainingData") -> "Batches":
         """Return the rows of a run and what makes a batch of some of them."""

@@ -263,6 +263,8 @@ class TrainStage(TrainConfig, Stage):
         kinds = [(ref.table.name, ref.table.variant) for ref in tables]
         self.objective.require(kinds[: len(self.data)], kinds[len(self.data) :])
         self.objective.check(tables)
+        if isinstance(self.objective, KdConfig):
+            self.objective.require_scorer(tables, models[self.student])
         if not isinstance(self.objective, MendConfig) or self.reader is None:
             return
         reader = models[self.reader]

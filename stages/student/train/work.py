@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def train(
     finished = read_checkpoint(output)
     if finished is not None and resume:
         return TrainResult(output, fingerprint, finished.metrics, finished.history)
-    held_out = opened(data, split="heldout", verify=False) if heldout else None
+    told = compress(data, (m.table not in config.objective.selects for m in dataset.manifests))
+    held_out = opened([*told], split="heldout", verify=False) if heldout else None
     folders = Start(student, reader, adapter)
     return run.carry_out(folders, dataset, lm_dataset, held_out, resume=resume)
 
@@ -206,11 +208,10 @@ class _Run:
         teacher_head = next(iter(teacher_heads.values()), None)
         scored = None
         if held_out is not None:
-            place = (args.process_index, args.world_size, known_ids)
+            place = (args.process_index, args.world_size, known_ids, reader)
             scored = HeldOut(held_out, teacher_head, self.options, self.config.dtype, *place)
             mixture = getattr(self.config.objective, "mixture", None)
-            several: dict[str, Any] = {"teacher_heads": teacher_heads, "mixture": mixture}
-            scored = replace(scored, reader=reader, together=divided, **several)
+            scored = replace(scored, together=divided, teacher_heads=teacher_heads, mixture=mixture)
         before = {} if divided else self._measure(model, scored, "before")
         trackers = None
         if self.options.report_to:

@@ -76,6 +76,10 @@ def steps(folder: Path) -> dict[str, Any]:
         },
         "answer_signals": _logits("answered", encoding=TOP_K),
         **{
+            f"entropies_of_{name}": {"stage": "token_entropies", "input": name, "model": "aligned"}
+            for name in ("documents", "answered")
+        },
+        **{
             f"advantages_{name}": {
                 **advantages,
                 "input": "responses",
@@ -95,7 +99,8 @@ def steps(folder: Path) -> dict[str, Any]:
 
 TABLES = [
     *("pair_signals", "pair_logprobs", "token_logprobs", "answer_signals", "episode_signals"),
-    *("candidates", "preferences", "shown_signals"),
+    *("candidates", "preferences", "shown_signals", "entropies_of_documents"),
+    "entropies_of_answered",
     *(f"advantages_{name}" for name in SUPPORTS),
 ]
 

@@ -126,7 +126,7 @@ def test_every_signal_stage_says_what_an_audit_asks() -> None:
     without = [
         name_of(s) for s in signals if find_spec(s.__module__[: -len("stage")] + "audit") is None
     ]
-    assert without == ["responses"] and len(signals) == 6
+    assert without == ["responses"] and len(signals) == 7
 
 
 @pytest.mark.slow

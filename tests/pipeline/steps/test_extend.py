@@ -20,6 +20,7 @@ from pipeline.steps import extension, predecessors, wanted_rows
 from pipeline.steps.run import run_plan
 from schemas.open_table import open_table
 from schemas.storage.manifest import damaged_shards, read_manifest
+from stages.signals.scoring import states as scored_states
 from stages.signals.teacher_logits import work as teacher_work
 from stages.stage import Rejected
 from tests.fixtures.tiny_recipe import (
@@ -58,13 +59,13 @@ def copied(finished: TinyRecipe, tmp_path: Path) -> TinyRecipe:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of the rows that the teacher was given."""
     seen: list[str] = []
-    states = teacher_work.document_states
+    states = scored_states.document_states
 
     def noted(engine: Any, shard: Any) -> Any:
         seen.extend(shard["sample_id"].to_pylist())
         return states(engine, shard)
 
-    monkeypatch.setattr(teacher_work, "document_states", noted)
+    monkeypatch.setattr(scored_states, "document_states", noted)
     return seen
 
 

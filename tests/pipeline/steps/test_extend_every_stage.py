@@ -94,6 +94,8 @@ def steps(folder: Path) -> dict[str, Any]:
             | {"support": support, "beta": 1.0 if name == "as_released" else 0.5}
             for name, support in SUPPORTS.items()
         },
+        "entropies": teacher("token_entropies", "documents"),
+        "answer_entropies": teacher("token_entropies", "answered"),
         "candidates": teacher("candidate_scores", "episodes"),
         "subsets": teacher("subset_preferences", "episodes"),
         "similar_subsets": teacher(
@@ -106,7 +108,7 @@ SIGNALS = [
     *(f"documents_{name}" for name in ENCODINGS),
     *("pair_signals", "episode_signals", "shown_signals", "answer_signals", "pair_logprobs"),
     *("responses", "logprobs_of_responses", *(f"advantages_{name}" for name in SUPPORTS)),
-    *("candidates", "subsets", "similar_subsets"),
+    *("candidates", "subsets", "similar_subsets", "entropies", "answer_entropies"),
 ]
 
 

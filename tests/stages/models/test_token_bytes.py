@@ -50,6 +50,38 @@ def test_tokens_end_to_end_are_the_text(
 
 
 @pytest.mark.parametrize("kind", EXACT)
+@given(text=odd_texts())
+@settings(max_examples=40, deadline=None)
+def test_the_begin_of_a_text_is_the_token_behind_what_is_before_it(
+    tokenizers: dict[str, ByteTokenizer], kind: str, text: str
+) -> None:
+    """Before it stands a line break and a space, which no token here crosses."""
+    tokenizer, part = tokenizers[kind], b" x" + text.encode()
+    if "\u2581" in text and not kind.endswith(("level", "digit")):
+        assert tokenizer.begin_of(part) is None
+        return
+    ids, sizes = tokenizer.encode(b"we\n" + part)
+    at = (np.cumsum(sizes) - sizes).tolist().index(3)
+    assert tokenizer.begin_of(part) == ids[at]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_token_begins_with_itself_where_it_is_how_its_text_is_split(
+    tokenizers: dict[str, ByteTokenizer], kind: str
+) -> None:
+    """In the middle of a word, too, where those that put a space before a text are asked."""
+    tokenizer = tokenizers[kind]
+    found = 0
+    for index, part in tokenizer.bytes_of.items():
+        begin = tokenizer.begin_of(part)
+        assert begin is None or part.startswith(tokenizer.bytes_of[begin])
+        found += begin == index
+    assert found > 0.7 * len([p for p in tokenizer.bytes_of.values() if p.isascii()])
+    assert tokenizer.begin_of(b"\xe2\x96") is None and tokenizer.begin_of(b"") is None
+    assert tokenizer.begin_of(b"eed to") == tokenizer.begin_of(b"eed")
+
+
+@pytest.mark.parametrize("kind", EXACT)
 def test_bytes_of_a_token_are_what_the_library_decodes(
     tokenizers: dict[str, ByteTokenizer], kind: str
 ) -> None:

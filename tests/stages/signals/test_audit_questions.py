@@ -14,9 +14,10 @@ from schemas.tables.documents import DOCUMENTS, Document
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS, PreferencePair
 from stages.models.spec import EngineOptions, ModelSpec
 from stages.signals.scoring.agreement import Question
+from stages.signals.scoring.states import States
 from stages.signals.teacher_logits.questions import questions
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
-from stages.signals.teacher_logits.work import States, open_teacher
+from stages.signals.teacher_logits.work import open_teacher
 from stages.stage import StageContext
 
 STAGE = TeacherLogitsStage.model_validate(

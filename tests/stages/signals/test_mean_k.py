@@ -29,6 +29,7 @@ from schemas.tables.documents import DOCUMENTS
 from schemas.tables.preference_pairs import PREFERENCE_PAIRS
 from stages.models.spec import EngineOptions, ModelSpec
 from stages.signals.scoring.encoding import measure
+from stages.signals.scoring.states import Asked
 from stages.signals.teacher_logits import tau as tau_search
 from stages.signals.teacher_logits.calibration import (
     CALIBRATION,
@@ -36,7 +37,7 @@ from stages.signals.teacher_logits.calibration import (
     keep_first,
     read_calibration,
 )
-from stages.signals.teacher_logits.encoder import Asked, RowEncoder
+from stages.signals.teacher_logits.encoder import RowEncoder
 from stages.signals.teacher_logits.stage import TeacherLogitsStage, ThresholdEncoding
 from stages.signals.teacher_logits.tau import Masses, first_rows, tau_of
 from stages.stage import StageContext

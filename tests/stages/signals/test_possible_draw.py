@@ -17,7 +17,8 @@ from stages.signals.scoring.agreement import (
 )
 from stages.signals.scoring.encoding import measure
 from stages.signals.scoring.possible_draw import Entries, draw_apart
-from stages.signals.teacher_logits.encoder import Asked, RowEncoder
+from stages.signals.scoring.states import Asked
+from stages.signals.teacher_logits.encoder import RowEncoder
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 
 V, P = 307, 400

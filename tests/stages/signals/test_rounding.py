@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from schemas.storage.manifest import read_manifest
 from schemas.tables.teacher_logits import EXACT, EXACT_INT8, RoundedLogits
 from stages.models.causal_lm.language_head import LanguageHead
-from stages.signals.teacher_logits.rounding import MEASURED, longest_step
+from stages.signals.teacher_logits.rounding import MEASURED, step_within
 from stages.signals.teacher_logits.stage import TeacherLogitsStage
 from tests.fixtures.tiny_recipe import TinyRecipe, edit_recipe, make_recipe, teachercache
 from tests.fixtures.tiny_teacher import Teacher, real_documents, shard_of
@@ -58,20 +58,20 @@ def test_the_kl_of_a_row_is_what_transformers_says(
     ],
 )
 def test_no_step_costs_more_than_is_allowed(kl_of: Callable[[float], float]) -> None:
-    step, kl = longest_step(kl_of, 2.0, 1e-4)
+    step, kl = step_within(kl_of, 2.0, 1e-4)
     assert kl == kl_of(step) <= 1e-4
     assert 0.0 < step <= 2.0 and step == float(np.float32(step))
 
 
 def test_steps_follow_the_square_root_of_what_is_allowed() -> None:
-    found = [longest_step(lambda step: 40.0 * step**2, 2.0, kl) for kl in (1e-5, 1e-4, 1e-3)]
+    found = [step_within(lambda step: 40.0 * step**2, 2.0, kl) for kl in (1e-5, 1e-4, 1e-3)]
     for (step, kl), allowed in zip(found, (1e-5, 1e-4, 1e-3), strict=True):
         assert 0.9 * allowed <= kl <= allowed
         assert step == pytest.approx((kl / 40.0) ** 0.5, rel=1e-5)
 
 
 def test_states_that_are_all_zero_have_a_step() -> None:
-    assert longest_step(lambda step: 0.0, 0.0, 1e-4) == (1.0, 0.0)
+    assert step_within(lambda step: 0.0, 0.0, 1e-4) == (1.0, 0.0)
 
 
 def test_tables_without_it_keep_their_names() -> None:

@@ -23,7 +23,8 @@ from schemas.distribution import (
 )
 from schemas.errors import StoreError
 from stages.signals.scoring.encoding import ThresholdSample, measure, threshold_sample
-from stages.signals.teacher_logits.encoder import Asked, RowEncoder, with_weight
+from stages.signals.scoring.states import Asked
+from stages.signals.teacher_logits.encoder import RowEncoder, with_weight
 from stages.signals.teacher_logits.stage import TeacherLogitsStage, ThresholdEncoding
 from stages.stage import StageContext
 from tests.fixtures.tiny_teacher import sampled_of

@@ -15,15 +15,18 @@ from pipeline.reports.page.charts import MOST_POINTS, curves, histogram, thinned
 from pipeline.reports.page.distributions import distribution, distributions_of
 from pipeline.reports.page.page import _source_of, json_text
 from pipeline.reports.page.plan_graph import BOX_HEIGHT, BOX_WIDTH, draw
-from pipeline.reports.page.sampled_rows import SHARDS_READ, sample_rows
+from pipeline.reports.page.sampled_rows import SHARDS_READ, SampledRow, sample_rows
 from pipeline.reports.page.table_section import table_section
-from pipeline.reports.page.token_view import logits_sample
+from pipeline.reports.page.token_view import entropies_sample, logits_sample, mask_sample
 from pipeline.reports.page.words import Tokenizers, Words
 from pipeline.reports.step_times import MeasuredTime
 from pipeline.state.step_state import finished_manifest
 from schemas.dataset import open_dataset
 from schemas.distribution import STICK_LEVELS, unpack_threshold
 from schemas.storage.shards import ROWS_PER_BATCH
+from schemas.tables.documents import Document
+from schemas.tables.span_masks import SpanMask
+from schemas.tables.token_entropies import TokenEntropies
 from stages.models.checkpoints.tokenizer import open_tokenizer
 from tests.fixtures.tiny_recipe import TinyRecipe, teachercache
 
@@ -178,6 +181,24 @@ def test_samples_are_the_rows_of_the_table(every_kind: TinyRecipe) -> None:
         for codes in np.split(row["head_codes_E"], np.cumsum(row["num_head_P"].astype(int))[:-1])
     ]
     assert mass.mean == pytest.approx(np.mean(kept), rel=1e-5)
+
+
+def test_what_positions_are_selected_by_is_shown_on_the_text(tiny_model: Path) -> None:
+    """Of entropies each token but the first has its own, of a mask the text is cut at its spans."""
+    words = Words(open_tokenizer(tiny_model))
+    ids_T = np.arange(20, 26)
+    text = Document(sample_id="a" * 24, split="train", input_ids_T=ids_T)
+    entropies_P = np.array([0.5, 2.0, 1.5, 0.25, 4.0], np.float16)
+    unsure = TokenEntropies(sample_id=text.sample_id, token_entropies_P=entropies_P)
+    (part,) = entropies_sample(SampledRow(0, "train", unsure, text), words)["parts"]
+    assert [token[1][0] for token in part["tokens"]] == [None, *entropies_P.tolist()]
+    short = TokenEntropies(sample_id=text.sample_id, token_entropies_P=entropies_P[:3])
+    with pytest.raises(ValueError, match="3 entropies are not about its input's 5 tokens"):
+        entropies_sample(SampledRow(0, "train", short, text), words)
+    mask = SpanMask(sample_id=text.sample_id, selected_S2=np.array([[1, 2], [4, 6]]))
+    parts = mask_sample(SampledRow(0, "train", mask, text), words)["parts"]
+    shown = [(part["name"], len(part["tokens"])) for part in parts]
+    assert shown == [("read", 1), ("selected", 1), ("read", 2), ("selected", 2)]
 
 
 def test_of_a_large_table_some_rows_are_read(

@@ -66,7 +66,9 @@ def test_runs_that_leave_them_out_keep_their_names() -> None:
         return TrainStage.model_validate(body | {"objective": objective}).hashed()["config"]
 
     assert hashed()["objective"] == PLAIN
-    spelled = hashed(divergence={"kind": "forward_kl"}, temperature=1)
+    spelled = hashed(divergence={"kind": "forward_kl"}, temperature=1, positions=None)
     assert spelled["objective"] == PLAIN
     other = hashed(divergence={"kind": "skewed_kl"}, temperature=2)["objective"]
     assert other == PLAIN | {"divergence": {"kind": "skewed_kl", "alpha": 0.1}, "temperature": 2.0}
+    at_some = hashed(positions={"by": "teacher_entropy"})["objective"]
+    assert at_some == PLAIN | {"positions": {"by": "teacher_entropy", "fraction": 0.2}}

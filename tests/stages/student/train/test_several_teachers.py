@@ -93,7 +93,8 @@ def step_of(
     rows, collate = config.batches(data)
     model = LlamaForCausalLM.from_pretrained(caches.student)
     heads = teacher_heads_of(dataset, CPU, VOCAB_SIZE)
-    step = Step(model, model, torch.float32, None, None, 1000, 0.0, teacher_heads=heads)
+    head = next(iter(heads.values()), None)
+    step = Step(model, model, torch.float32, head, None, 1000, 0.0, teacher_heads=heads)
     (term,) = config.terms(collate([rows[index] for index in indices]), step)
     torch.autograd.backward(term.total)
     return term.total, model
@@ -103,6 +104,18 @@ def logits_of(model: Any, row: Any) -> Tensor:
     ids_1T = torch.from_numpy(row["input_ids_T"].astype("int64"))[None]
     logits_TV: Tensor = model(ids_1T).logits[0, :-1]
     return logits_TV
+
+
+@pytest.mark.parametrize("kind", ["arithmetic", "geometric"])
+def test_a_teacher_mixed_with_itself_is_that_teacher(caches: Caches, kind: str) -> None:
+    tables = caches.first.tables("exact")
+    twice = KdConfig.model_validate({"mixture": {"kind": kind, "weights": [3, 1]}})
+    alone, one = step_of(caches, tables, KdConfig(), [0, 1, 2], packing=False)
+    mixed, other = step_of(caches, [*tables, tables[1]], twice, [0, 1, 2], packing=False)
+    # the entropy of a geometric mixture is that of stored states, of a teacher the stored one
+    assert mixed.item() == pytest.approx(alone.item(), rel=1e-4)
+    for here, there in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(here.grad, there.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "geometric"])

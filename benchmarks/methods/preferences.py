@@ -1,0 +1,326 @@
+"""Do DCKD and ADPA bring a teacher's preferences to a student, where the true reward is known?
+
+Responses of a grammar (``rewarded_grammar.grammar``) are ordered in pairs by a programmed reward
+that partly conflicts with their likelihood. A teacher learns the grammar's texts, then the chosen
+responses, then the pairs by ``teacher_align``. Students of a quarter of its parameters learn texts
+and chosen responses (SFT), and every method goes on from there for the same steps. Judged are
+sampled responses to new prompts: by the true reward against those of the same seed's SFT (a tie is
+half a win), by the teacher's implicit reward, and by KL to SFT.
+
+Learning rate and strength of each method are searched alike, on one more seed and other prompts.
+Everything is made by the product: recipes lie in ``CACHE/benchmarks/preferences``, a second run
+keeps what is finished. Dimensions: S = seeds, E = prompts, N = responses to each.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from rich.console import Console
+
+from benchmarks.bars import at_least, at_most, benchmark_parser, finish
+from benchmarks.methods.advantage_peaks import peaks
+from benchmarks.methods.preference_measures import rows_of, scores_of, wins
+from benchmarks.methods.preference_steps import (
+    ALIGNED,
+    DCKD,
+    METHODS,
+    REFERENCE,
+    START,
+    Method,
+    Run,
+    Size,
+    recipe_of,
+)
+from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
+from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
+from benchmarks.rewarded_grammar.grammar import NOTHING, Grammar, preferred, prompts, reward
+from pipeline.planning.plan import make_plan
+from pipeline.planning.recipe_file import load_recipe
+from pipeline.reports.progress import ConsoleReporter
+from pipeline.steps.run import run_plan
+from schemas.tables.prompted.responses import FINISH_REASONS
+from stages.models.checkpoints.checkpoint import read_checkpoint
+from stages.models.checkpoints.tokenizer import open_tokenizer
+
+Array = npt.NDArray[Any]
+GRAMMAR = Grammar()
+LEAST_GAP = 2.0  # between the rewards of a pair
+SEARCH_SEED = 1000
+PEAK_ROWS = 200  # of SFT's responses, to see where advantages are largest
+STOPPED = FINISH_REASONS.index("stop")
+MIN_ACCURACY, MAX_HALF_WIDTH = 0.9, 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How much is trained, and what is searched; ``factors`` multiply a method's strength."""
+
+    seeds: int
+    size: Size
+    rates: tuple[float, ...]
+    factors: tuple[float, ...]
+    teacher: tuple[int, int] = (96, 3)  # width, layers
+    student: tuple[int, int] = (48, 3)
+
+
+FULL = Settings(
+    seeds=5,
+    size=Size(
+        texts=40_000,
+        pairs=6_000,
+        trials=500,
+        questions=1_000,
+        teacher_steps=1_000,
+        align_steps=400,
+        base_steps=1_500,
+        sft_steps=150,
+        steps=170,
+    ),
+    rates=(1e-3, 3e-3, 1e-2),
+    factors=(0.1, 1 / 3, 3.0),
+)
+QUICK = Settings(
+    seeds=2,
+    size=Size(
+        texts=1_000,
+        pairs=300,
+        trials=40,
+        questions=60,
+        teacher_steps=40,
+        align_steps=30,
+        base_steps=20,
+        sft_steps=8,
+        steps=8,
+    ),
+    rates=(1e-3,),
+    factors=(),
+    teacher=(64, 2),
+    student=(32, 2),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser(__doc__ or "")
+    parser.add_argument("--docs", type=Path, help="write evidence_preferences.md there")
+    options = parser.parse_args(arguments)
+    name = "preferences-quick" if options.quick else "preferences"
+    study = Study(options.cache / "benchmarks" / name, QUICK if options.quick else FULL)
+    measured = study.carry_out()
+    rows = table_rows(measured)
+    bars = []
+    if not options.quick:
+        accuracy = measured["teacher"]["accuracy"]
+        bars = [
+            at_least("held-out pairs that the aligned teacher orders", accuracy, MIN_ACCURACY),
+            at_most("widest half interval of a win rate", half_width(measured), MAX_HALF_WIDTH),
+        ]
+    status = finish(bars, rows, options.json)
+    if options.docs:
+        write_docs(options.docs, measured)
+    return status
+
+
+class Study:
+    """All runs in one folder: files, recipes, the product's root, ``results.json``."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        if not (folder / "questions.jsonl").is_file():
+            self._write_files()
+        width, layers = settings.teacher
+        self._write_model("teacher", width, layers, seed=0)
+
+    def carry_out(self) -> dict[str, Any]:
+        """Search, train and judge every seed, and return what was measured."""
+        started = time.process_time()
+        searched = self.search()
+        runs = {
+            method.name: max(tried, key=lambda run: tried[run])
+            for method, tried in searched.items()
+        }
+        runs = {name: Run(name, run.method, run.rate, run.factor) for name, run in runs.items()}
+        seeds = [self.run_seed(seed, runs) for seed in range(self.settings.seeds)]
+        measured = {
+            "settings": asdict(self.settings),
+            "search": [
+                {"method": method.name, "rate": run.rate, "factor": run.factor, "win_rate": won}
+                for method, tried in searched.items()
+                for run, won in tried.items()
+            ],
+            "chosen": {
+                name: {"rate": run.rate} | run.method.settings(run.factor)
+                for name, run in runs.items()
+            },
+            "teacher": seeds[0]["teacher"],
+            "peaks": seeds[0]["peaks"],
+            "parameters": {
+                "teacher": num_parameters(self.folder / "teacher"),
+                "student": num_parameters(self.folder / "students/0"),
+            },
+            "grammar_reward": self._grammar_reward(),
+            "least_gap": LEAST_GAP,
+            "students": {
+                name: {what: [seed["students"][name][what] for seed in seeds] for what in _MEASURES}
+                for name in (START, *runs)
+            },
+            "processor_minutes": (time.process_time() - started) / 60,
+        }
+        (self.folder / "results.json").write_text(json.dumps(measured) + "\n")
+        return measured
+
+    def search(self) -> dict[Method, dict[Run, float]]:
+        """Return each method's runs with their win rate over SFT, on a seed of its own.
+
+        First all learning rates, then the other strengths at the best of them.
+        """
+        found: dict[Method, dict[Run, float]] = {}
+        after_sft = [method for method in METHODS if method.start == START]
+        for methods in (after_sft, [method for method in METHODS if method not in after_sft]):
+            rates = [
+                Run(f"{method.name}-rate-{number}", method, rate)
+                for method in methods
+                for number, rate in enumerate(self.settings.rates)
+            ]
+            self._try(found, rates)
+            best = {method: max(found[method], key=lambda run: found[method][run]).rate
+                    for method in methods}  # fmt: skip
+            others = [
+                Run(f"{method.name}-strength-{number}", method, rate, factor)
+                for method, rate in best.items()
+                if method.strength
+                for number, factor in enumerate(self.settings.factors)
+            ]
+            self._try(found, others)
+        return found
+
+    def _try(self, found: dict[Method, dict[Run, float]], runs: Sequence[Run]) -> None:
+        """Add what ``runs`` win over SFT to ``found``."""
+        if not runs:
+            return
+        by_step = {run.step: run for run in runs}
+        if DCKD in found and runs[0].method.start == DCKD.name:
+            best = max(found[DCKD], key=lambda run: found[DCKD][run])
+            by_step = {DCKD.name: Run(DCKD.name, DCKD, best.rate, best.factor)} | by_step
+        ran = self._run(
+            f"search-{len(found)}-{sum(map(len, found.values()))}",
+            SEARCH_SEED,
+            by_step,
+            asked="trials",
+        )
+        for run in runs:
+            wins_EN = ran["students"][run.step]["wins"]
+            found.setdefault(run.method, {})[run] = float(np.mean(wins_EN))
+
+    def run_seed(self, seed: int, runs: Mapping[str, Run]) -> dict[str, Any]:
+        """Train a student by every method and judge its responses."""
+        return self._run(f"seed-{seed}", seed, runs, asked="questions")
+
+    def _run(self, name: str, seed: int, runs: Mapping[str, Run], *, asked: str) -> dict[str, Any]:
+        """Write a recipe, run it, and read its tables."""
+        started = time.monotonic()
+        self._write_model(f"students/{seed}", *self.settings.student, seed=seed)
+        judged = asked == "questions"
+        body = recipe_of(
+            name, self.folder, self.settings.size, seed, runs, asked=asked, judged=judged
+        )
+        file = self.folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(body, sort_keys=False))
+        recipe = load_recipe(file)
+        plan = make_plan(recipe)
+        run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
+        folders = {step.name: step.folder for step in plan}
+        rewards = {
+            student: self._rewards(folders[asked], folders[f"{student}-answers"])
+            for student in (START, *runs)
+        }
+        students = {
+            student: {
+                "reward": rewards_EN.mean(axis=1).tolist(),
+                "wins": wins(rewards_EN, rewards[START]).tolist(),
+            }
+            | (scores_of(folders, f"{student}-answers") if judged else {})
+            for student, rewards_EN in rewards.items()
+        }
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        record = read_checkpoint(folders[ALIGNED])
+        assert record is not None
+        found = {"students": students, "teacher": dict(record.metrics["heldout"])}
+        if judged:
+            written = rows_of(folders[f"{START}-answers"])[:PEAK_ROWS]
+            found["peaks"] = asdict(peaks(folders[ALIGNED], folders[REFERENCE], written))
+        return found
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return open_tokenizer(self.folder / "teacher")
+
+    def _rewards(self, asked: Path, answers: Path) -> Array:
+        """Return the true rewards [E, N] of responses; who said nothing has no row and earns -2."""
+        by_id = {row["sample_id"]: row for row in rows_of(answers)}
+        nothing = [NOTHING] * self.settings.size.responses
+        return np.array(
+            [
+                self._earned(by_id[row["sample_id"]]) if row["sample_id"] in by_id else nothing
+                for row in rows_of(asked)
+            ]
+        )
+
+    def _earned(self, row: Mapping[str, Any]) -> list[float]:
+        """Return what the responses of a row earn."""
+        prompt = self._tokenizer.decode(row["prompt_ids_T"])
+        ends = np.cumsum(row["response_lengths_N"])[:-1]
+        parts = np.split(row["response_ids_A"], ends)
+        return [
+            reward(
+                prompt, self._tokenizer.decode(ids_A, skip_special_tokens=True), finished=stopped
+            )
+            for ids_A, stopped in zip(parts, row["finish_reasons_N"] == STOPPED, strict=True)
+        ]
+
+    def _text(self, ids_A: Array) -> str:
+        return str(self._tokenizer.decode(ids_A, skip_special_tokens=True))
+
+    def _write_model(self, name: str, width: int, layers: int, *, seed: int) -> None:
+        if not (self.folder / name / "tokenizer.json").is_file():
+            write_model(self.folder / name, width=width, layers=layers, seed=seed)
+
+    def _write_files(self) -> None:
+        """Write texts and pairs; no prompt of one file is in another."""
+        size = self.settings.size
+        counts = {"pairs": size.pairs, "trials": size.trials, "questions": size.questions}
+        asked = iter(prompts(seed=1))
+        rng = np.random.default_rng(2)
+        for name, count in counts.items():
+            rows = []
+            for prompt in (next(asked) for _ in range(count)):
+                chosen, rejected = preferred(prompt, GRAMMAR, rng, least_gap=LEAST_GAP)
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            write_jsonl(self.folder / f"{name}.jsonl", rows)
+
+        others = list(asked)
+        drawn = (others[place] for place in rng.integers(len(others), size=size.texts))
+        write_jsonl(
+            self.folder / "texts.jsonl",
+            [{"text": prompt + GRAMMAR.response(prompt, rng) + END} for prompt in drawn],
+        )
+
+    def _grammar_reward(self) -> float:
+        rng = np.random.default_rng(3)
+        asked = prompts(seed=3)[:4_000]
+        return float(np.mean([reward(prompt, GRAMMAR.response(prompt, rng)) for prompt in asked]))
+
+
+_MEASURES = ("reward", "wins", "implicit", "kl", "tokens", "answered")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

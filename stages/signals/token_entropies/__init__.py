@@ -1,0 +1,1 @@
+"""Stage ``token_entropies``: how unsure a model is at each position."""
