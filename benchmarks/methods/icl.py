@@ -43,6 +43,7 @@ from pipeline.steps.run import run_plan
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
 from stages.student.batches.episodes import subsets_of
+from stages.student.evaluate.by_row import read_rows
 
 SEARCH_SEED = 100
 TEACHER = "teacher"
@@ -52,7 +53,7 @@ LEAST_TEACHER = 0.9
 FULL = Settings(
     teacher_width=128,
     teacher_layers=2,
-    teacher_steps=2000,
+    teacher_steps=3000,
     student_width=48,
     student_layers=2,
     start_steps=1000,
@@ -65,9 +66,9 @@ FULL = Settings(
     seeds=(0, 1, 2, 3, 4, 5, 6, 7),
 )
 QUICK = Settings(
-    teacher_width=64,
+    teacher_width=128,
     teacher_layers=2,
-    teacher_steps=1500,
+    teacher_steps=1800,
     student_width=32,
     student_layers=2,
     start_steps=30,
@@ -138,7 +139,7 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
     for seed in settings.seeds:
         steps = run(write_recipe(folder, settings, seed, rates))
         for column, by_student in columns.items():
-            for name, values_E in read_rows(steps["results"], column).items():
+            for name, values_E in rows_of(steps["results"], column).items():
                 by_student.setdefault(name, []).append(values_E)
         for name, numbers in read_overall(steps["subset_results"]).items():
             of_subsets.setdefault(name, []).append(numbers["subset_rank_correlation"])
@@ -177,14 +178,13 @@ def read_overall(step: PlannedStep) -> dict[str, dict[str, float]]:
     return {name: report["overall"] for name, report in body.items()}
 
 
-def read_rows(step: PlannedStep, column: str) -> dict[str, Array]:
+def rows_of(step: PlannedStep, column: str) -> dict[str, Array]:
     """Return [E] a student's numbers on each episode, in the order of their ids.
 
     Of ``right`` there is the teacher's too.
     """
     found: dict[str, dict[str, float]] = {}
-    for line in (step.folder / "rows.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(step.folder).to_pylist():
         found.setdefault(row["student"], {})[row["sample_id"]] = row[column]
         if column == "right":
             found.setdefault(TEACHER, {})[row["sample_id"]] = row["teacher_right"]

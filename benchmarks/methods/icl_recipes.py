@@ -12,7 +12,14 @@ from typing import Any
 
 import yaml
 
-from benchmarks.methods.icl_world import TOKENS, World, save_model, write_rows, write_texts
+from benchmarks.methods.icl_world import (
+    TOKENS,
+    World,
+    save_model,
+    write_corpus,
+    write_rows,
+    write_texts,
+)
 
 Step = dict[str, Any]
 TEMPLATE = {"demonstration": "{input} {output}", "separator": " ; "}
@@ -41,7 +48,7 @@ class Settings:
     judged_queries: int
     seeds: tuple[int, ...]
     teacher_batch: int = 16
-    teacher_examples: int = 24
+    teacher_examples: int = 16
     support: int = 16
 
 
@@ -144,13 +151,7 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
     write_rows(folder / "train.jsonl", world.task_rows(train, "train", settings.train_examples))
     per_row = settings.teacher_examples * TOKENS
     rows = settings.teacher_steps * settings.teacher_batch
-    (folder / "corpus").mkdir(exist_ok=True)
-    of_episodes = world.new_tasks(rows * 3 // 4)
-    write_texts(
-        folder / "corpus/episodes.jsonl", world.episodes(of_episodes, settings.teacher_examples)
-    )
-    write_texts(folder / "corpus/text.jsonl", world.sentences(rows // 20, per_row))
-    write_texts(folder / "corpus/repetitions.jsonl", world.repetitions(rows // 5, per_row))
+    write_corpus(folder / "corpus.parquet", world.corpus(rows, per_row))
     write_texts(folder / "text.jsonl", world.sentences(1000, per_row))
     save_model(
         folder / "teacher", width=settings.teacher_width, layers=settings.teacher_layers, seed=0
@@ -215,18 +216,26 @@ _SHARE_SUBSETS = tuple(name for name, method in METHODS.items() if not method.mu
 
 
 def _teacher_steps(folder: Path, settings: Settings, seed: int) -> dict[str, Step]:
-    """The teacher, trained from nothing on every token, and the student's short start."""
-    files = ("episodes", "text", "repetitions")
-    corpus = [str(folder / f"corpus/{name}.jsonl") for name in files]
+    """The teacher, trained from nothing, and the student's short start."""
     trained = {"stage": "train", "data": ["corpus"], "objective": {"loss": "cross_entropy"}}
     return {
-        "corpus": _texts(corpus, settings.teacher_examples * TOKENS),
+        "corpus": {
+            "stage": "token_files",
+            "source": {
+                "kind": "parquet",
+                "paths": [str(folder / "corpus.parquet")],
+                "mask": "learned",
+            },
+            "tokenizer": "blank_teacher",
+            "length": settings.teacher_examples * TOKENS,
+            "heldout_fraction": 0.01,
+        },
         "teacher_trained": {
             **trained,
             "student": "blank_teacher",
             "max_steps": settings.teacher_steps,
             "per_device_batch_size": settings.teacher_batch,
-            "lr": 4e-3,
+            "lr": 2e-3,
         },
         START: {
             **trained,

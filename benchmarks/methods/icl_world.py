@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 6, 8, 8, 150
+CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 8, 8, 8, 100
 LABELS_A_TASK = 4
 TOKENS = 4  # of an example: filler, word, label, separator
-REPEATED = 0.3  # of a corpus episode's examples, the word of an earlier one
+# Of the teacher's corpus: rows that say any tokens again and again, rows of running text, and of
+# the rest, episodes, those whose words come again, at half of the examples, and those without
+# fillers.
+REPETITIONS, TEXTS, BURSTS, BARE = 0.3, 0.1, 0.7, 0.5
 SEPARATOR, STOP, END = ";", ".", "</s>"
 
 Task = tuple[tuple[int, int], ...]  # class and label, by class
@@ -100,21 +103,47 @@ class World:
                 rows.append({**row, "options": options})
         return rows
 
-    def episodes(self, tasks: Sequence[Task], examples: int) -> Iterator[str]:
-        """Yield for each task one long text of examples, to be trained on at every token.
+    def corpus(self, count: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield rows of ``length`` ids for a teacher, each with its mask of what is learned.
 
-        Words come again within a text, which is what a model first learns to look back by.
+        A model looks back for a label only once it repeats what it has seen: so some rows repeat
+        any tokens, and of episodes nothing but the labels is learned, as all else is drawn anew.
         """
-        for task in tasks:
-            pairs: list[tuple[str, str]] = []
-            for _ in range(examples):
-                if pairs and self._rng.random() < REPEATED:
-                    pairs.append(pairs[int(self._rng.integers(len(pairs)))])
-                    continue
-                class_, label = self._drawn(task)
-                pairs.append((self._word_of(class_), _label(label)))
-            said = (f"{self._any_filler()} {word} {label}" for word, label in pairs)
-            yield f" {SEPARATOR} ".join(said)
+        ids = vocabulary()
+        for _ in range(count):
+            kind = self._rng.random()
+            if kind < REPETITIONS:
+                period = int(self._rng.integers(8, length // 2))
+                once = self._rng.integers(2, len(ids), size=period)
+                yield np.resize(once, length).tolist(), [1] * length
+            elif kind < REPETITIONS + TEXTS:
+                text: list[str] = []
+                while len(text) < length:
+                    text += self._sentence()
+                yield [ids[word] for word in text[:length]], [1] * length
+            else:
+                words, learned = self._episode(length)
+                yield [ids[word] for word in words], learned
+
+    def _episode(self, length: int) -> tuple[list[str], list[int]]:
+        """Return so many words of one task's examples, and which of them are labels."""
+        classes = self._rng.choice(CLASSES, LABELS_A_TASK, replace=False)
+        labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
+        again = 0.5 if self._rng.random() < BURSTS else 0.0
+        bare = self._rng.random() < BARE
+        pairs: list[tuple[str, str]] = []
+        said: list[str] = []
+        learned: list[int] = []
+        while len(said) < length:
+            if pairs and self._rng.random() < again:
+                pairs.append(pairs[int(self._rng.integers(len(pairs)))])
+            else:
+                which = int(self._rng.integers(LABELS_A_TASK))
+                pairs.append((self._word_of(int(classes[which])), _label(int(labels[which]))))
+            filler = [] if bare else [self._any_filler()]
+            said += [*filler, *pairs[-1], SEPARATOR]
+            learned += [0] * (len(filler) + 1) + [1, 0]
+        return said[:length], learned[:length]
 
     def sentences(self, count: int, words: int) -> Iterator[str]:
         """Yield running text: sentences of a filler and words of one class, about ``words``."""
@@ -123,21 +152,6 @@ class World:
             while len(text) < words:
                 text += self._sentence()
             yield " ".join(text)
-
-    def repetitions(self, count: int, words: int) -> Iterator[str]:
-        """Yield texts that say 10 to 39 words again and again, about ``words`` in all.
-
-        Half of them are words of running text, half any words.
-        """
-        names = list(vocabulary())[2:]
-        for _ in range(count):
-            length = int(self._rng.integers(10, 40))
-            said: list[str] = []
-            if self._rng.random() < 0.5:
-                said = [names[int(place)] for place in self._rng.integers(len(names), size=length)]
-            while len(said) < length:
-                said += self._sentence()
-            yield " ".join((said[:length] * (words // length + 1))[:words])
 
     def _sentence(self) -> list[str]:
         class_ = int(self._rng.integers(CLASSES))
@@ -159,6 +173,15 @@ class World:
 
     def _any_filler(self) -> str:
         return _filler(int(self._rng.integers(FILLERS)))
+
+
+def write_corpus(path: Path, rows: Iterator[tuple[list[int], list[int]]]) -> None:
+    """Write a Parquet of ``input_ids`` and ``learned``."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    ids, learned = zip(*rows, strict=True)
+    parquet.write_table(pa.table({"input_ids": list(ids), "learned": list(learned)}), path)
 
 
 def write_texts(path: Path, texts: Iterator[str]) -> None:
