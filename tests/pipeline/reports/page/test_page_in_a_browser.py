@@ -15,6 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from pipeline.state.audit_verdict import AuditVerdict, write_verdict
 from schemas.storage.manifest import read_manifest
@@ -163,6 +164,7 @@ def test_hover_on_a_chart_says_its_numbers(browser: webdriver.Chrome, page: Path
     tallest = max(bars, key=lambda bar: bar.size["height"])
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tallest)
     ActionChains(browser).move_to_element(tallest).perform()
+    WebDriverWait(browser, 60).until(lambda shown: tip(shown).text)
     assert tip(browser).text == tallest.get_attribute("aria-label")
 
 
