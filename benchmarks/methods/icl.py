@@ -1,11 +1,12 @@
 """Do BiAlign and In-context Learning Distillation beat their baselines where students can learn?
 
-A teacher learns random assignments of labels to latent classes in context; students of a tenth of
-it begin with a short training of their own, and each method goes on from there, one recipe a seed
-(``icl_recipes``). What is compared is whether each held-out episode is answered, student against
-student on the same seed and episode. Learning rates are searched beforehand, the same ones for all
-methods, on a seed and on tasks of their own. Everything stays in ``--folder``; a run that was
-killed goes on from there.
+A teacher learns random assignments of labels to latent classes in context; small students begin
+with a short training of their own, and each method goes on from there, one recipe a seed
+(``in_context.recipes``). What is compared is whether each held-out episode is answered, student
+against student on the same seed and episode. Learning rates are searched beforehand, the same ones
+for all methods, on a seed and on tasks of their own. MEND's distillers are judged beside what their
+reader, the teacher, answers without them. Everything stays in ``--folder``; a run that was killed
+goes on from there.
 """
 
 import json
@@ -23,18 +24,22 @@ from rich.console import Console
 from safetensors import safe_open
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
-from benchmarks.methods.icl_page import write_docs
-from benchmarks.methods.icl_recipes import (
+from benchmarks.methods.in_context.methods import (
+    MEND,
     METHODS,
     RATES,
     START,
     Settings,
     step_name,
+)
+from benchmarks.methods.in_context.page import write_docs
+from benchmarks.methods.in_context.recipes import (
     tuning_tasks,
+    write_mend_recipe,
     write_recipe,
     write_world,
 )
-from benchmarks.methods.icl_world import CLASSES, LABELS_A_TASK
+from benchmarks.methods.in_context.world import KNOWN, LABELS_A_TASK, NOVEL
 from benchmarks.methods.paired import paired_interval, verdict
 from pipeline.planning.plan import PlannedStep, make_plan
 from pipeline.planning.recipe_file import load_recipe
@@ -51,35 +56,46 @@ MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
 
 FULL = Settings(
-    teacher_width=128,
-    teacher_layers=2,
-    teacher_steps=3000,
-    student_width=48,
+    teacher_width=256,
+    teacher_layers=3,
+    teacher_steps=1800,
+    teacher_whole_steps=300,
+    student_width=64,
     student_layers=2,
-    start_steps=1000,
-    steps=200,
+    start_steps=1200,
+    start_whole_steps=100,
+    steps=300,
     batch=16,
-    train_tasks=60,
+    train_tasks=80,
     train_examples=25,
     judged_tasks=80,
+    novel_tasks=30,
     judged_queries=30,
-    seeds=(0, 1, 2, 3, 4, 5, 6, 7),
+    seeds=(0, 1, 2, 3, 4, 5),
+    distiller_steps=(300, 500),
+    distiller_seeds=(0, 1, 2, 3, 4),
 )
 QUICK = Settings(
-    teacher_width=128,
-    teacher_layers=2,
-    teacher_steps=1800,
+    teacher_width=32,
+    teacher_layers=3,
+    teacher_steps=20,
+    teacher_whole_steps=10,
     student_width=32,
     student_layers=2,
-    start_steps=30,
-    steps=4,
-    batch=8,
+    start_steps=10,
+    start_whole_steps=5,
+    steps=3,
+    batch=4,
     train_tasks=4,
-    train_examples=25,
-    judged_tasks=8,
-    judged_queries=10,
+    train_examples=20,
+    judged_tasks=4,
+    novel_tasks=2,
+    judged_queries=5,
     seeds=(0, 1),
+    distiller_steps=(3, 3),
+    distiller_seeds=(0, 1),
 )
+JUDGED, ON_NOVEL = "judged", "novel"  # tasks of known classes, and of classes that none trains on
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -87,24 +103,31 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A paper's claim: one student answers more episodes than another."""
+    """A paper's claim: one answers more episodes than another, or at most ``margin`` fewer."""
 
     paper: str
     said: str
     method: str
     baseline: str
+    margin: float = 0.0
 
 
 CLAIMS = (
     Claim("BiAlign", "BiAlign beats fine-tuning", "bialign", "fine_tuned"),
     Claim("BiAlign", "BiAlign beats output alignment", "bialign", "output_align"),
-    Claim("BiAlign", "the same at lambda 0.05", "bialign_005", "output_align"),
-    Claim("BiAlign", "... at equal compute", "bialign_005", "output_align_long"),
+    Claim("BiAlign", "the same with lambda 0.05", "bialign_005", "output_align"),
+    Claim("BiAlign", "the same with the KL summed", "bialign_sum", "output_align"),
+    Claim("BiAlign", "... and at equal compute", "bialign", "output_align_long"),
     Claim("ICL-D", "Meta-ICT: ICL-D beats tuning", "distilled", "tuned"),
     Claim("ICL-D", "Meta-ICT: the same with the LM term", "distilled_lm", "tuned_lm"),
     Claim("ICL-D", "Multitask-ICT: ICL-D beats tuning", "multi_distilled", "multi_tuned"),
     Claim("ICL-D", "Multitask-ICT: with the LM term", "multi_distilled_lm", "multi_tuned_lm"),
-    Claim("ICL-D", "Multitask-ICT: the LM term helps", "multi_distilled_lm", "multi_distilled"),
+    Claim("ICL-D", "Multitask-ICT beats Meta-ICT", "multi_distilled_lm", "distilled_lm"),
+    Claim("ICL-D", "Meta-ICT: the LM term helps", "distilled_lm", "distilled"),
+    Claim("MEND", "vectors beat no demonstrations", MEND, "zero-shot"),
+    Claim("MEND", "vectors beat as many positions of text", MEND, "fewer shots"),
+    Claim("MEND", "vectors beat random vectors", MEND, "random vectors"),
+    Claim("MEND", "at most 0.02 worse than all demonstrations", MEND, "all demonstrations", 0.02),
 )
 
 
@@ -134,28 +157,42 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
         overall = read_overall(steps["results"])
         searched = {name: numbers["accuracy"] for name, numbers in overall.items()}
         rates = {name: (best_rate(name, searched),) for name in METHODS}
-    columns: dict[str, dict[str, list[Array]]] = {"right": {}, "gold_logprob": {}}
+    found: dict[str, dict[str, list[Array]]] = {JUDGED: {}, ON_NOVEL: {}}
+    gold: dict[str, list[float]] = {}
     of_subsets: dict[str, list[float]] = {}
     for seed in settings.seeds:
         steps = run(write_recipe(folder, settings, seed, rates))
-        for column, by_student in columns.items():
-            for name, values_E in rows_of(steps["results"], column).items():
-                by_student.setdefault(name, []).append(values_E)
+        for tasks, by_student in found.items():
+            for name, right_E in rows_of(steps["results"], tasks).items():
+                by_student.setdefault(name, []).append(right_E)
+        for name, gold_E in rows_of(steps["results"], JUDGED, "gold_logprob").items():
+            gold.setdefault(name, []).append(float(gold_E.mean()))
         for name, numbers in read_overall(steps["subset_results"]).items():
             of_subsets.setdefault(name, []).append(numbers["subset_rank_correlation"])
-    right_SE = {name: np.array(found) for name, found in columns["right"].items()}
+    of_reader = run(write_mend_recipe(folder, settings))["results"]
+    for tasks, by_student in found.items():
+        by_student |= by_distiller(rows_of(of_reader, tasks), len(settings.distiller_seeds))
+    right = {
+        tasks: {name: np.array(seeds) for name, seeds in by_student.items()}
+        for tasks, by_student in found.items()
+    }
     return {
-        "world": described(settings, steps),
-        "rates": {name: found[0] for name, found in rates.items()},
+        "world": described(settings, steps, right),
+        "rates": {name: rate for name, (rate,) in rates.items()},
         "search": searched,
         "tokens": tokens_a_step(settings, steps),
-        "accuracy": {name: float(found_SE.mean()) for name, found_SE in right_SE.items()},
-        "gold_logprob": {
-            name: float(np.mean(found)) for name, found in columns["gold_logprob"].items()
+        "accuracy": {
+            name: {tasks: float(right[tasks][name].mean()) for tasks in right}
+            for name in right[JUDGED]
         },
+        "gold_logprob": {name: float(np.mean(values)) for name, values in gold.items()},
         "subset_correlation": {name: float(np.mean(taus)) for name, taus in of_subsets.items()},
+        "positions": {
+            name.removesuffix("_0"): numbers["positions_before_query"]
+            for name, numbers in read_overall(of_reader).items()
+        },
         "chance": 1 / LABELS_A_TASK,
-        "rows": effects(right_SE),
+        "rows": effects(right),
     }
 
 
@@ -178,20 +215,28 @@ def read_overall(step: PlannedStep) -> dict[str, dict[str, float]]:
     return {name: report["overall"] for name, report in body.items()}
 
 
-def rows_of(step: PlannedStep, column: str) -> dict[str, Array]:
-    """Return [E] a student's numbers on each episode, in the order of their ids.
+def rows_of(step: PlannedStep, tasks: str, column: str = "right") -> dict[str, Array]:
+    """Return [E] a column of each student's rows of ``tasks``, by id; ``right`` of the teacher too.
 
-    Of ``right`` there is the teacher's too.
+    ``right`` is whether an episode is answered.
     """
     found: dict[str, dict[str, float]] = {}
     for row in read_rows(step.folder).to_pylist():
-        found.setdefault(row["student"], {})[row["sample_id"]] = row[column]
-        if column == "right":
-            found.setdefault(TEACHER, {})[row["sample_id"]] = row["teacher_right"]
+        if row["task"].startswith(tasks):
+            found.setdefault(row["student"], {})[row["sample_id"]] = row[column]
+            if column == "right" and row.get("teacher_right") is not None:
+                found.setdefault(TEACHER, {})[row["sample_id"]] = row["teacher_right"]
     return {
         name: np.array([by_id[sample] for sample in sorted(by_id)], np.float64)
         for name, by_id in found.items()
     }
+
+
+def by_distiller(right: Mapping[str, Array], num_seeds: int) -> dict[str, list[Array]]:
+    """Return the distillers of all seeds as one, and beside each what stands beside all."""
+    seeds = [f"{MEND}_{seed}" for seed in range(num_seeds)]
+    beside = {name: [right_E] * num_seeds for name, right_E in right.items() if name not in seeds}
+    return {MEND: [right[name] for name in seeds], **beside}
 
 
 def tokens_a_step(settings: Settings, steps: Mapping[str, PlannedStep]) -> dict[str, float]:
@@ -221,25 +266,33 @@ def _mean_tokens(step: PlannedStep) -> float:
     return manifest.num_tokens / manifest.num_rows
 
 
-def described(settings: Settings, steps: Mapping[str, PlannedStep]) -> dict[str, Any]:
+def described(
+    settings: Settings,
+    steps: Mapping[str, PlannedStep],
+    right: Mapping[str, Mapping[str, Array]],
+) -> dict[str, Any]:
     """Return what the page says of the world and of its models."""
     train = open_dataset([steps["episodes"].folder])
     multi = open_dataset([steps["multi"].folder])
-    judged = open_dataset([steps["judged"].folder], split="heldout")
     return {
-        "classes": CLASSES,
+        "classes": len(KNOWN),
+        "novel_classes": len(NOVEL),
         "labels": LABELS_A_TASK,
         "teacher_size": num_parameters(steps["teacher_trained"].folder) / 1e6,
         "student_size": num_parameters(steps[START].folder) / 1e6,
         "corpus": read_manifest(steps["corpus"].folder).num_rows,
-        "start_steps": settings.start_steps,
+        "start_steps": settings.start_steps + settings.start_whole_steps,
         "steps": settings.steps,
         "batch": settings.batch,
         "train": len(train),
         "tasks": settings.train_tasks,
         "multi": len(multi),
-        "episodes": len(judged),
+        **{f"{tasks}_episodes": right_SE[START].shape[1] for tasks, right_SE in right.items()},
         "judged": settings.judged_tasks,
+        "novel": settings.novel_tasks,
+        "shown": settings.shown,
+        "vectors": settings.num_vectors,
+        "distiller_steps": " and ".join(map(str, settings.distiller_steps)),
         "tuning": tuning_tasks(settings),
         "seeds": len(settings.seeds),
         "rates": ", ".join(f"{rate:g}" for rate in RATES),
@@ -253,21 +306,29 @@ def num_parameters(folder: Path) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
-def effects(right_SE: Mapping[str, Array]) -> list[Row]:
-    """Return a row a claim: the paired difference of accuracies, its interval and the verdict."""
+def effects(right: Mapping[str, Mapping[str, Array]]) -> list[Row]:
+    """Return a row a claim: the paired differences of accuracy [S, E], and the verdict.
+
+    The verdict is on held-out tasks of known classes; ``novel`` are those of novel ones.
+    """
     rows = []
     for claim in CLAIMS:
-        interval = paired_interval(right_SE[claim.method] - right_SE[claim.baseline])
+        of_tasks = {
+            tasks: paired_interval(right_SE[claim.method] - right_SE[claim.baseline])
+            for tasks, right_SE in right.items()
+        }
+        effect, low, high = of_tasks[JUDGED]
         rows.append(
             {
                 "paper": claim.paper,
                 "claim": claim.said,
-                "method": float(right_SE[claim.method].mean()),
-                "baseline": float(right_SE[claim.baseline].mean()),
-                "effect": interval[0],
-                "low": interval[1],
-                "high": interval[2],
-                "verdict": verdict(interval[1], interval[2]),
+                "method": float(right[JUDGED][claim.method].mean()),
+                "baseline": float(right[JUDGED][claim.baseline].mean()),
+                "effect": effect,
+                "low": low,
+                "high": high,
+                "novel": of_tasks[ON_NOVEL],
+                "verdict": verdict(low + claim.margin, high + claim.margin),
             }
         )
     return rows
@@ -277,7 +338,7 @@ def judge(results: Mapping[str, Any]) -> list[Bar]:
     """The bars: a strong teacher, and intervals that can tell."""
     widest = max((row["high"] - row["low"]) / 2 for row in results["rows"])
     return [
-        at_least("accuracy of the teacher", results["accuracy"][TEACHER], LEAST_TEACHER),
+        at_least("accuracy of the teacher", results["accuracy"][TEACHER][JUDGED], LEAST_TEACHER),
         at_most("widest half of an interval", widest, MOST_HALF_WIDTH),
     ]
 

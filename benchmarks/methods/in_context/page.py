@@ -5,34 +5,40 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import markdown_table
-from benchmarks.methods.icl_recipes import METHODS, START
+from benchmarks.methods.in_context.methods import METHODS, START
 from benchmarks.methods.paired import FAILS, UNKNOWN, plot_intervals, said, save_figure
 
-PAGE = """# In-context learning in a small world: BiAlign and ICL-D against their baselines
+PAGE = """# In-context learning in a small world: BiAlign, ICL-D and MEND against their baselines
 
-Written by `python benchmarks/methods/icl.py --folder FOLDER --docs docs/methods`, {minutes:.0f}
-minutes of processor time; every row is made by `teachercache run FOLDER/seed_N.yaml`.
+Written by `python benchmarks/methods/icl.py --folder FOLDER --docs docs/methods`. Every row is made
+by `teachercache run FOLDER/seed_N.yaml`, those of MEND by `mend.yaml` there.
 
-The world: {classes} latent classes of words; a task gives {labels} of them a label each, anew, so
-what a phrase's label is stands in the demonstrations alone. The teacher ({teacher_size:.2f} M
-parameters) was trained from nothing on {corpus:,} texts; students ({student_size:.2f} M) begin at
-`{start}`, {start_steps} steps of the same training. From there each method has {steps} steps of
-{batch} episodes, out of {train:,} of {tasks} tasks (Multitask-ICT: {multi:,} of the judged tasks'
-own support examples). Judged on {episodes:,} episodes of 8 demonstrations of {judged} tasks that
-neither has seen, {seeds} seeds: a student's weights, its start and the order of its rows.
+The world: a task gives each of {labels} latent classes of words a label, anew, so what a phrase's
+label is stands in its demonstrations alone. The teacher ({teacher_size:.2f} M parameters) was
+trained from nothing on {corpus:,} rows of such tasks, repetitions and running text; students
+({student_size:.2f} M) begin at `{start}`, {start_steps:,} steps of the same, with tasks of
+{classes} of the classes alone. From there each method has {steps} steps of {batch} episodes, out of
+{train:,} of {tasks} tasks (Multitask-ICT: {multi:,} of the judged tasks' own support examples).
+Judged on {judged_episodes:,} episodes of {shown} demonstrations, of {judged} tasks that neither
+student nor teacher has seen, and on {novel_episodes:,} of {novel} tasks of {novel_classes} novel
+classes, which students know from running text alone. {seeds} seeds: a student's weights, its start
+and the order of its rows.
 
 {table}
 
 Effects are differences of accuracy on the same seed and episode, with 95 % intervals over new seeds
-and new episodes (`benchmarks/methods/paired.py`). "Equal compute" is three times the steps: a step
-of BiAlign has the student read an episode and four subsets of its demonstrations as well.
+and new episodes (`benchmarks/methods/paired.py`); verdicts are of the first column of effects.
+"Equal compute" is three times the steps: a step of BiAlign has the student read an episode and
+four subsets of its demonstrations as well.
 
 ![accuracies and effects](evidence_icl.png)
 
 {accuracies}
 
 Learning rates were searched for every method alike, among {rates}, on a seed and {tuning} tasks of
-their own; what was best there was taken. Rank agreement (tau-b) is on those tasks.
+their own; what was best there was taken. Rank agreement (tau-b) is on those tasks. MEND's rows are
+the teacher's own answers after what is named; its distiller ({vectors} vectors; {distiller_steps}
+steps of the two stages, 5 seeds) was not searched.
 
 {findings}
 """
@@ -48,6 +54,7 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
             "claim": row["claim"],
             "accuracy": f"{row['method']:.3f}, baseline {row['baseline']:.3f}",
             "effect": said((row["effect"], row["low"], row["high"]), 3),
+            "effect, novel classes": said(row["novel"], 3),
             "verdict": row["verdict"],
         }
         for row in results["rows"]
@@ -55,7 +62,8 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
     accuracies = [
         {
             "student": METHODS[name].said if name in METHODS else name,
-            "accuracy": f"{value:.3f}",
+            "accuracy": f"{value['judged']:.3f}",
+            "novel classes": f"{value['novel']:.3f}",
             "log P of gold": _given(results["gold_logprob"], name),
             "tau-b of subsets": _given(results["subset_correlation"], name),
             "tokens read a step": _given(results["tokens"], name, "{:,.0f}"),
@@ -81,8 +89,8 @@ def plot(path: Path, results: Mapping[str, Any]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
-    accuracy = dict(results["accuracy"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7))
+    accuracy = {name: value["judged"] for name, value in results["accuracy"].items()}
     names = [METHODS[name].said if name in METHODS else name for name in accuracy]
     left.barh(range(len(names)), list(accuracy.values()), color="#729fcf")
     left.set_yticks(range(len(names)), names)

@@ -3,7 +3,8 @@
 A phrase is a filler, which says nothing, and a word of a class. A task draws ``LABELS_A_TASK``
 classes and gives each a label: what a phrase's label is stands in the demonstrations alone, which
 words belong together can be learned before. In tasks no phrase is used twice, and no assignment of
-labels to classes is shared by two tasks or with the teacher's corpus. All is drawn from one seed.
+labels to classes is shared by two tasks. ``NOVEL`` classes are in no task that trains a student,
+only in running text; the teacher knows all. All is drawn from one seed.
 """
 
 import json
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 8, 8, 8, 100
+CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 12, 8, 8, 200
 LABELS_A_TASK = 4
+ALL, KNOWN, NOVEL = range(CLASSES), range(8), range(8, CLASSES)
 TOKENS = 4  # of an example: filler, word, label, separator
 # Of the teacher's corpus: rows that say any tokens again and again, rows of running text, and of
 # the rest, episodes, those whose words come again, at half of the examples, and those without
@@ -79,13 +81,13 @@ class World:
         """Start its one stream of random numbers."""
         self._rng = np.random.default_rng(self.seed)
 
-    def new_tasks(self, count: int) -> list[Task]:
-        """Return tasks that were never returned before."""
+    def new_tasks(self, count: int, classes: range = KNOWN) -> list[Task]:
+        """Return tasks of some of ``classes`` that were never returned before."""
         found: list[Task] = []
         while len(found) < count:
-            classes = np.sort(self._rng.choice(CLASSES, LABELS_A_TASK, replace=False))
+            named = np.sort(self._rng.choice(classes, LABELS_A_TASK, replace=False))
             labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
-            task = tuple(zip(classes.tolist(), labels.tolist(), strict=True))
+            task = tuple(zip(named.tolist(), labels.tolist(), strict=True))
             if task not in self._tasks:
                 self._tasks.add(task)
                 found.append(task)
@@ -103,8 +105,12 @@ class World:
                 rows.append({**row, "options": options})
         return rows
 
-    def corpus(self, count: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield rows of ``length`` ids for a teacher, each with its mask of what is learned.
+    def corpus(
+        self, count: int, length: int, classes: range
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield rows of ``length`` ids, each with its mask of what is learned first.
+
+        Episodes are of ``classes``, running text is of all.
 
         A model looks back for a label only once it repeats what it has seen: so some rows repeat
         any tokens, and of episodes nothing but the labels is learned, as all else is drawn anew.
@@ -122,12 +128,12 @@ class World:
                     text += self._sentence()
                 yield [ids[word] for word in text[:length]], [1] * length
             else:
-                words, learned = self._episode(length)
+                words, learned = self._episode(length, classes)
                 yield [ids[word] for word in words], learned
 
-    def _episode(self, length: int) -> tuple[list[str], list[int]]:
+    def _episode(self, length: int, classes: range) -> tuple[list[str], list[int]]:
         """Return so many words of one task's examples, and which of them are labels."""
-        classes = self._rng.choice(CLASSES, LABELS_A_TASK, replace=False)
+        named = self._rng.choice(classes, LABELS_A_TASK, replace=False)
         labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
         again = 0.5 if self._rng.random() < BURSTS else 0.0
         bare = self._rng.random() < BARE
@@ -139,7 +145,7 @@ class World:
                 pairs.append(pairs[int(self._rng.integers(len(pairs)))])
             else:
                 which = int(self._rng.integers(LABELS_A_TASK))
-                pairs.append((self._word_of(int(classes[which])), _label(int(labels[which]))))
+                pairs.append((self._word_of(int(named[which])), _label(int(labels[which]))))
             filler = [] if bare else [self._any_filler()]
             said += [*filler, *pairs[-1], SEPARATOR]
             learned += [0] * (len(filler) + 1) + [1, 0]

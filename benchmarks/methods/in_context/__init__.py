@@ -1,0 +1,1 @@
+"""The experiment on in-context learning: its world, methods, recipes and page."""
