@@ -39,7 +39,7 @@ from benchmarks.methods.in_context.recipes import (
     write_recipe,
     write_world,
 )
-from benchmarks.methods.in_context.world import KNOWN, LABELS_A_TASK, NOVEL
+from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL
 from benchmarks.methods.paired import paired_interval, verdict
 from pipeline.planning.plan import PlannedStep, make_plan
 from pipeline.planning.recipe_file import load_recipe
@@ -56,28 +56,28 @@ MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
 
 FULL = Settings(
-    teacher_width=256,
-    teacher_layers=3,
-    teacher_steps=1800,
-    teacher_whole_steps=300,
+    teacher_width=128,
+    teacher_layers=2,
+    teacher_steps=3000,
+    teacher_whole_steps=200,
     student_width=64,
     student_layers=2,
-    start_steps=1200,
+    start_steps=1500,
     start_whole_steps=100,
-    steps=300,
+    steps=200,
     batch=16,
     train_tasks=80,
-    train_examples=25,
+    train_examples=22,
     judged_tasks=80,
     novel_tasks=30,
-    judged_queries=30,
+    judged_queries=28,
     seeds=(0, 1, 2, 3, 4, 5),
     distiller_steps=(300, 500),
     distiller_seeds=(0, 1, 2, 3, 4),
 )
 QUICK = Settings(
     teacher_width=32,
-    teacher_layers=3,
+    teacher_layers=2,
     teacher_steps=20,
     teacher_whole_steps=10,
     student_width=32,
@@ -272,10 +272,11 @@ def described(
     right: Mapping[str, Mapping[str, Array]],
 ) -> dict[str, Any]:
     """Return what the page says of the world and of its models."""
-    train = open_dataset([steps["episodes"].folder])
-    multi = open_dataset([steps["multi"].folder])
+    train = open_dataset([steps["episodes"].folder], split="train")
+    multi = open_dataset([steps["multi"].folder], split="train")
     return {
         "classes": len(KNOWN),
+        "first_classes": len(FIRST),
         "novel_classes": len(NOVEL),
         "labels": LABELS_A_TASK,
         "teacher_size": num_parameters(steps["teacher_trained"].folder) / 1e6,

@@ -1,4 +1,4 @@
-"""The in-context experiments: their world, what they compare, and the quick run as a whole."""
+"""The in-context experiments: their world, what they compare, the quick run as a whole."""
 
 import json
 from collections import Counter
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.methods import icl
-from benchmarks.methods.icl_recipes import METHODS, RATES, step_name
-from benchmarks.methods.icl_world import LABELS_A_TASK, World, vocabulary
+from benchmarks.methods.in_context.methods import METHODS, RATES, step_name
+from benchmarks.methods.in_context.world import LABELS_A_TASK, World, vocabulary
 
 
 def test_no_phrase_and_no_task_comes_twice_and_labels_are_the_tasks() -> None:
@@ -34,11 +34,15 @@ def test_effects_are_paired_and_judged() -> None:
     more_SE = hard_SE | (rng.random((4, 500)) < 0.2)
     students = {claim.method for claim in icl.CLAIMS} | {claim.baseline for claim in icl.CLAIMS}
     right_SE = dict.fromkeys(students, hard_SE.astype(float)) | {"bialign": more_SE.astype(float)}
-    rows = {row["claim"]: row for row in icl.effects(right_SE)}
+    right = {icl.JUDGED: right_SE, icl.ON_NOVEL: dict.fromkeys(students, hard_SE.astype(float))}
+    rows = {row["claim"]: row for row in icl.effects(right)}
     won = rows["BiAlign beats output alignment"]
     assert won["effect"] == pytest.approx(more_SE.mean() - hard_SE.mean())
     assert won["low"] < won["effect"] < won["high"] and won["verdict"] == "holds"
+    assert won["novel"] == (0.0, 0.0, 0.0)
     assert rows["Meta-ICT: ICL-D beats tuning"]["verdict"] == "cannot be told"
+    # the same answers are at most 0.02 worse
+    assert rows["at most 0.02 worse than all demonstrations"]["verdict"] == "holds"
 
 
 def test_the_search_takes_each_methods_own_best_rate() -> None:
@@ -50,14 +54,18 @@ def test_the_search_takes_each_methods_own_best_rate() -> None:
 
 
 @pytest.mark.slow
-def test_quick_run_writes_the_page_and_its_teacher_learns_in_context(tmp_path: Path) -> None:
-    results, docs = tmp_path / "bars.json", tmp_path / "docs"
-    arguments = ["--quick", "--folder", str(tmp_path / "world"), "--docs", str(docs)]
+def test_quick_run_makes_every_row_and_writes_the_page(tmp_path: Path) -> None:
+    results, docs, folder = tmp_path / "bars.json", tmp_path / "docs", tmp_path / "world"
+    arguments = ["--quick", "--folder", str(folder), "--docs", str(docs)]
     icl.main([*arguments, "--json", str(results)])  # its intervals are too wide for the bar
     body = json.loads(results.read_text())
-    teacher = next(bar for bar in body["bars"] if bar["name"] == "accuracy of the teacher")
-    assert teacher["ok"], teacher
     assert len(body["rows"]) == len(icl.CLAIMS)
+    found = json.loads((folder / "results.json").read_text())
+    beside = {"zero-shot", "random vectors", "mean pooling", "fewer shots", "all demonstrations"}
+    assert set(found["accuracy"]) == {"start", "teacher", "mend", *METHODS} | beside
+    # what the reader answers after all demonstrations is the teacher's own answer
+    of_all, teacher = found["accuracy"]["all demonstrations"], found["accuracy"]["teacher"]
+    assert of_all == pytest.approx(teacher)
     page = (docs / "evidence_icl.md").read_text()
     for claim in icl.CLAIMS:
         assert claim.said in page

@@ -36,7 +36,7 @@ class Settings:
     teacher_batch: int = 16
     teacher_examples: int = 16
     shown: int = 12
-    support: int = 16
+    support: int = 14
     num_vectors: int = 12
 
 

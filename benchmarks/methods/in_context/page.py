@@ -17,12 +17,12 @@ The world: a task gives each of {labels} latent classes of words a label, anew, 
 label is stands in its demonstrations alone. The teacher ({teacher_size:.2f} M parameters) was
 trained from nothing on {corpus:,} rows of such tasks, repetitions and running text; students
 ({student_size:.2f} M) begin at `{start}`, {start_steps:,} steps of the same, with tasks of
-{classes} of the classes alone. From there each method has {steps} steps of {batch} episodes, out of
-{train:,} of {tasks} tasks (Multitask-ICT: {multi:,} of the judged tasks' own support examples).
-Judged on {judged_episodes:,} episodes of {shown} demonstrations, of {judged} tasks that neither
-student nor teacher has seen, and on {novel_episodes:,} of {novel} tasks of {novel_classes} novel
-classes, which students know from running text alone. {seeds} seeds: a student's weights, its start
-and the order of its rows.
+{first_classes} of the classes alone. From there each method has {steps} steps of {batch} episodes,
+out of {train:,} of {tasks} tasks of {classes} classes (Multitask-ICT: {multi:,} of the judged
+tasks' own support examples). Judged on {judged_episodes:,} episodes of {shown} demonstrations, of
+{judged} tasks of these classes that neither student nor teacher has seen, and on {novel_episodes:,}
+of {novel} tasks of {novel_classes} novel classes, which students know from running text alone.
+{seeds} seeds: a student's weights, its start and the order of its rows.
 
 {table}
 

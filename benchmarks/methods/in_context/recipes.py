@@ -21,7 +21,7 @@ from benchmarks.methods.in_context.methods import (
 )
 from benchmarks.methods.in_context.world import (
     ALL,
-    KNOWN,
+    FIRST,
     NOVEL,
     TOKENS,
     World,
@@ -61,7 +61,7 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
     for name, steps, classes in (
         ("corpus", settings.teacher_steps, ALL),
         ("whole", settings.teacher_whole_steps, ALL),
-        ("start", settings.start_steps, KNOWN),
+        ("start", settings.start_steps, FIRST),
     ):
         rows = world.corpus(max(800, steps * settings.teacher_batch), length, classes)
         write_corpus(folder / f"{name}.parquet", rows)
@@ -119,11 +119,10 @@ def write_mend_recipe(folder: Path, settings: Settings) -> Path:
     for rows in ("episodes", "judged"):
         steps[f"{rows}_asked"] = {"stage": "demonstrations", "input": rows}
         steps[f"{rows}_asked_signals"] = _signal("teacher_logits", f"{rows}_asked")
-    steps["small"] = {"stage": "student_init", "model": "teacher", "layers": 2}
     for seed in settings.distiller_seeds:
         steps[f"distiller_{seed}"] = {
             "stage": "distiller_init",
-            "model": "small",
+            "model": "teacher",
             "reader": "teacher",
             "num_vectors": settings.num_vectors,
             "seed": seed,
@@ -171,12 +170,20 @@ _SHARE_SUBSETS = tuple(name for name, method in METHODS.items() if not method.mu
 
 
 def _teacher_steps(folder: Path, settings: Settings) -> dict[str, Step]:
-    """The teacher, trained from nothing: what labels follow from, then everything."""
+    """The teacher, trained from nothing: what labels follow from, of few classes, of all, the rest.
+
+    A model that has found in few classes how a label is looked up learns more of them soon.
+    """
     return {
+        "labels": _corpus(folder, settings, "start", labels_alone=True),
         "corpus": _corpus(folder, settings, "corpus", labels_alone=True),
         "whole": _corpus(folder, settings, "whole"),
+        "teacher_first": {
+            **_language_model("blank_teacher", "labels", settings.start_steps, lr=2e-3),
+            "scheduler": "constant_with_warmup",
+        },
         "teacher_labels": _language_model(
-            "blank_teacher", "corpus", settings.teacher_steps, lr=1e-3
+            "teacher_first", "corpus", settings.teacher_steps, lr=2e-3
         ),
         "teacher_trained": _language_model(
             "teacher_labels", "whole", settings.teacher_whole_steps, lr=3e-4
@@ -185,13 +192,12 @@ def _teacher_steps(folder: Path, settings: Settings) -> dict[str, Step]:
 
 
 def _start_steps(folder: Path, settings: Settings, seed: int) -> dict[str, Step]:
-    """The student's start: a short training of the same two kinds, on known classes alone."""
+    """The student's start: a short training of the same two kinds, on the first classes alone."""
     trained = {
         "base": _language_model("blank_student", "labels", settings.start_steps, lr=4e-3),
         START: _language_model("base", "start_whole", settings.start_whole_steps, lr=1e-3),
     }
     return {
-        "labels": _corpus(folder, settings, "start", labels_alone=True),
         "start_whole": _corpus(folder, settings, "start"),
         **{name: {**step, "seed": seed} for name, step in trained.items()},
     }

@@ -3,8 +3,9 @@
 A phrase is a filler, which says nothing, and a word of a class. A task draws ``LABELS_A_TASK``
 classes and gives each a label: what a phrase's label is stands in the demonstrations alone, which
 words belong together can be learned before. In tasks no phrase is used twice, and no assignment of
-labels to classes is shared by two tasks. ``NOVEL`` classes are in no task that trains a student,
-only in running text; the teacher knows all. All is drawn from one seed.
+labels to classes is shared by two tasks. The teacher knows tasks of all classes; students begin
+with those of the ``FIRST``, and methods train them on the ``KNOWN``. ``NOVEL`` classes are in no
+task that trains a student, only in running text. All is drawn from one seed.
 """
 
 import json
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 12, 8, 8, 200
+CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 12, 8, 8, 120
 LABELS_A_TASK = 4
-ALL, KNOWN, NOVEL = range(CLASSES), range(8), range(8, CLASSES)
+ALL, FIRST, KNOWN, NOVEL = range(CLASSES), range(5), range(8), range(8, CLASSES)
 TOKENS = 4  # of an example: filler, word, label, separator
 # Of the teacher's corpus: rows that say any tokens again and again, rows of running text, and of
 # the rest, episodes, those whose words come again, at half of the examples, and those without
@@ -59,6 +60,7 @@ def save_model(folder: Path, *, width: int, layers: int, seed: int) -> Path:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        initializer_range=0.65 / width**0.5,  # 0.02 is for wide models: these would start late
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=end,
@@ -74,7 +76,7 @@ class World:
 
     seed: int
     _rng: np.random.Generator = field(init=False)
-    _phrases: set[str] = field(init=False, default_factory=set)
+    _phrases: dict[int, list[str]] = field(init=False, default_factory=dict)  # left, by class
     _tasks: set[Task] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -168,11 +170,11 @@ class World:
         return task[int(self._rng.integers(len(task)))]
 
     def _new_phrase(self, class_: int) -> str:
-        while True:
-            phrase = f"{self._any_filler()} {self._word_of(class_)}"
-            if phrase not in self._phrases:
-                self._phrases.add(phrase)
-                return phrase
+        if class_ not in self._phrases:
+            words = [_word(class_, number) for number in range(WORDS_A_CLASS)]
+            phrases = [f"{_filler(number)} {word}" for number in range(FILLERS) for word in words]
+            self._phrases[class_] = self._rng.permutation(phrases).tolist()
+        return self._phrases[class_].pop()
 
     def _word_of(self, class_: int) -> str:
         return _word(class_, int(self._rng.integers(WORDS_A_CLASS)))
