@@ -71,7 +71,7 @@ FULL = Settings(
     judged_tasks=80,
     novel_tasks=30,
     judged_queries=28,
-    seeds=(0, 1, 2, 3, 4, 5),
+    seeds=(0, 1, 2, 3, 4),
     distiller_steps=(300, 500),
     distiller_seeds=(0, 1, 2, 3, 4),
 )
