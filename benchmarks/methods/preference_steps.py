@@ -234,7 +234,7 @@ def _tables(method: Method, size: Size, seed: int) -> Steps:
                     "beta": BETA,
                     "seed": seed,
                 }
-                | (_AS_RELEASED if method is RELEASED else {}),
+                | (_AS_RELEASED if method.name == RELEASED.name else {}),
             }
     return {}
 
@@ -243,7 +243,7 @@ _AS_RELEASED: Steps = {"beta": 1.0, "support": {"kind": "as_released", "k": 16}}
 
 
 def _advantages(method: Method) -> str:
-    return f"{method.start}_advantages" + ("_released" if method is RELEASED else "")
+    return f"{method.start}_advantages" + ("_released" if method.name == RELEASED.name else "")
 
 
 def _trained(run: Run, size: Size, seed: int) -> dict[str, Any]:
