@@ -5,6 +5,7 @@ Dimensions: S = seeds, E = prompts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ CLAIMS = (
 
 
 def of(measured: Mapping[str, Any], student: str, what: str) -> Array:
-    """Return ``wins``, ``reward`` [S, E], or ``implicit``, ``kl``, ``tokens``, ``answered`` [S]."""
+    """Return ``wins``, ``reward`` [S, E], or another measure [S]."""
     return np.array(measured["students"][student][what], np.float64)
 
 
@@ -102,6 +103,7 @@ def _row(measured: Mapping[str, Any], name: str, won: Interval | None) -> dict[s
         else "",
         "teacher's reward": round(float(of(measured, name, "implicit").mean()), 4),
         "KL to SFT": round(float(of(measured, name, "kl").mean()), 4),
+        "unlikely tokens": f"{float(of(measured, name, 'unlikely').mean()):.1%}",
         "tokens": round(float(of(measured, name, "tokens").mean()), 1),
     }
 
@@ -140,12 +142,51 @@ def verdict_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 def search_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row a method: its win rate over SFT at every learning rate and strength tried."""
     rows: dict[str, dict[str, Any]] = {}
-    for tried in measured["search"]:
-        method = OF_NAME[tried["method"]]
-        row = rows.setdefault(method.name, {"win rate over SFT": method.label})
-        at = f"lr {tried['rate']:g}" if tried["factor"] == 1.0 else f"x {tried['factor']:.2g}"
-        row[at] = round(tried["win_rate"], 3)
-    return list(rows.values())
+    for name in dict.fromkeys(tried["method"] for tried in measured["search"]):
+        tries = [tried for tried in measured["search"] if tried["method"] == name]
+        rates = [tried for tried in tries if tried["factor"] == 1.0]
+        best = max(rates, key=itemgetter("win_rate"))
+        row = rows.setdefault(name, {"win rate over SFT": _label(name)})
+        for tried in tries:
+            if tried["factor"] == 1.0:
+                at = f"lr {tried['rate']:g}"
+            elif tried["rate"] == best["rate"]:
+                at = f"x {tried['factor']:.2g}"
+            else:
+                at = f"then lr {tried['rate']:g}"
+            row[at] = round(tried["win_rate"], 3)
+    columns = sorted({column for row in rows.values() for column in row}, key=_place)
+    return [{column: row.get(column, "") for column in columns} for row in rows.values()]
+
+
+def _place(column: str) -> tuple[int, float]:
+    """Order columns: the method, learning rates, strengths, learning rates again."""
+    kinds = ("win", "lr", "x", "then")
+    kind, _, value = column.partition(" ")
+    return kinds.index(kind), 0.0 if kind == "win" else float(value.removeprefix("lr "))
+
+
+def weight_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row a weight of ADPA's search: what its optimum holds, what its student did."""
+    rows = []
+    for weight, held in zip(measured["weights"], measured["peaks"]["optima"], strict=True):
+        tries = [
+            tried
+            for tried in measured["search"]
+            if tried["method"] == ADPA.name and ADPA.centre * tried["factor"] == weight
+        ]
+        best = max(tries, key=itemgetter("win_rate"))
+        rows.append(
+            {
+                "gamma": f"{weight:.3g}",
+                "optimum, unlikely tokens": f"{held:.1%}",
+                "ADPA writes of them": f"{best['unlikely']:.1%}",
+                "expected advantage": round(best["advantage"], 3),
+                "steps cut": f"{best['cut']:.0%}",
+                "win rate over SFT": round(best["win_rate"], 3),
+            }
+        )
+    return rows
 
 
 PAGE = """# Preferences: does what the teacher prefers arrive, and is it better?
