@@ -31,6 +31,7 @@ from benchmarks.methods.preference_steps import (
     RELEASED,
     SFT_MORE,
     START,
+    UNION,
 )
 from benchmarks.rewarded_grammar.grammar import NOTHING
 
@@ -57,6 +58,8 @@ CLAIMS = (
     Claim("ADPA+ beats ADPA", PAPER, ADPA_PLUS.name, ADPA.name),
     Claim("ADPA beats as many steps of SFT more", OURS, ADPA.name, SFT_MORE.name),
     Claim("ADPA as in the paper beats it as released", OURS, ADPA.name, RELEASED.name),
+    Claim("union_top_k beats ADPA's default support", OURS, UNION.name, ADPA.name),
+    Claim("ADPA of union_top_k beats DPO", OURS, UNION.name, DPO.name),
 )
 
 
@@ -216,15 +219,36 @@ rate. The paper is ADPA (arXiv 2502.17927): ADPA+ over ADPA over DCKD over the o
 {table}
 
 - **The teacher's reward** is its log-ratio to its reference times {beta:g}, **KL** is that of the
-  student to SFT on its own responses, in nats a token; neither decides a verdict.
-- **Where advantages are largest**: at {unlikely:.0%} of the positions of SFT's responses on a token
-  that the reference gives less than {bound:g}; {largest:+.2f} nats there on average, {written:+.2f}
-  at the token written. ADPA's sum grows with mass on such tokens, however unlikely they are.
-- **The same search for all**: three learning rates, then a tenth, a third and three times the
-  strength (beta of DPO, alpha of DCKD, gamma of ADPA) at the best of them; the win rate on {trials}
-  other prompts of a seed that is not among those above. "x" is times a strength of {strengths}.
+  student to SFT on its own responses, in nats a token, **unlikely tokens** are those written to
+  which the teacher's reference gives less than {bound:g}; none of them decides a verdict.
+- `as_released` has the published code's support ({released_k} tokens) and clipped advantages,
+  `union_top_k` (k {union_k}) one advantage for all tokens that are among no model's likeliest.
 - An empty response makes no row, so both of its prompt's earn {nothing:g}, what a response without
   words earns.
+
+## Where ADPA's weight takes a student
+
+At the positions of SFT's responses this teacher's largest advantage is {largest:+.2f} nats on
+average, at {unlikely:.0%} of positions on an unlikely token; the token written has {written:+.2f},
+the teacher itself would expect {aligned:+.2f}, its KL to its reference. With the reference p in the
+place of chosen responses ADPA's loss of a position, `-sum_a p log pi - gamma sum_a pi A`, is least
+at `pi = p / (lambda - gamma A)`. If p is 0 on the token of the largest A, nothing goes there while
+gamma is at most `sum_a p / (A_max - A)`, and one less that over gamma beyond. The median of this
+limit is {limit:.2f}; the published gamma is 1.6, of advantages without beta as all here.
+
+{weights}
+
+- **Optimum**: the mass of those pi on unlikely tokens (the reference has {on_unlikely:.2%} there).
+  The other columns are the search's runs of ADPA: tokens written, the last `advantage` that
+  training logged, logged steps whose gradient was longer than `max_grad_norm`.
+- More expected advantage than the teacher's own is on tokens that neither teacher would write.
+
+## The search
+
+The same for all methods: three learning rates at the published strength; at the best of them other
+strengths (beta of DPO, alpha of DCKD, gamma of ADPA); at the best of these the other learning rates
+again. Win rates over SFT on {trials} prompts of their own, a seed that is not among those above.
+"x" is times a strength of {strengths}.
 
 {search}
 """
@@ -255,6 +279,9 @@ def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
         verdicts=markdown_table(verdict_rows(measured)),
         table=markdown_table(table_rows(measured)),
         search=markdown_table(search_rows(measured)),
+        weights=markdown_table(weight_rows(measured)),
+        released_k=RELEASED.support["k"],
+        union_k=UNION.support["k"],
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evidence_preferences.md").write_text(page)

@@ -30,7 +30,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert set(results["students"]) == {START, *(method.name for method in METHODS)}
     for name, measured in results["students"].items():
         wins_SE = np.array(measured["wins"])
-        assert wins_SE.shape == (2, 60) and np.isfinite(measured["implicit"]).all()
+        assert wins_SE.shape == (2, 40) and np.isfinite(measured["implicit"]).all()
         if name == START:
             assert (wins_SE == 0.5).all() and np.abs(measured["kl"]).max() < 1e-4
         else:
