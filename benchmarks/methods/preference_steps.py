@@ -51,6 +51,11 @@ class Method:
             {self.strength: self.centre * factor} if self.strength else {}
         )
 
+    @property
+    def is_adpa(self) -> bool:
+        """Whether it learns from advantages."""
+        return bool(self.objective["loss"] == "adpa")
+
 
 SFT_MORE = Method(name="sft_more", label="SFT, as many steps more", objective={"loss": "sft"})
 DPO = Method(name="dpo", label="DPO", objective={"loss": "dpo"}, strength="beta", centre=BETA)

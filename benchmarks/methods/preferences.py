@@ -7,7 +7,8 @@ and chosen responses (SFT), and every method goes on from there for the same ste
 sampled responses to new prompts: by the true reward against those of the same seed's SFT (a tie is
 half a win), by the teacher's implicit reward, and by KL to SFT.
 
-Learning rate and strength of each method are searched alike, on one more seed and other prompts.
+Learning rate and strength of each method are searched alike (``preference_search``), on other seeds
+and other prompts.
 Everything is made by the product: recipes lie in ``CACHE/benchmarks/preferences``, a second run
 keeps what is finished. Dimensions: S = seeds, E = prompts, N = responses to each.
 """
@@ -16,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from multiprocessing import get_context
@@ -32,14 +33,12 @@ from rich.console import Console
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
 from benchmarks.methods.advantage_peaks import peaks, unlikely_share
 from benchmarks.methods.preference_measures import rewards_of, rows_of, scores_of, training_of, wins
+from benchmarks.methods.preference_search import Search
 from benchmarks.methods.preference_steps import (
     ADPA,
     ALIGNED,
-    DCKD,
-    METHODS,
     REFERENCE,
     START,
-    Method,
     Run,
     Size,
     recipe_of,
@@ -55,10 +54,8 @@ from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 Array = npt.NDArray[Any]
-Tried = dict[str, Any]  # what was measured of a run of the search
 GRAMMAR = Grammar()
 LEAST_GAP = 2.0  # between the rewards of a pair
-SEARCH_SEED = 1000
 PEAK_ROWS = (
     200  # prompts whose first response is asked for tokens that the reference would not write
 )
@@ -146,11 +143,20 @@ class Study:
         self._write_model("teacher", width, layers, seed=0)
 
     def carry_out(self) -> dict[str, Any]:
-        """Search, train and judge every seed, and return what was measured."""
-        searched = self.search()
-        best = {method.name: best_of(tried) for method, tried in searched.items()}
+        """Search, train and judge every seed, and return what was measured.
+
+        Two processes of one thread: models this small gain from no more threads.
+        """
+        spawned = get_context("spawn")
+        with ProcessPoolExecutor(2, spawned, torch.set_num_threads, (1,)) as pool:
+            return self._carry_out(pool)
+
+    def _carry_out(self, pool: Executor) -> dict[str, Any]:
+        search = Search(self.settings.rates, self.settings.factors, self._trial, pool)
+        searched = search.carry_out()
+        best = {method.name: search.best(method) for method in searched}
         runs = {name: Run(name, run.method, run.rate, run.factor) for name, run in best.items()}
-        seeds = self._run_seeds(runs)
+        seeds = list(pool.map(self.run_seed, range(self.settings.seeds), repeat(runs)))
         measured = {
             "settings": asdict(self.settings),
             "search": [
@@ -179,72 +185,20 @@ class Study:
         (self.folder / "results.json").write_text(json.dumps(measured) + "\n")
         return measured
 
-    def _run_seeds(self, runs: Mapping[str, Run]) -> list[dict[str, Any]]:
-        """Run all seeds, two at a time: they share the teacher, which the search has made."""
-        spawned = get_context("spawn")
-        with ProcessPoolExecutor(2, spawned, torch.set_num_threads, (1,)) as pool:
-            return list(pool.map(self.run_seed, range(self.settings.seeds), repeat(runs)))
-
     def _weights(self) -> list[float]:
         """Return the weights at which ADPA was searched."""
         return sorted(ADPA.centre * factor for factor in (1.0, *self.settings.factors))
 
-    def search(self) -> dict[Method, dict[Run, Tried]]:
-        """Return each method's runs with what was measured of them, on a seed of its own.
-
-        First all learning rates at the published strength, then the other strengths at the best of
-        them, then the other learning rates at the best strength.
-        """
-        found: dict[Method, dict[Run, Tried]] = {}
-        after_sft = [method for method in METHODS if method.start == START]
-        for methods in (after_sft, [method for method in METHODS if method not in after_sft]):
-            rates = [
-                Run(f"{method.name}-rate-{number}", method, rate)
-                for method in methods
-                for number, rate in enumerate(self.settings.rates)
-            ]
-            self._try(found, rates)
-            strengths = [
-                Run(f"{method.name}-strength-{number}", method, best_of(found[method]).rate, factor)
-                for method in methods
-                if method.strength
-                for number, factor in enumerate(self.settings.factors)
-            ]
-            self._try(found, strengths)
-            again = [
-                Run(f"{method.name}-again-{number}", method, rate, best.factor)
-                for method in methods
-                if (best := best_of(found[method])).factor != 1.0
-                for number, rate in enumerate(self.settings.rates)
-                if rate != best.rate
-            ]
-            self._try(found, again)
-        return found
-
-    def _try(self, found: dict[Method, dict[Run, Tried]], runs: Sequence[Run]) -> None:
-        """Add what is measured of ``runs`` to ``found``."""
-        if not runs:
-            return
-        by_step = {run.step: run for run in runs}
-        if DCKD in found and runs[0].method.start == DCKD.name:
-            best = best_of(found[DCKD])
-            by_step = {DCKD.name: Run(DCKD.name, DCKD, best.rate, best.factor)} | by_step
-        ran = self._run(
-            f"search-{len(found)}-{sum(map(len, found.values()))}",
-            SEARCH_SEED,
-            by_step,
-            asked="trials",
-        )
-        for run in runs:
-            student = ran["students"][run.step]
-            tried = {"win_rate": float(np.mean(student["wins"])), "unlikely": student["unlikely"]}
-            found.setdefault(run.method, {})[run] = tried | student["training"]
+    def _trial(self, name: str, seed: int, runs: Mapping[str, Run]) -> dict[str, Any]:
+        """Measure runs of the search by step."""
+        students: dict[str, Any] = self._run(name, seed, runs, asked="trials")["students"]
+        return students
 
     def run_seed(self, seed: int, runs: Mapping[str, Run]) -> dict[str, Any]:
         """Train a student by every method and judge its responses."""
         return self._run(f"seed-{seed}", seed, runs, asked="questions")
 
-    def _run(self, name: str, seed: int, runs: Mapping[str, Run], *, asked: str) -> dict[str, Any]:
+    def _run(self, name: str, seed: int, runs: Mapping[str, Run], asked: str) -> dict[str, Any]:
         """Write a recipe, run it, and read its tables."""
         started = time.monotonic()
         self._write_model(f"students/{seed}", *self.settings.student, seed=seed)
@@ -316,11 +270,6 @@ class Study:
         rng = np.random.default_rng(3)
         asked = prompts(seed=3)[:4_000]
         return float(np.mean([reward(prompt, GRAMMAR.response(prompt, rng)) for prompt in asked]))
-
-
-def best_of(tried: Mapping[Run, Tried]) -> Run:
-    """Return the run with the largest win rate."""
-    return max(tried, key=lambda run: tried[run]["win_rate"])
 
 
 _MEASURES = ("reward", "wins", "unlikely", "implicit", "kl", "tokens", "answered")

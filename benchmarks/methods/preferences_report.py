@@ -22,6 +22,7 @@ from benchmarks.methods.paired import (
     save_figure,
     verdict,
 )
+from benchmarks.methods.preference_search import FINALISTS
 from benchmarks.methods.preference_steps import (
     ADPA,
     ADPA_PLUS,
@@ -162,6 +163,29 @@ def search_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{column: row.get(column, "") for column in columns} for row in rows.values()]
 
 
+def finalist_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row a method: win rates on both seeds of the settings that were tried on both."""
+    rows = []
+    for name in dict.fromkeys(tried["method"] for tried in measured["search"]):
+        both = [
+            tried
+            for tried in measured["search"]
+            if tried["method"] == name and "won_again" in tried
+        ]
+        both.sort(key=lambda tried: -tried["win_rate"])
+        cells = {
+            f"{place}.": f"{_tried(tried)}: {tried['win_rate']:.3f}, {tried['won_again']:.3f}"
+            for place, tried in enumerate(both, 1)
+        }
+        rows.append({"settings: win rates": _label(name)} | cells)
+    return rows
+
+
+def _tried(tried: Mapping[str, Any]) -> str:
+    times = f", x {tried['factor']:.2g}" if OF_NAME[tried["method"]].strength else ""
+    return f"lr {tried['rate']:g}{times}"
+
+
 def _place(column: str) -> tuple[int, float]:
     """Order columns: the method, learning rates, strengths, learning rates again."""
     kinds = ("win", "lr", "x", "then")
@@ -251,6 +275,11 @@ again. Win rates over SFT on {trials} prompts of their own, a seed that is not a
 "x" is times a strength of {strengths}.
 
 {search}
+
+The best {finalists} of each were tried on a second seed; the mean of both decides, as what wins on
+one seed may be lost on the next.
+
+{both}
 """
 
 
@@ -279,6 +308,8 @@ def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
         verdicts=markdown_table(verdict_rows(measured)),
         table=markdown_table(table_rows(measured)),
         search=markdown_table(search_rows(measured)),
+        both=markdown_table(finalist_rows(measured)),
+        finalists=FINALISTS,
         weights=markdown_table(weight_rows(measured)),
         released_k=RELEASED.support["k"],
         union_k=UNION.support["k"],
