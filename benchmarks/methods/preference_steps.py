@@ -5,7 +5,7 @@ takes any of them; what another one made already is found done, by content.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ class Method:
     strength: str = ""
     centre: float = 1.0
     start: str = START
+    support: Mapping[str, Any] = field(default_factory=dict)  # of its advantages, else the default
 
     def settings(self, factor: float) -> dict[str, Any]:
         """Return the objective with its strength times ``factor``."""
         return dict(self.objective) | (
             {self.strength: self.centre * factor} if self.strength else {}
         )
+
+    @property
+    def is_adpa(self) -> bool:
+        """Whether it learns from advantages."""
+        return bool(self.objective["loss"] == "adpa")
 
 
 SFT_MORE = Method(name="sft_more", label="SFT, as many steps more", objective={"loss": "sft"})
@@ -68,6 +74,15 @@ RELEASED = Method(
     objective={"loss": "adpa", "mode": "as_released"},
     strength="gamma",
     centre=1.6,
+    support={"kind": "as_released", "k": 16},
+)
+UNION = Method(
+    name="adpa_union",
+    label="ADPA, union_top_k",
+    objective={"loss": "adpa"},
+    strength="gamma",
+    centre=1.6 / BETA,
+    support={"kind": "union_top_k", "k": 4},
 )
 ADPA_PLUS = Method(
     name="adpa_plus",
@@ -77,7 +92,7 @@ ADPA_PLUS = Method(
     centre=1.6 / BETA,
     start=DCKD.name,
 )
-METHODS = (SFT_MORE, DPO, DCKD, ADPA, RELEASED, ADPA_PLUS)
+METHODS = (SFT_MORE, DPO, DCKD, ADPA, RELEASED, UNION, ADPA_PLUS)
 OF_NAME = {method.name: method for method in METHODS}
 
 
@@ -234,16 +249,14 @@ def _tables(method: Method, size: Size, seed: int) -> Steps:
                     "beta": BETA,
                     "seed": seed,
                 }
-                | (_AS_RELEASED if method is RELEASED else {}),
+                | ({"support": dict(method.support)} if method.support else {}),
             }
     return {}
 
 
-_AS_RELEASED: Steps = {"beta": 1.0, "support": {"kind": "as_released", "k": 16}}
-
-
 def _advantages(method: Method) -> str:
-    return f"{method.start}_advantages" + ("_released" if method is RELEASED else "")
+    kind = method.support.get("kind")
+    return f"{method.start}_advantages" + (f"_{kind}" if kind else "")
 
 
 def _trained(run: Run, size: Size, seed: int) -> dict[str, Any]:

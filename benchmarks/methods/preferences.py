@@ -7,7 +7,8 @@ and chosen responses (SFT), and every method goes on from there for the same ste
 sampled responses to new prompts: by the true reward against those of the same seed's SFT (a tie is
 half a win), by the teacher's implicit reward, and by KL to SFT.
 
-Learning rate and strength of each method are searched alike, on one more seed and other prompts.
+Learning rate and strength of each method are searched alike (``preference_search``), on other seeds
+and other prompts.
 Everything is made by the product: recipes lie in ``CACHE/benchmarks/preferences``, a second run
 keeps what is finished. Dimensions: S = seeds, E = prompts, N = responses to each.
 """
@@ -16,47 +17,48 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import yaml
 from rich.console import Console
 
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
-from benchmarks.methods.advantage_peaks import peaks
-from benchmarks.methods.preference_measures import rows_of, scores_of, wins
+from benchmarks.methods.advantage_peaks import peaks, unlikely_share
+from benchmarks.methods.preference_measures import rewards_of, rows_of, scores_of, training_of, wins
+from benchmarks.methods.preference_search import Search
 from benchmarks.methods.preference_steps import (
+    ADPA,
     ALIGNED,
-    DCKD,
-    METHODS,
     REFERENCE,
     START,
-    Method,
     Run,
     Size,
     recipe_of,
 )
 from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
 from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
-from benchmarks.rewarded_grammar.grammar import NOTHING, Grammar, preferred, prompts, reward
+from benchmarks.rewarded_grammar.grammar import Grammar, preferred, prompts, reward
 from pipeline.planning.plan import make_plan
 from pipeline.planning.recipe_file import load_recipe
 from pipeline.reports.progress import ConsoleReporter
 from pipeline.steps.run import run_plan
-from schemas.tables.prompted.responses import FINISH_REASONS
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
 Array = npt.NDArray[Any]
 GRAMMAR = Grammar()
 LEAST_GAP = 2.0  # between the rewards of a pair
-SEARCH_SEED = 1000
-PEAK_ROWS = 200  # of SFT's responses, to see where advantages are largest
-STOPPED = FINISH_REASONS.index("stop")
+PEAK_ROWS = (
+    200  # prompts whose first response is asked for tokens that the reference would not write
+)
 MIN_ACCURACY, MAX_HALF_WIDTH = 0.9, 0.03
 
 
@@ -85,25 +87,26 @@ FULL = Settings(
         sft_steps=150,
         steps=170,
     ),
-    rates=(1e-3, 3e-3, 1e-2),
-    factors=(0.1, 1 / 3, 3.0),
+    rates=(1e-3, 3e-3, 3e-4),
+    factors=(0.1, 1 / 3, 3.0, 0.03, 0.01),
 )
 QUICK = Settings(
     seeds=2,
     size=Size(
-        texts=1_000,
-        pairs=300,
-        trials=40,
-        questions=60,
-        teacher_steps=40,
-        align_steps=30,
+        texts=500,
+        pairs=120,
+        trials=20,
+        questions=40,
+        teacher_steps=30,
+        align_steps=20,
         base_steps=20,
-        sft_steps=8,
-        steps=8,
+        sft_steps=4,
+        steps=4,
+        batch_size=16,
     ),
     rates=(1e-3,),
     factors=(),
-    teacher=(64, 2),
+    teacher=(32, 2),
     student=(32, 2),
 )
 
@@ -140,21 +143,26 @@ class Study:
         self._write_model("teacher", width, layers, seed=0)
 
     def carry_out(self) -> dict[str, Any]:
-        """Search, train and judge every seed, and return what was measured."""
-        started = time.process_time()
-        searched = self.search()
-        runs = {
-            method.name: max(tried, key=lambda run: tried[run])
-            for method, tried in searched.items()
-        }
-        runs = {name: Run(name, run.method, run.rate, run.factor) for name, run in runs.items()}
-        seeds = [self.run_seed(seed, runs) for seed in range(self.settings.seeds)]
+        """Search, train and judge every seed, and return what was measured.
+
+        Two processes of one thread: models this small gain from no more threads.
+        """
+        spawned = get_context("spawn")
+        with ProcessPoolExecutor(2, spawned, torch.set_num_threads, (1,)) as pool:
+            return self._carry_out(pool)
+
+    def _carry_out(self, pool: Executor) -> dict[str, Any]:
+        search = Search(self.settings.rates, self.settings.factors, self._trial, pool)
+        searched = search.carry_out()
+        best = {method.name: search.best(method) for method in searched}
+        runs = {name: Run(name, run.method, run.rate, run.factor) for name, run in best.items()}
+        seeds = list(pool.map(self.run_seed, range(self.settings.seeds), repeat(runs)))
         measured = {
             "settings": asdict(self.settings),
             "search": [
-                {"method": method.name, "rate": run.rate, "factor": run.factor, "win_rate": won}
+                {"method": method.name, "rate": run.rate, "factor": run.factor} | found
                 for method, tried in searched.items()
-                for run, won in tried.items()
+                for run, found in tried.items()
             ],
             "chosen": {
                 name: {"rate": run.rate} | run.method.settings(run.factor)
@@ -162,6 +170,7 @@ class Study:
             },
             "teacher": seeds[0]["teacher"],
             "peaks": seeds[0]["peaks"],
+            "weights": self._weights(),
             "parameters": {
                 "teacher": num_parameters(self.folder / "teacher"),
                 "student": num_parameters(self.folder / "students/0"),
@@ -172,59 +181,24 @@ class Study:
                 name: {what: [seed["students"][name][what] for seed in seeds] for what in _MEASURES}
                 for name in (START, *runs)
             },
-            "processor_minutes": (time.process_time() - started) / 60,
         }
         (self.folder / "results.json").write_text(json.dumps(measured) + "\n")
         return measured
 
-    def search(self) -> dict[Method, dict[Run, float]]:
-        """Return each method's runs with their win rate over SFT, on a seed of its own.
+    def _weights(self) -> list[float]:
+        """Return the weights at which ADPA was searched."""
+        return sorted(ADPA.centre * factor for factor in (1.0, *self.settings.factors))
 
-        First all learning rates, then the other strengths at the best of them.
-        """
-        found: dict[Method, dict[Run, float]] = {}
-        after_sft = [method for method in METHODS if method.start == START]
-        for methods in (after_sft, [method for method in METHODS if method not in after_sft]):
-            rates = [
-                Run(f"{method.name}-rate-{number}", method, rate)
-                for method in methods
-                for number, rate in enumerate(self.settings.rates)
-            ]
-            self._try(found, rates)
-            best = {method: max(found[method], key=lambda run: found[method][run]).rate
-                    for method in methods}  # fmt: skip
-            others = [
-                Run(f"{method.name}-strength-{number}", method, rate, factor)
-                for method, rate in best.items()
-                if method.strength
-                for number, factor in enumerate(self.settings.factors)
-            ]
-            self._try(found, others)
-        return found
-
-    def _try(self, found: dict[Method, dict[Run, float]], runs: Sequence[Run]) -> None:
-        """Add what ``runs`` win over SFT to ``found``."""
-        if not runs:
-            return
-        by_step = {run.step: run for run in runs}
-        if DCKD in found and runs[0].method.start == DCKD.name:
-            best = max(found[DCKD], key=lambda run: found[DCKD][run])
-            by_step = {DCKD.name: Run(DCKD.name, DCKD, best.rate, best.factor)} | by_step
-        ran = self._run(
-            f"search-{len(found)}-{sum(map(len, found.values()))}",
-            SEARCH_SEED,
-            by_step,
-            asked="trials",
-        )
-        for run in runs:
-            wins_EN = ran["students"][run.step]["wins"]
-            found.setdefault(run.method, {})[run] = float(np.mean(wins_EN))
+    def _trial(self, name: str, seed: int, runs: Mapping[str, Run]) -> dict[str, Any]:
+        """Measure runs of the search by step."""
+        students: dict[str, Any] = self._run(name, seed, runs, asked="trials")["students"]
+        return students
 
     def run_seed(self, seed: int, runs: Mapping[str, Run]) -> dict[str, Any]:
         """Train a student by every method and judge its responses."""
         return self._run(f"seed-{seed}", seed, runs, asked="questions")
 
-    def _run(self, name: str, seed: int, runs: Mapping[str, Run], *, asked: str) -> dict[str, Any]:
+    def _run(self, name: str, seed: int, runs: Mapping[str, Run], asked: str) -> dict[str, Any]:
         """Write a recipe, run it, and read its tables."""
         started = time.monotonic()
         self._write_model(f"students/{seed}", *self.settings.student, seed=seed)
@@ -238,14 +212,22 @@ class Study:
         plan = make_plan(recipe)
         run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
         folders = {step.name: step.folder for step in plan}
+        tokenizer = open_tokenizer(self.folder / "teacher")
+        num_responses = self.settings.size.responses
         rewards = {
-            student: self._rewards(folders[asked], folders[f"{student}-answers"])
+            student: rewards_of(
+                tokenizer, folders[asked], folders[f"{student}-answers"], num_responses
+            )
             for student in (START, *runs)
         }
         students = {
             student: {
                 "reward": rewards_EN.mean(axis=1).tolist(),
                 "wins": wins(rewards_EN, rewards[START]).tolist(),
+                "unlikely": unlikely_share(
+                    folders[REFERENCE], rows_of(folders[f"{student}-answers"])[:PEAK_ROWS]
+                ),
+                "training": training_of(folders[student]),
             }
             | (scores_of(folders, f"{student}-answers") if judged else {})
             for student, rewards_EN in rewards.items()
@@ -256,38 +238,9 @@ class Study:
         found = {"students": students, "teacher": dict(record.metrics["heldout"])}
         if judged:
             written = rows_of(folders[f"{START}-answers"])[:PEAK_ROWS]
-            found["peaks"] = asdict(peaks(folders[ALIGNED], folders[REFERENCE], written))
+            measured = peaks(folders[ALIGNED], folders[REFERENCE], written, self._weights())
+            found["peaks"] = asdict(measured)
         return found
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return open_tokenizer(self.folder / "teacher")
-
-    def _rewards(self, asked: Path, answers: Path) -> Array:
-        """Return the true rewards [E, N] of responses; who said nothing has no row and earns -2."""
-        by_id = {row["sample_id"]: row for row in rows_of(answers)}
-        nothing = [NOTHING] * self.settings.size.responses
-        return np.array(
-            [
-                self._earned(by_id[row["sample_id"]]) if row["sample_id"] in by_id else nothing
-                for row in rows_of(asked)
-            ]
-        )
-
-    def _earned(self, row: Mapping[str, Any]) -> list[float]:
-        """Return what the responses of a row earn."""
-        prompt = self._tokenizer.decode(row["prompt_ids_T"])
-        ends = np.cumsum(row["response_lengths_N"])[:-1]
-        parts = np.split(row["response_ids_A"], ends)
-        return [
-            reward(
-                prompt, self._tokenizer.decode(ids_A, skip_special_tokens=True), finished=stopped
-            )
-            for ids_A, stopped in zip(parts, row["finish_reasons_N"] == STOPPED, strict=True)
-        ]
-
-    def _text(self, ids_A: Array) -> str:
-        return str(self._tokenizer.decode(ids_A, skip_special_tokens=True))
 
     def _write_model(self, name: str, width: int, layers: int, *, seed: int) -> None:
         if not (self.folder / name / "tokenizer.json").is_file():
@@ -319,7 +272,7 @@ class Study:
         return float(np.mean([reward(prompt, GRAMMAR.response(prompt, rng)) for prompt in asked]))
 
 
-_MEASURES = ("reward", "wins", "implicit", "kl", "tokens", "answered")
+_MEASURES = ("reward", "wins", "unlikely", "implicit", "kl", "tokens", "answered")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Dimensions: S = seeds, E = prompts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.methods.paired import (
     save_figure,
     verdict,
 )
+from benchmarks.methods.preference_search import FINALISTS
 from benchmarks.methods.preference_steps import (
     ADPA,
     ADPA_PLUS,
@@ -30,6 +32,7 @@ from benchmarks.methods.preference_steps import (
     RELEASED,
     SFT_MORE,
     START,
+    UNION,
 )
 from benchmarks.rewarded_grammar.grammar import NOTHING
 
@@ -56,11 +59,13 @@ CLAIMS = (
     Claim("ADPA+ beats ADPA", PAPER, ADPA_PLUS.name, ADPA.name),
     Claim("ADPA beats as many steps of SFT more", OURS, ADPA.name, SFT_MORE.name),
     Claim("ADPA as in the paper beats it as released", OURS, ADPA.name, RELEASED.name),
+    Claim("union_top_k beats ADPA's default support", OURS, UNION.name, ADPA.name),
+    Claim("ADPA of union_top_k beats DPO", OURS, UNION.name, DPO.name),
 )
 
 
 def of(measured: Mapping[str, Any], student: str, what: str) -> Array:
-    """Return ``wins``, ``reward`` [S, E], or ``implicit``, ``kl``, ``tokens``, ``answered`` [S]."""
+    """Return ``wins``, ``reward`` [S, E], or another measure [S]."""
     return np.array(measured["students"][student][what], np.float64)
 
 
@@ -102,6 +107,7 @@ def _row(measured: Mapping[str, Any], name: str, won: Interval | None) -> dict[s
         else "",
         "teacher's reward": round(float(of(measured, name, "implicit").mean()), 4),
         "KL to SFT": round(float(of(measured, name, "kl").mean()), 4),
+        "unlikely tokens": f"{float(of(measured, name, 'unlikely').mean()):.1%}",
         "tokens": round(float(of(measured, name, "tokens").mean()), 1),
     }
 
@@ -140,12 +146,74 @@ def verdict_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 def search_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row a method: its win rate over SFT at every learning rate and strength tried."""
     rows: dict[str, dict[str, Any]] = {}
-    for tried in measured["search"]:
-        method = OF_NAME[tried["method"]]
-        row = rows.setdefault(method.name, {"win rate over SFT": method.label})
-        at = f"lr {tried['rate']:g}" if tried["factor"] == 1.0 else f"x {tried['factor']:.2g}"
-        row[at] = round(tried["win_rate"], 3)
-    return list(rows.values())
+    for name in dict.fromkeys(tried["method"] for tried in measured["search"]):
+        tries = [tried for tried in measured["search"] if tried["method"] == name]
+        rates = [tried for tried in tries if tried["factor"] == 1.0]
+        best = max(rates, key=itemgetter("win_rate"))
+        row = rows.setdefault(name, {"win rate over SFT": _label(name)})
+        for tried in tries:
+            if tried["factor"] == 1.0:
+                at = f"lr {tried['rate']:g}"
+            elif tried["rate"] == best["rate"]:
+                at = f"x {tried['factor']:.2g}"
+            else:
+                at = f"then lr {tried['rate']:g}"
+            row[at] = round(tried["win_rate"], 3)
+    columns = sorted({column for row in rows.values() for column in row}, key=_place)
+    return [{column: row.get(column, "") for column in columns} for row in rows.values()]
+
+
+def finalist_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row a method: win rates on both seeds of the settings that were tried on both."""
+    rows = []
+    for name in dict.fromkeys(tried["method"] for tried in measured["search"]):
+        both = [
+            tried
+            for tried in measured["search"]
+            if tried["method"] == name and "won_again" in tried
+        ]
+        both.sort(key=lambda tried: -tried["win_rate"])
+        cells = {
+            f"{place}.": f"{_tried(tried)}: {tried['win_rate']:.3f}, {tried['won_again']:.3f}"
+            for place, tried in enumerate(both, 1)
+        }
+        rows.append({"settings: win rates": _label(name)} | cells)
+    return rows
+
+
+def _tried(tried: Mapping[str, Any]) -> str:
+    times = f", x {tried['factor']:.2g}" if OF_NAME[tried["method"]].strength else ""
+    return f"lr {tried['rate']:g}{times}"
+
+
+def _place(column: str) -> tuple[int, float]:
+    """Order columns: the method, learning rates, strengths, learning rates again."""
+    kinds = ("win", "lr", "x", "then")
+    kind, _, value = column.partition(" ")
+    return kinds.index(kind), 0.0 if kind == "win" else float(value.removeprefix("lr "))
+
+
+def weight_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row a weight of ADPA's search: what its optimum holds, what its student did."""
+    rows = []
+    for weight, held in zip(measured["weights"], measured["peaks"]["optima"], strict=True):
+        tries = [
+            tried
+            for tried in measured["search"]
+            if tried["method"] == ADPA.name and ADPA.centre * tried["factor"] == weight
+        ]
+        best = max(tries, key=itemgetter("win_rate"))
+        rows.append(
+            {
+                "gamma": f"{weight:.3g}",
+                "optimum, unlikely tokens": f"{held:.1%}",
+                "ADPA writes of them": f"{best['unlikely']:.1%}",
+                "expected advantage": round(best["advantage"], 3),
+                "steps cut": f"{best['cut']:.0%}",
+                "win rate over SFT": round(best["win_rate"], 3),
+            }
+        )
+    return rows
 
 
 PAGE = """# Preferences: does what the teacher prefers arrive, and is it better?
@@ -175,17 +243,43 @@ rate. The paper is ADPA (arXiv 2502.17927): ADPA+ over ADPA over DCKD over the o
 {table}
 
 - **The teacher's reward** is its log-ratio to its reference times {beta:g}, **KL** is that of the
-  student to SFT on its own responses, in nats a token; neither decides a verdict.
-- **Where advantages are largest**: at {unlikely:.0%} of the positions of SFT's responses on a token
-  that the reference gives less than {bound:g}; {largest:+.2f} nats there on average, {written:+.2f}
-  at the token written. ADPA's sum grows with mass on such tokens, however unlikely they are.
-- **The same search for all**: three learning rates, then a tenth, a third and three times the
-  strength (beta of DPO, alpha of DCKD, gamma of ADPA) at the best of them; the win rate on {trials}
-  other prompts of a seed that is not among those above. "x" is times a strength of {strengths}.
+  student to SFT on its own responses, in nats a token, **unlikely tokens** are those written to
+  which the teacher's reference gives less than {bound:g}; none of them decides a verdict.
+- `as_released` has the published code's support ({released_k} tokens) and clipped advantages,
+  `union_top_k` (k {union_k}) one advantage for all tokens that are among no model's likeliest.
 - An empty response makes no row, so both of its prompt's earn {nothing:g}, what a response without
   words earns.
 
+## Where ADPA's weight takes a student
+
+At the positions of SFT's responses this teacher's largest advantage is {largest:+.2f} nats on
+average, at {unlikely:.0%} of positions on an unlikely token; the token written has {written:+.2f},
+the teacher itself would expect {aligned:+.2f}, its KL to its reference. With the reference p in the
+place of chosen responses ADPA's loss of a position, `-sum_a p log pi - gamma sum_a pi A`, is least
+at `pi = p / (lambda - gamma A)`. If p is 0 on the token of the largest A, nothing goes there while
+gamma is at most `sum_a p / (A_max - A)`, and one less that over gamma beyond. The median of this
+limit is {limit:.2f}; the published gamma is 1.6, of advantages without beta as all here.
+
+{weights}
+
+- **Optimum**: the mass of those pi on unlikely tokens (the reference has {on_unlikely:.2%} there).
+  The other columns are the search's runs of ADPA: tokens written, the last `advantage` that
+  training logged, logged steps whose gradient was longer than `max_grad_norm`.
+- More expected advantage than the teacher's own is on tokens that neither teacher would write.
+
+## The search
+
+The same for all methods: three learning rates at the published strength; at the best of them other
+strengths (beta of DPO, alpha of DCKD, gamma of ADPA); at the best of these the other learning rates
+again. Win rates over SFT on {trials} prompts of their own, a seed that is not among those above.
+"x" is times a strength of {strengths}.
+
 {search}
+
+The best {finalists} of each were tried on a second seed; the mean of both decides, as what wins on
+one seed may be lost on the next.
+
+{both}
 """
 
 
@@ -214,6 +308,11 @@ def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
         verdicts=markdown_table(verdict_rows(measured)),
         table=markdown_table(table_rows(measured)),
         search=markdown_table(search_rows(measured)),
+        both=markdown_table(finalist_rows(measured)),
+        finalists=FINALISTS,
+        weights=markdown_table(weight_rows(measured)),
+        released_k=RELEASED.support["k"],
+        union_k=UNION.support["k"],
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evidence_preferences.md").write_text(page)

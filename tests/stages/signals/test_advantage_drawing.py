@@ -113,6 +113,26 @@ def test_the_mean_over_draws_is_the_sum_over_the_vocabulary(kind: str, num_draws
     assert abs(found_P.mean() - full) < 4 * standard_error + 1e-6
 
 
+def test_a_student_that_went_where_no_model_was_meets_the_advantage_there() -> None:
+    """The peak is on a token of next to no mass, so it is seldom drawn; half the student is there.
+
+    The larger value of the few draws makes up for all that missed it.
+    """
+    aligned_V, reference_V, student_V = three_models("random")
+    peak = int(reference_V.argmin())
+    raised_V = np.where(np.arange(len(aligned_V)) == peak, reference_V * np.exp(3.0), aligned_V)
+    models = raised_V / raised_V.sum(), reference_V, student_V
+    later_V = 0.5 * student_V + 0.5 * np.eye(len(student_V))[peak]
+    draws_PN = uniforms(4, 4_000, 65)
+    offsets_P = torch.from_numpy(draws_PN[:, 0].copy())
+    ids_PK, values_PK, rest_P = advantage_values(columns_of(models, offsets_P, draws_PN[:, 1:]))
+    assert 0 < ((ids_PK == peak) & (values_PK != 0)).any(axis=1).mean() < 0.1
+    found_P = (later_V[ids_PK] * values_PK).sum(1) + rest_P
+    full = BETA * float(later_V @ (np.log(models[0]) - np.log(reference_V)))
+    assert abs(found_P.mean() - full) < 4 * found_P.std() / len(found_P) ** 0.5 + 1e-6
+    assert full > 0.5 * BETA * 2.5
+
+
 def columns_of(
     models: tuple[F64Array, F64Array, F64Array], offsets_P: Any, uniforms_PK: Any
 ) -> dict[str, Any]:
