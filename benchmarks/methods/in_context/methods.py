@@ -6,6 +6,7 @@ from typing import Any
 
 START, MEND = "start", "mend"
 RATES = (1e-3, 3e-3)
+BEYOND = {1e-3: 3e-4, 3e-3: 1e-2}  # tried next where that one was best
 # A step of BiAlign over one of output alignment, in tokens that the student reads: an episode and
 # four subsets of its demonstrations, of half of them on average.
 SUBSETS = 4

@@ -80,13 +80,17 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
 
 
 def write_recipe(
-    folder: Path, settings: Settings, seed: int, rates: Mapping[str, tuple[float, ...]]
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    rates: Mapping[str, Sequence[float]],
+    *,
+    search: bool = False,
 ) -> Path:
     """Write ``seed_<seed>.yaml``: each of ``METHODS`` at each of its rates, judged.
 
-    With several rates a method the recipe is a search, judged on tasks that nothing else is.
+    A ``search`` is judged on tasks that nothing else is.
     """
-    search = any(len(found) > 1 for found in rates.values())
     asked = "tuning" if search else "judged"
     trained: dict[str, Step] = {}
     for name, method in METHODS.items():
