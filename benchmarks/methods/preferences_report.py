@@ -106,7 +106,7 @@ def _row(measured: Mapping[str, Any], name: str, won: Interval | None) -> dict[s
         if won
         else "",
         "teacher's reward": round(float(of(measured, name, "implicit").mean()), 4),
-        "KL to SFT": round(float(of(measured, name, "kl").mean()), 4),
+        "KL to SFT": round(float(of(measured, name, "kl").mean()), 4) + 0.0,
         "unlikely tokens": f"{float(of(measured, name, 'unlikely').mean()):.1%}",
         "tokens": round(float(of(measured, name, "tokens").mean()), 1),
     }
@@ -338,5 +338,5 @@ def plot(path: Path, measured: Mapping[str, Any]) -> None:
         right.plot(of(measured, name, "kl"), rewards_S, "o", markersize=5, label=_label(name))
     right.set_xlabel("KL to SFT, nats a token")
     right.set_ylabel("true reward, a point a seed")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     save_figure(figure, path)
