@@ -5,8 +5,8 @@ with a short training of their own, and each method goes on from there, one reci
 (``in_context.recipes``). What is compared is whether each held-out episode is answered, student
 against student on the same seed and episode. Learning rates are searched beforehand, the same ones
 for all methods, on a seed and on tasks of their own. MEND's distillers are judged beside what their
-reader, the teacher, answers without them. Everything stays in ``--folder``; a run that was killed
-goes on from there.
+reader, the teacher, answers without them. Everything stays in ``CACHE/benchmarks/icl``; a run that
+was killed goes on from there.
 """
 
 import json
@@ -134,14 +134,14 @@ CLAIMS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_parser(__doc__ or "")
-    parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--docs", type=Path, help="write evidence_icl.md and its figure there")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
     started = time.process_time()
-    results = measured(options.folder.expanduser().absolute(), settings, search=not options.quick)
+    folder = options.cache.absolute() / "benchmarks" / ("icl-quick" if options.quick else "icl")
+    results = measured(folder, settings, search=not options.quick)
     results["processor_minutes"] = round((time.process_time() - started) / 60, 1)
-    (options.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     status = finish(judge(results), results["rows"], options.json)
     if options.docs:
         write_docs(options.docs, results)

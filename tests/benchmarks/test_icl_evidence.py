@@ -55,8 +55,9 @@ def test_the_search_takes_each_methods_own_best_rate() -> None:
 
 @pytest.mark.slow
 def test_quick_run_makes_every_row_and_writes_the_page(tmp_path: Path) -> None:
-    results, docs, folder = tmp_path / "bars.json", tmp_path / "docs", tmp_path / "world"
-    arguments = ["--quick", "--folder", str(folder), "--docs", str(docs)]
+    results, docs = tmp_path / "bars.json", tmp_path / "docs"
+    folder = tmp_path / "benchmarks" / "icl-quick"
+    arguments = ["--quick", "--cache", str(tmp_path), "--docs", str(docs)]
     icl.main([*arguments, "--json", str(results)])  # its intervals are too wide for the bar
     body = json.loads(results.read_text())
     assert len(body["rows"]) == len(icl.CLAIMS)

@@ -10,8 +10,8 @@ from benchmarks.methods.paired import plot_intervals, said, save_figure
 
 PAGE = """# In-context learning in a small world: BiAlign, ICL-D and MEND against their baselines
 
-Written by `python benchmarks/methods/icl.py --folder FOLDER --docs docs/methods`. Every row is made
-by `teachercache run FOLDER/seed_N.yaml`, those of MEND by `mend.yaml` there.
+Written by `python benchmarks/methods/icl.py --docs docs/methods`. Every row is made by
+`teachercache run CACHE/benchmarks/icl/seed_N.yaml`, those of MEND by `mend.yaml` there.
 
 The world: a task gives each of {labels} latent classes of words a label, anew, so what a phrase's
 label is stands in its demonstrations alone. The teacher ({teacher_size:.2f} M parameters) was

@@ -1,6 +1,6 @@
 """Recipes of the in-context experiments: one a seed, on one root, so what is shared is made once.
 
-Each is an ordinary file: ``teachercache run FOLDER/seed_0.yaml`` makes that seed's rows again. A
+Each is an ordinary file: ``teachercache run seed_0.yaml`` makes that seed's rows again. A
 seed is a student's random weights, the order of its start's training and of each method's; teacher,
 tasks, episodes and signals are the same for all seeds, as one cache serves many students.
 """
