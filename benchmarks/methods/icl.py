@@ -10,7 +10,6 @@ was killed goes on from there.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from safetensors import safe_open
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
 from benchmarks.methods.in_context.methods import (
@@ -42,10 +39,9 @@ from benchmarks.methods.in_context.recipes import (
 )
 from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL
 from benchmarks.methods.paired import paired_interval, verdict
-from pipeline.planning.plan import PlannedStep, make_plan
-from pipeline.planning.recipe_file import load_recipe
-from pipeline.reports.progress import ConsoleReporter
-from pipeline.steps.run import run_plan
+from benchmarks.methods.recipe_run import run_recipe
+from benchmarks.rewarded_grammar.files import num_parameters
+from pipeline.planning.plan import PlannedStep
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
 from stages.student.batches.episodes import subsets_of
@@ -161,7 +157,7 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
     of_subsets: dict[str, list[float]] = {}
     for seed in settings.seeds:
         of_seed = {name: (rate,) for name, rate in rates.items()}
-        steps = run(write_recipe(folder, settings, seed, of_seed))
+        steps = run_recipe(write_recipe(folder, settings, seed, of_seed))
         for tasks, by_student in found.items():
             for name, right_E in rows_of(steps["results"], tasks).items():
                 by_student.setdefault(name, []).append(right_E)
@@ -169,7 +165,7 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
             gold.setdefault(name, []).append(float(gold_E.mean()))
         for name, numbers in read_overall(steps["subset_results"]).items():
             of_subsets.setdefault(name, []).append(numbers["subset_rank_correlation"])
-    of_reader = run(write_mend_recipe(folder, settings))["results"]
+    of_reader = run_recipe(write_mend_recipe(folder, settings))["results"]
     for tasks, by_student in found.items():
         by_student |= by_distiller(rows_of(of_reader, tasks), len(settings.distiller_seeds))
     right = {
@@ -187,21 +183,9 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
         },
         "gold_logprob": {name: float(np.mean(values)) for name, values in gold.items()},
         "subset_correlation": {name: float(np.mean(taus)) for name, taus in of_subsets.items()},
-        "positions": {
-            name.removesuffix("_0"): numbers["positions_before_query"]
-            for name, numbers in read_overall(of_reader).items()
-        },
         "chance": 1 / LABELS_A_TASK,
         "rows": effects(right),
     }
-
-
-def run(recipe_file: Path) -> dict[str, PlannedStep]:
-    """Run a recipe of the product in this process; return its steps by name."""
-    recipe = load_recipe(recipe_file, [])
-    plan = make_plan(recipe)
-    run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
-    return {step.name: step for step in plan}
 
 
 def search_rates(folder: Path, settings: Settings) -> dict[str, float]:
@@ -211,7 +195,7 @@ def search_rates(folder: Path, settings: Settings) -> dict[str, float]:
     for beyond in (False, True):
         if beyond:
             rates = {name: (BEYOND[best_rate(name, found)],) for name in METHODS}
-        steps = run(write_recipe(folder, settings, SEARCH_SEED, rates, search=True))
+        steps = run_recipe(write_recipe(folder, settings, SEARCH_SEED, rates, search=True))
         overall = read_overall(steps["results"])
         found |= {name: numbers["accuracy"] for name, numbers in overall.items()}
     return found
@@ -312,13 +296,6 @@ def described(
         "seeds": len(settings.seeds),
         "rates": " and ".join(f"{rate:g}" for rate in RATES),
     }
-
-
-def num_parameters(folder: Path) -> int:
-    """Return the number of weights in a model folder."""
-    with safe_open(folder / "model.safetensors", framework="np") as weights:
-        names = list(weights.keys())
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 def effects(right: Mapping[str, Mapping[str, Array]]) -> list[Row]:

@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from rich.console import Console
 
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
 from benchmarks.methods.advantage_peaks import peaks, unlikely_share
@@ -44,12 +43,9 @@ from benchmarks.methods.preference_steps import (
     recipe_of,
 )
 from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
+from benchmarks.methods.recipe_run import run_recipe
 from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
 from benchmarks.rewarded_grammar.grammar import Grammar, preferred, prompts, reward
-from pipeline.planning.plan import make_plan
-from pipeline.planning.recipe_file import load_recipe
-from pipeline.reports.progress import ConsoleReporter
-from pipeline.steps.run import run_plan
 from stages.models.checkpoints.checkpoint import read_checkpoint
 from stages.models.checkpoints.tokenizer import open_tokenizer
 
@@ -213,10 +209,7 @@ class Study:
         )
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(body, sort_keys=False))
-        recipe = load_recipe(file)
-        plan = make_plan(recipe)
-        run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
-        folders = {step.name: step.folder for step in plan}
+        folders = {name: step.folder for name, step in run_recipe(file).items()}
         tokenizer = open_tokenizer(self.folder / "teacher")
         num_responses = self.settings.size.responses
         rewards = {

@@ -61,7 +61,7 @@ def num_parameters(folder: Path) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

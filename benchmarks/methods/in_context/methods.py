@@ -34,7 +34,6 @@ class Settings:
     seeds: tuple[int, ...]
     distiller_steps: tuple[int, int]
     distiller_seeds: tuple[int, ...]
-    teacher_batch: int = 16
     teacher_examples: int = 16
     shown: int = 12
     support: int = 14

@@ -71,7 +71,6 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
     ]
     page = PAGE.format(
         **results["world"],
-        minutes=results["processor_minutes"],
         start=START,
         table=markdown_table(effects),
         accuracies=markdown_table(accuracies),

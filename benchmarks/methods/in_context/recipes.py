@@ -27,11 +27,11 @@ from benchmarks.methods.in_context.world import (
     World,
     save_model,
     write_corpus,
-    write_rows,
-    write_texts,
 )
+from benchmarks.rewarded_grammar.files import write_jsonl
 
 Step = dict[str, Any]
+LM_BATCH = 16  # rows of a step of language modelling
 TEMPLATE = {"demonstration": "{input} {output}", "separator": " ; "}
 
 
@@ -56,16 +56,17 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
     asked = settings.support + settings.judged_queries
     for name, found in tasks.items():
         examples = settings.train_examples if name == "train" else asked
-        write_rows(folder / f"{name}.jsonl", world.task_rows(found, name, examples))
+        write_jsonl(folder / f"{name}.jsonl", world.task_rows(found, name, examples))
     length = settings.teacher_examples * TOKENS
     for name, steps, classes in (
         ("corpus", settings.teacher_steps, ALL),
         ("whole", settings.teacher_whole_steps, ALL),
         ("start", settings.start_steps, FIRST),
     ):
-        rows = world.corpus(max(800, steps * settings.teacher_batch), length, classes)
+        rows = world.corpus(max(800, steps * LM_BATCH), length, classes)
         write_corpus(folder / f"{name}.parquet", rows)
-    write_texts(folder / "text.jsonl", world.sentences(1000, length))
+    texts = ({"text": text} for text in world.sentences(1000, length))
+    write_jsonl(folder / "text.jsonl", texts)
     save_model(
         folder / "teacher", width=settings.teacher_width, layers=settings.teacher_layers, seed=0
     )
@@ -225,7 +226,7 @@ def _language_model(student: str, data: str, steps: int, *, lr: float) -> Step:
         "data": [data],
         "objective": {"loss": "cross_entropy"},
         "max_steps": steps,
-        "per_device_batch_size": 16,
+        "per_device_batch_size": LM_BATCH,
         "lr": lr,
     }
 
@@ -236,7 +237,7 @@ def _cached_steps(folder: Path, settings: Settings, asked: str) -> dict[str, Ste
     Multitask-ICT trains on examples of the tasks that are ``asked``.
     """
     steps: dict[str, Step] = {
-        "text": _texts([str(folder / "text.jsonl")], settings.teacher_examples * TOKENS),
+        "text": _text(folder, settings),
         "text_logits": _signal("teacher_logits", "text"),
         "episodes": _episodes(settings, "train", folder),
         "multi": _episodes(settings, asked, folder, multitask=True),
@@ -250,12 +251,12 @@ def _cached_steps(folder: Path, settings: Settings, asked: str) -> dict[str, Ste
     return steps
 
 
-def _texts(paths: list[str], length: int) -> Step:
+def _text(folder: Path, settings: Settings) -> Step:
     return {
         "stage": "ingest",
-        "source": {"kind": "jsonl", "paths": paths},
+        "source": {"kind": "jsonl", "paths": [str(folder / "text.jsonl")]},
         "tokenizer": "blank_teacher",
-        "length": length,
+        "length": settings.teacher_examples * TOKENS,
         "mode": "truncate",
         "heldout_fraction": 0.01,
     }

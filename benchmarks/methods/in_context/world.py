@@ -8,7 +8,6 @@ with those of the ``FIRST``, and methods train them on the ``KNOWN``. ``NOVEL`` 
 task that trains a student, only in running text. All is drawn from one seed.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,16 +189,6 @@ def write_corpus(path: Path, rows: Iterator[tuple[list[int], list[int]]]) -> Non
 
     ids, learned = zip(*rows, strict=True)
     parquet.write_table(pa.table({"input_ids": list(ids), "learned": list(learned)}), path)
-
-
-def write_texts(path: Path, texts: Iterator[str]) -> None:
-    """Write a jsonl of ``text``."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write a jsonl of tasks' examples."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _word(class_: int, number: int) -> str:
