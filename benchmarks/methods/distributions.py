@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
 
 from benchmarks.bars import at_most, benchmark_parser, finish
 from benchmarks.known_source.files import (
@@ -39,11 +38,8 @@ from benchmarks.methods.distribution_methods import (
     Method,
 )
 from benchmarks.methods.distributions_report import table_rows, write_docs
+from benchmarks.methods.recipe_run import run_recipe
 from pipeline.imports.import_tables import import_tables
-from pipeline.planning.plan import PlannedStep, make_plan
-from pipeline.planning.recipe_file import load_recipe
-from pipeline.reports.progress import ConsoleReporter
-from pipeline.steps.run import run_plan
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
 from stages.student.evaluate.by_row import read_rows
@@ -214,8 +210,8 @@ class Study:
             "students": [TRUTH, *students],
             "data": ["heldout", "truth"],
         }
-        plan = self._carried_out(name, blank, steps)
-        return self._measured(plan, distinct)
+        folders = self._carried_out(name, blank, steps)
+        return self._measured(folders, distinct)
 
     def _tables(self, name: str, heldout: str) -> dict[str, Any]:
         files = {"stage": "token_files", "tokenizer": TRUTH, "length": self.settings.length}
@@ -268,7 +264,7 @@ class Study:
         )
         return made.signals, entries
 
-    def _carried_out(self, name: str, blank: Path, steps: Mapping[str, Any]) -> list[PlannedStep]:
+    def _carried_out(self, name: str, blank: Path, steps: Mapping[str, Any]) -> dict[str, Path]:
         engine = {"engine": "transformers", "dtype": "float32"}
         recipe = {
             "name": name,
@@ -281,17 +277,14 @@ class Study:
         }
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        loaded = load_recipe(file)
-        plan = make_plan(loaded)
         started = time.monotonic()
-        run_plan(plan, loaded.execution, ConsoleReporter(Console(stderr=True)))
+        made = run_recipe(file)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        return plan
+        return {step: planned.folder for step, planned in made.items()}
 
     def _measured(
-        self, plan: Sequence[PlannedStep], distinct: Mapping[str, float]
+        self, folders: Mapping[str, Path], distinct: Mapping[str, float]
     ) -> dict[str, Any]:
-        folders = {step.name: step.folder for step in plan}
         table = read_rows(folders["report"])
         students, kls = (table.column(name).to_numpy() for name in ("student", "kl_to_teacher"))
         sizes: dict[str, float] = {}
