@@ -28,6 +28,7 @@ from benchmarks.methods.in_context.methods import (
     METHODS,
     RATES,
     START,
+    TIE_TOLERANCE,
     WRONG,
     Settings,
     step_name,
@@ -58,11 +59,10 @@ MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
 
 FULL = Settings(
-    teacher_width=256,
+    teacher_width=160,
     teacher_layers=2,
-    teacher_first_steps=3000,
+    teacher_first_steps=1500,
     teacher_steps=3000,
-    teacher_settling_steps=2000,
     teacher_whole_steps=200,
     student_width=64,
     student_layers=2,
@@ -84,7 +84,6 @@ QUICK = Settings(
     teacher_layers=2,
     teacher_first_steps=10,
     teacher_steps=20,
-    teacher_settling_steps=10,
     teacher_whole_steps=10,
     student_width=32,
     student_layers=2,
@@ -249,7 +248,7 @@ def tokens_a_step(settings: Settings, steps: Mapping[str, PlannedStep]) -> dict[
     found = {}
     for name, method in METHODS.items():
         tokens = episodes[method.rows]
-        tokens += float(of_subsets) if "preferences" in method.signals else 0.0
+        tokens += float(of_subsets) if method.objective["loss"] == "bialign" else 0.0
         tokens += _mean_tokens(steps["text"]) if method.lm_data else 0.0
         found[name] = tokens * settings.batch
     return found
@@ -274,6 +273,7 @@ def described(
         "novel_classes": len(NOVEL),
         "new": len(set(KNOWN) - set(READ)),
         "wrong": WRONG,
+        "tie": TIE_TOLERANCE,
         "labels": LABELS_A_TASK,
         "teacher_size": num_parameters(steps["teacher_trained"].folder) / 1e6,
         "student_size": num_parameters(steps[START].folder) / 1e6,

@@ -11,6 +11,7 @@ BEYOND = {1e-3: 3e-4, 3e-3: 1e-2}  # tried next where that one was best
 # four subsets of its demonstrations, of half of them on average. One with the LM term is as long.
 LONGER = 3.0
 LM_WEIGHT = 0.2
+CLEAR, TIE_TOLERANCE = "clear_preferences", 0.1  # nats; of the others the stage's default
 WRONG = 0.2  # of the answers of noisy training tasks, in demonstrations too
 
 
@@ -22,7 +23,6 @@ class Settings:
     teacher_layers: int
     teacher_first_steps: int
     teacher_steps: int
-    teacher_settling_steps: int
     teacher_whole_steps: int
     student_width: int
     student_layers: int
@@ -75,12 +75,15 @@ def _icl(hard: bool, lm_weight: float) -> dict[str, Any]:
     return {"loss": "icl_distillation", "alpha_end": alpha_end, "lm_weight": lm_weight}
 
 
-def _bialign(rank_weight: float, kl_reduction: str = "mean") -> Method:
+def _bialign(
+    rank_weight: float, kl_reduction: str = "mean", preferences: str = "preferences"
+) -> Method:
     summed = ", KL summed over positions" if kl_reduction == "sum" else ""
+    clear = ", clear pairs alone" if preferences == CLEAR else ""
     return Method(
-        said=f"BiAlign, lambda {rank_weight:g}{summed}",
+        said=f"BiAlign, lambda {rank_weight:g}{summed}{clear}",
         objective={"loss": "bialign", "rank_weight": rank_weight, "kl_reduction": kl_reduction},
-        signals=("logits", "preferences"),
+        signals=("logits", preferences),
     )
 
 
@@ -119,6 +122,7 @@ METHODS: dict[str, Method] = {
     "bialign": _bialign(1.0),
     "bialign_005": _bialign(0.05),
     "bialign_sum": _bialign(1.0, kl_reduction="sum"),
+    "bialign_clear": _bialign(1.0, "sum", CLEAR),
     **_ict("Meta-ICT"),
     **_ict("Meta-ICT with LM term", "lm_", lm_weight=LM_WEIGHT),
     **_ict("Meta-ICT, three times the steps", "long_", longer=LONGER),

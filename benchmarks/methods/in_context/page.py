@@ -31,7 +31,8 @@ Effects are differences of accuracy on the same seed and episode, with 95 % inte
 and new episodes (`benchmarks/methods/paired.py`); verdicts are of the first column of effects.
 "Equal compute" is three times the steps: a step of BiAlign has the student read four subsets of an
 episode's demonstrations as well, one with the LM term a row of running text. Of noisy answers, in
-the demonstrations of training tasks too, {wrong:.0%} are another label of the task.
+the demonstrations of training tasks too, {wrong:.0%} are another label of the task. Clear pairs are
+subsets whose scores by the teacher are more than {tie:g} nats apart, not 0.001, the default.
 
 ![accuracies and effects](evidence_icl.png)
 

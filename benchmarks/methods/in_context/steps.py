@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.in_context.methods import START, Method, Settings
+from benchmarks.methods.in_context.methods import CLEAR, START, TIE_TOLERANCE, Method, Settings
 from benchmarks.methods.in_context.world import TOKENS
 
 Step = dict[str, Any]
@@ -28,26 +28,21 @@ def steps_before(folder: Path, settings: Settings, seed: int, asked: str) -> dic
 def teacher_steps(folder: Path, settings: Settings) -> dict[str, Step]:
     """The teacher, trained from nothing: what labels follow from, of few classes, of all, the rest.
 
-    A model that has found in few classes how a label is looked up learns more of them soon. This
-    one finds it late in ``teacher_labels``, and has more of the same at a lower rate.
+    A model that has found in few classes how a label is looked up learns more of them soon.
     """
     return {
         "labels": labels_step(folder, settings),
         "corpus": _corpus(folder, settings, "corpus", labels_alone=True),
         "whole": _corpus(folder, settings, "whole"),
         "teacher_first": {
-            **_language_model("blank_teacher", "labels", settings.teacher_first_steps, lr=1.5e-3),
+            **_language_model("blank_teacher", "labels", settings.teacher_first_steps, lr=2e-3),
             "scheduler": "constant_with_warmup",
         },
         "teacher_labels": _language_model(
-            "teacher_first", "corpus", settings.teacher_steps, lr=1.5e-3
+            "teacher_first", "corpus", settings.teacher_steps, lr=2e-3
         ),
-        "teacher_settled": {
-            **_language_model("teacher_labels", "corpus", settings.teacher_settling_steps, lr=1e-3),
-            "seed": 1,
-        },
         "teacher_trained": _language_model(
-            "teacher_settled", "whole", settings.teacher_whole_steps, lr=3e-4
+            "teacher_labels", "whole", settings.teacher_whole_steps, lr=3e-4
         ),
     }
 
@@ -116,6 +111,10 @@ def cached_steps(folder: Path, settings: Settings, asked: str) -> dict[str, Step
         steps[f"{rows}_candidates"] = signal_step("candidate_scores", rows)
     for rows in ("episodes", "tuning"):
         steps[f"{rows}_preferences"] = signal_step("subset_preferences", rows)
+    steps[f"episodes_{CLEAR}"] = {
+        **steps["episodes_preferences"],
+        "tie_tolerance": TIE_TOLERANCE,
+    }
     steps["episodes_logits"] = signal_step("teacher_logits", "episodes")
     return steps
 
