@@ -76,12 +76,12 @@ def _icl(hard: bool, lm_weight: float) -> dict[str, Any]:
 
 
 def _bialign(
-    rank_weight: float, kl_reduction: str = "mean", preferences: str = "preferences"
+    rank_weight: float, kl_reduction: str = "sum", preferences: str = "preferences"
 ) -> Method:
-    summed = ", KL summed over positions" if kl_reduction == "sum" else ""
+    averaged = ", KL averaged over positions" if kl_reduction == "mean" else ""
     clear = ", clear pairs alone" if preferences == CLEAR else ""
     return Method(
-        said=f"BiAlign, lambda {rank_weight:g}{summed}{clear}",
+        said=f"BiAlign, lambda {rank_weight:g}{averaged}{clear}",
         objective={"loss": "bialign", "rank_weight": rank_weight, "kl_reduction": kl_reduction},
         signals=("logits", preferences),
     )
@@ -119,10 +119,10 @@ METHODS: dict[str, Method] = {
         signals=("logits",),
         longer=LONGER,
     ),
+    "bialign_mean": _bialign(1.0, "mean"),
+    "bialign_mean_005": _bialign(0.05, "mean"),
     "bialign": _bialign(1.0),
-    "bialign_005": _bialign(0.05),
-    "bialign_sum": _bialign(1.0, kl_reduction="sum"),
-    "bialign_clear": _bialign(1.0, "sum", CLEAR),
+    "bialign_clear": _bialign(1.0, preferences=CLEAR),
     **_ict("Meta-ICT"),
     **_ict("Meta-ICT with LM term", "lm_", lm_weight=LM_WEIGHT),
     **_ict("Meta-ICT, three times the steps", "long_", longer=LONGER),
