@@ -41,12 +41,12 @@ def bialign(
     kl_P: Array,
     ranking_B: Sequence[float],
     rank_weight: float = 1.0,
-    kl_reduction: Literal["mean", "sum"] = "mean",
+    kl_reduction: Literal["sum", "mean"] = "sum",
 ) -> float:
     """Return ``L_KL + rank_weight L_rank`` of a step.
 
-    The KL of all positions of its episodes is averaged over positions, or summed and averaged over
-    episodes (``sum``, the paper's); the ranking loss is averaged over episodes.
+    The KL of all positions of its episodes is summed and averaged over episodes (``sum``, the
+    paper's), or averaged over positions; the ranking loss is averaged over episodes.
     """
     kl = float(np.mean(kl_P)) if kl_reduction == "mean" else float(np.sum(kl_P)) / len(ranking_B)
     return kl + rank_weight * float(np.mean(ranking_B))

@@ -111,7 +111,8 @@ class LiveTrainer(DistillationTrainer):
     ) -> Tensor:
         kl_P = torch.cat([divergences(model, self.live, e.input_ids_T.tolist()) for e in episodes])
         ranking = torch.stack([self._ranking(model, episode) for episode in episodes])
-        return kl_P.mean() + config.rank_weight * ranking.mean()
+        kl = kl_P.mean() if config.kl_reduction == "mean" else kl_P.sum() / len(episodes)
+        return kl + config.rank_weight * ranking.mean()
 
     def _ranking(self, model: nn.Module, episode: Episode) -> Tensor:
         subsets = self.subsets[episode.sample_id]
@@ -216,6 +217,7 @@ def cached_losses(
     ("objective", "tolerance"),
     [
         (BiAlignConfig(rank_weight=1.0), 1e-4),
+        (BiAlignConfig(rank_weight=1.0, kl_reduction="mean"), 1e-4),
         (IclDistillationConfig(lm_weight=0.2), 2e-5),
         (IclDistillationConfig(lm_weight=0.0), 1e-5),
     ],

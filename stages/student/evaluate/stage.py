@@ -28,7 +28,7 @@ class EvaluateStage(FolderStage):
 
     KIND: ClassVar[Kind] = "report"
     VERSION: ClassVar[int] = 3
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "data", "reader")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("data", "reader")  # students: the report names them
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students", "reader")
     ENCODER_DECODERS: ClassVar[tuple[str, ...]] = ("reader",)

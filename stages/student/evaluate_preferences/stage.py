@@ -36,7 +36,7 @@ class PreferenceEvaluationStage(FolderStage):
 
     KIND: ClassVar[Kind] = "report"
     VERSION: ClassVar[int] = 2
-    NOT_HASHED: ClassVar[tuple[str, ...]] = ("students", "baseline", "data", "judge")
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("data", "judge")  # the report names the others
     READS: ClassVar[tuple[str, ...]] = ("data",)
     RUNS: ClassVar[tuple[str, ...]] = ("students", "baseline", "judge.teacher", "judge.reference")
 
@@ -63,7 +63,7 @@ class PreferenceEvaluationStage(FolderStage):
     def hashed(self) -> dict[str, Any]:
         """Return what names the step by content, with which of its models is what.
 
-        Models are named by their place among all, as their names are not hashed.
+        Models are named by their place among all: those of the judge are not hashed.
         """
         names = dict.fromkeys(name for _, name in self.named(self.RUNS))
         place = {name: index for index, name in enumerate(names)}

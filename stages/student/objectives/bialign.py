@@ -5,9 +5,11 @@ the whole few-shot sequence (demonstrations, query and answer; see ``losses.kl``
 and the ranking loss of ``losses.ranking`` over the student's log Q of the cached subsets, made
 again with gradient at every step: N more forwards a sample.
 
-The paper writes both as sums over samples; here both are means over the step, and the KL over its
-positions too, so that ``rank_weight`` 1 means the same at every length. ``kl_reduction: sum`` is
-the paper's: positions are summed, and only samples averaged (in the log too).
+The paper writes both as sums over samples, the KL over their positions too; here both are means
+over the step's samples (in the log too). ``kl_reduction: mean`` averages the KL over positions as
+well, so that it reads like another loss's: but then the ranking loss, whose slope is one over the
+student's range of log Q, weighs as many times more as a sample has positions, and drives the KL out
+(docs/methods/evidence_icl.md).
 
 Dimensions: N = subsets of a sample. All values in nats.
 """
@@ -28,13 +30,13 @@ class BiAlignConfig(Objective):
     """Forward KL on whole few-shot sequences plus ``rank_weight`` times the ranking loss.
 
     ``detach_range`` keeps the ranking loss's denominator out of the gradient. ``kl_reduction`` is
-    the mean over tokens, or the sum over each sample's, averaged over samples.
+    the sum over each sample's tokens, averaged over samples, or the mean over all tokens.
     """
 
     loss: Literal["bialign"] = "bialign"
     rank_weight: float = Field(default=1.0, gt=0.0)
     detach_range: bool = True
-    kl_reduction: Literal["mean", "sum"] = "mean"
+    kl_reduction: Literal["sum", "mean"] = "sum"
 
     @property
     def reads(self) -> Reads:

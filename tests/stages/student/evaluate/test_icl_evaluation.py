@@ -24,6 +24,7 @@ from stages.models.causal_lm.model import load_student
 from stages.models.causal_lm.shared_prompt import shared_prompt_logprobs
 from stages.student.evaluate.icl import IclOptions, TaskReport, measure_episodes
 from stages.student.evaluate.icl_scoring import candidate_sums, subset_sums
+from stages.student.evaluate.stage import EvaluateStage
 from tests.fixtures.answered_episodes import SUBSETS, VOCAB_SIZE, Made, make_all
 from tests.fixtures.cached_data import write_table
 from tests.fixtures.tiny_recipe import teachercache
@@ -263,6 +264,16 @@ def test_other_tables_and_draws_that_do_not_belong_together_are_refused(
     write_table(tmp_path / "mixed", bound, [first, other], made.teacher)
     with pytest.raises(StoreError, match=r"draws of one query \(kinds 0\)"):
         measure_episodes(student, open_dataset([tmp_path / "mixed"]))
+
+
+def test_a_student_of_another_name_makes_the_report_anew() -> None:
+    """A report names its students: one from the cache would say the names they had."""
+    stages = [
+        EvaluateStage(stage="evaluate", students=students, data=("episodes",))
+        for students in (("before", "after"), ("before", "best"), ("before", "after"))
+    ]
+    first, renamed, again = (stage.hashed() for stage in stages)
+    assert first == again and first != renamed
 
 
 def test_the_command_prints_a_table_and_json(made: Made) -> None:

@@ -469,7 +469,14 @@ def test_a_step_says_which_models_it_loads_and_in_which_roles() -> None:
     inside = PreferenceEvaluationStage.model_validate({**STEP, "baseline": "adpa", "judge": None})
     assert models_of(inside) == ["dpo", "adpa"]
     assert inside.hashed()["config"]["roles"] == {"students": [0, 1], "baseline": 1}
-    assert {"students", "baseline", "data", "judge"} == set(stage.NOT_HASHED)
+    assert {"data", "judge"} == set(stage.NOT_HASHED)
+
+
+def test_a_student_of_another_name_makes_the_report_anew() -> None:
+    """A report names its students: one from the cache would say the names they had."""
+    stage = PreferenceEvaluationStage.model_validate(STEP)
+    renamed = PreferenceEvaluationStage.model_validate({**STEP, "students": ["dpo", "best"]})
+    assert renamed.hashed() != stage.hashed()
 
 
 @pytest.mark.parametrize(
