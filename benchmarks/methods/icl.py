@@ -75,9 +75,9 @@ FULL = Settings(
     judged_tasks=80,
     novel_tasks=30,
     judged_queries=28,
-    seeds=(0, 1, 2, 3, 4),
+    seeds=tuple(range(8)),
     distiller_steps=(300, 500),
-    distiller_seeds=(0, 1, 2, 3, 4),
+    distiller_seeds=tuple(range(8)),
 )
 QUICK = Settings(
     teacher_width=32,
