@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,31 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
+from benchmarks.methods.in_context.claims import JUDGED, ON_NOVEL, effects
 from benchmarks.methods.in_context.methods import (
     BEYOND,
     MEND,
     METHODS,
     RATES,
     START,
+    TIE_TOLERANCE,
+    WRONG,
     Settings,
     step_name,
 )
 from benchmarks.methods.in_context.page import write_docs
 from benchmarks.methods.in_context.recipes import (
-    tuning_tasks,
+    write_cached_recipe,
+    write_first_recipes,
+    write_labels_recipe,
     write_mend_recipe,
     write_recipe,
+    write_search_recipe,
     write_world,
 )
-from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL
-from benchmarks.methods.paired import paired_interval, verdict
-from benchmarks.methods.recipe_run import run_recipe
+from benchmarks.methods.in_context.steps import tuning_tasks
+from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL, READ
+from benchmarks.methods.recipe_run import run_recipe, two_processes
 from benchmarks.rewarded_grammar.files import num_parameters
 from pipeline.planning.plan import PlannedStep
 from schemas.dataset import open_dataset
@@ -53,13 +59,14 @@ MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
 
 FULL = Settings(
-    teacher_width=128,
+    teacher_width=160,
     teacher_layers=2,
+    teacher_first_steps=1500,
     teacher_steps=3000,
     teacher_whole_steps=200,
     student_width=64,
     student_layers=2,
-    start_steps=1500,
+    start_steps=3000,
     start_whole_steps=100,
     steps=200,
     batch=16,
@@ -68,13 +75,14 @@ FULL = Settings(
     judged_tasks=80,
     novel_tasks=30,
     judged_queries=28,
-    seeds=(0, 1, 2, 3, 4),
+    seeds=tuple(range(8)),
     distiller_steps=(300, 500),
-    distiller_seeds=(0, 1, 2, 3, 4),
+    distiller_seeds=tuple(range(8)),
 )
 QUICK = Settings(
     teacher_width=32,
     teacher_layers=2,
+    teacher_first_steps=10,
     teacher_steps=20,
     teacher_whole_steps=10,
     student_width=32,
@@ -92,40 +100,9 @@ QUICK = Settings(
     distiller_steps=(3, 3),
     distiller_seeds=(0, 1),
 )
-JUDGED, ON_NOVEL = "judged", "novel"  # tasks of known classes, and of classes that none trains on
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A paper's claim: one answers more episodes than another, or at most ``margin`` fewer."""
-
-    paper: str
-    said: str
-    method: str
-    baseline: str
-    margin: float = 0.0
-
-
-CLAIMS = (
-    Claim("BiAlign", "BiAlign beats fine-tuning", "bialign", "fine_tuned"),
-    Claim("BiAlign", "BiAlign beats output alignment", "bialign", "output_align"),
-    Claim("BiAlign", "the same with lambda 0.05", "bialign_005", "output_align"),
-    Claim("BiAlign", "the same with the KL summed", "bialign_sum", "output_align"),
-    Claim("BiAlign", "... and at equal compute", "bialign", "output_align_long"),
-    Claim("ICL-D", "Meta-ICT: ICL-D beats tuning", "distilled", "tuned"),
-    Claim("ICL-D", "Meta-ICT: the same with the LM term", "distilled_lm", "tuned_lm"),
-    Claim("ICL-D", "Multitask-ICT: ICL-D beats tuning", "multi_distilled", "multi_tuned"),
-    Claim("ICL-D", "Multitask-ICT: with the LM term", "multi_distilled_lm", "multi_tuned_lm"),
-    Claim("ICL-D", "Multitask-ICT beats Meta-ICT", "multi_distilled_lm", "distilled_lm"),
-    Claim("ICL-D", "Meta-ICT: the LM term helps", "distilled_lm", "distilled"),
-    Claim("MEND", "vectors beat no demonstrations", MEND, "zero-shot"),
-    Claim("MEND", "vectors beat as many positions of text", MEND, "fewer shots"),
-    Claim("MEND", "vectors beat random vectors", MEND, "random vectors"),
-    Claim("MEND", "at most 0.02 worse than all demonstrations", MEND, "all demonstrations", 0.02),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,10 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="write evidence_icl.md and its figure there")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
-    started = time.process_time()
+    started = time.monotonic()
     folder = options.cache.absolute() / "benchmarks" / ("icl-quick" if options.quick else "icl")
-    results = measured(folder, settings, search=not options.quick)
-    results["processor_minutes"] = round((time.process_time() - started) / 60, 1)
+    with two_processes() as pool:
+        results = measured(pool, folder, settings, search=not options.quick)
+    results["minutes"] = round((time.monotonic() - started) / 60, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     status = finish(judge(results), results["rows"], options.json)
     if options.docs:
@@ -144,20 +122,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any]:
-    """Run every recipe and return the numbers of the page."""
-    write_world(folder, settings, [SEARCH_SEED, *settings.seeds])
+def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) -> dict[str, Any]:
+    """Run every recipe, two at a time, and return the numbers of the page."""
+    seeds = [SEARCH_SEED, *settings.seeds] if search else settings.seeds
+    write_world(folder, settings, seeds)
+    run_recipe(write_labels_recipe(folder, settings))
+    list(pool.map(run_recipe, write_first_recipes(folder, settings, seeds)))
+    for asked in ("tuning", "judged") if search else ("judged",):  # what two recipes share, once
+        run_recipe(write_cached_recipe(folder, settings, asked))
     searched: dict[str, float] = {}
     rates = dict.fromkeys(METHODS, RATES[0])
     if search:
-        searched = search_rates(folder, settings)
+        searched = search_rates(pool, folder, settings)
         rates = {name: best_rate(name, searched) for name in METHODS}
+    recipes = [write_recipe(folder, settings, seed, rates) for seed in settings.seeds]
+    of_reader, *of_seeds = pool.map(run_recipe, [write_mend_recipe(folder, settings), *recipes])
     found: dict[str, dict[str, list[Array]]] = {JUDGED: {}, ON_NOVEL: {}}
     gold: dict[str, list[float]] = {}
     of_subsets: dict[str, list[float]] = {}
-    for seed in settings.seeds:
-        of_seed = {name: (rate,) for name, rate in rates.items()}
-        steps = run_recipe(write_recipe(folder, settings, seed, of_seed))
+    for steps in of_seeds:
         for tasks, by_student in found.items():
             for name, right_E in rows_of(steps["results"], tasks).items():
                 by_student.setdefault(name, []).append(right_E)
@@ -165,9 +148,10 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
             gold.setdefault(name, []).append(float(gold_E.mean()))
         for name, numbers in read_overall(steps["subset_results"]).items():
             of_subsets.setdefault(name, []).append(numbers["subset_rank_correlation"])
-    of_reader = run_recipe(write_mend_recipe(folder, settings))["results"]
     for tasks, by_student in found.items():
-        by_student |= by_distiller(rows_of(of_reader, tasks), len(settings.distiller_seeds))
+        by_student |= by_distiller(
+            rows_of(of_reader["results"], tasks), len(settings.distiller_seeds)
+        )
     right = {
         tasks: {name: np.array(seeds) for name, seeds in by_student.items()}
         for tasks, by_student in found.items()
@@ -188,16 +172,27 @@ def measured(folder: Path, settings: Settings, *, search: bool) -> dict[str, Any
     }
 
 
-def search_rates(folder: Path, settings: Settings) -> dict[str, float]:
+def search_rates(pool: Executor, folder: Path, settings: Settings) -> dict[str, float]:
     """Return accuracies by step: ``RATES`` of all methods, then one beyond the best of each."""
     found: dict[str, float] = {}
     rates: Mapping[str, Sequence[float]] = dict.fromkeys(METHODS, RATES)
     for beyond in (False, True):
         if beyond:
             rates = {name: (BEYOND[best_rate(name, found)],) for name in METHODS}
-        steps = run_recipe(write_recipe(folder, settings, SEARCH_SEED, rates, search=True))
-        overall = read_overall(steps["results"])
-        found |= {name: numbers["accuracy"] for name, numbers in overall.items()}
+        names = list(METHODS)
+        recipes = [
+            write_search_recipe(
+                folder,
+                settings,
+                SEARCH_SEED,
+                {method: rates[method] for method in names[part::2]},
+                f"search_{'beyond_' if beyond else ''}{part}",
+            )
+            for part in (0, 1)
+        ]
+        for steps in pool.map(run_recipe, recipes):
+            overall = read_overall(steps["results"])
+            found |= {name: numbers["accuracy"] for name, numbers in overall.items()}
     return found
 
 
@@ -242,7 +237,7 @@ def tokens_a_step(settings: Settings, steps: Mapping[str, PlannedStep]) -> dict[
 
     That is an episode, for BiAlign with each of its subsets, with the LM term a row of text.
     """
-    episodes = {rows: _mean_tokens(steps[rows]) for rows in ("episodes", "multi")}
+    episodes = {rows: _mean_tokens(steps[rows]) for rows in ("episodes", "noisy", "multi")}
     subsets = open_dataset([steps["episodes"].folder, steps["episodes_preferences"].folder])
     of_subsets = np.mean(
         [
@@ -253,7 +248,7 @@ def tokens_a_step(settings: Settings, steps: Mapping[str, PlannedStep]) -> dict[
     found = {}
     for name, method in METHODS.items():
         tokens = episodes[method.rows]
-        tokens += float(of_subsets) if "preferences" in method.signals else 0.0
+        tokens += float(of_subsets) if method.objective["loss"] == "bialign" else 0.0
         tokens += _mean_tokens(steps["text"]) if method.lm_data else 0.0
         found[name] = tokens * settings.batch
     return found
@@ -276,6 +271,9 @@ def described(
         "classes": len(KNOWN),
         "first_classes": len(FIRST),
         "novel_classes": len(NOVEL),
+        "new": len(set(KNOWN) - set(READ)),
+        "wrong": WRONG,
+        "tie": TIE_TOLERANCE,
         "labels": LABELS_A_TASK,
         "teacher_size": num_parameters(steps["teacher_trained"].folder) / 1e6,
         "student_size": num_parameters(steps[START].folder) / 1e6,
@@ -296,34 +294,6 @@ def described(
         "seeds": len(settings.seeds),
         "rates": " and ".join(f"{rate:g}" for rate in RATES),
     }
-
-
-def effects(right: Mapping[str, Mapping[str, Array]]) -> list[Row]:
-    """Return a row a claim: the paired differences of accuracy [S, E], and the verdict.
-
-    The verdict is on held-out tasks of known classes; ``novel`` are those of novel ones.
-    """
-    rows = []
-    for claim in CLAIMS:
-        of_tasks = {
-            tasks: paired_interval(right_SE[claim.method] - right_SE[claim.baseline])
-            for tasks, right_SE in right.items()
-        }
-        effect, low, high = of_tasks[JUDGED]
-        rows.append(
-            {
-                "paper": claim.paper,
-                "claim": claim.said,
-                "method": float(right[JUDGED][claim.method].mean()),
-                "baseline": float(right[JUDGED][claim.baseline].mean()),
-                "effect": effect,
-                "low": low,
-                "high": high,
-                "novel": of_tasks[ON_NOVEL],
-                "verdict": verdict(low + claim.margin, high + claim.margin),
-            }
-        )
-    return rows
 
 
 def judge(results: Mapping[str, Any]) -> list[Bar]:

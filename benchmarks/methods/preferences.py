@@ -17,16 +17,14 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from itertools import repeat
-from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import yaml
 
 from benchmarks.bars import at_least, at_most, benchmark_parser, finish
@@ -43,7 +41,7 @@ from benchmarks.methods.preference_steps import (
     recipe_of,
 )
 from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
-from benchmarks.methods.recipe_run import run_recipe
+from benchmarks.methods.recipe_run import run_recipe, two_processes
 from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
 from benchmarks.rewarded_grammar.grammar import Grammar, preferred, prompts, reward
 from stages.models.checkpoints.checkpoint import read_checkpoint
@@ -128,12 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _begin_worker() -> None:
-    """Take one thread; fork data workers, as what was itself spawned would spawn them (14 s)."""
-    torch.set_num_threads(1)
-    set_start_method("fork", force=True)
-
-
 class Study:
     """All runs in one folder: files, recipes, the product's root, ``results.json``."""
 
@@ -145,11 +137,8 @@ class Study:
         self._write_model("teacher", width, layers, seed=0)
 
     def carry_out(self) -> dict[str, Any]:
-        """Search, train and judge every seed, and return what was measured.
-
-        Two processes of one thread: models this small gain from no more threads.
-        """
-        with ProcessPoolExecutor(2, get_context("spawn"), _begin_worker) as pool:
+        """Search, train and judge every seed, and return what was measured."""
+        with two_processes() as pool:
             return self._carry_out(pool)
 
     def _carry_out(self, pool: Executor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.methods import icl
+from benchmarks.methods.in_context.claims import CLAIMS, JUDGED, ON_NOVEL, effects
 from benchmarks.methods.in_context.methods import METHODS, RATES, step_name
 from benchmarks.methods.in_context.world import LABELS_A_TASK, World, vocabulary
 
@@ -27,15 +28,25 @@ def test_no_phrase_and_no_task_comes_twice_and_labels_are_the_tasks() -> None:
         assert len(set(row["options"])) == LABELS_A_TASK and row["output"] in row["options"]
 
 
+def test_so_many_answers_are_wrong_and_are_other_options() -> None:
+    world = World(seed=2)
+    rows = world.task_rows(world.new_tasks(20), "a", 50)
+    noisy = world.with_wrong_answers(rows, 0.2)
+    wrong = [row for row, right in zip(noisy, rows, strict=True) if row != right]
+    assert 0.15 < len(wrong) / len(rows) < 0.25
+    for row, right in zip(noisy, rows, strict=True):
+        assert row["output"] in row["options"] and row["input"] == right["input"]
+
+
 def test_effects_are_paired_and_judged() -> None:
     """A method right wherever its baseline is and on a tenth more: +0.1, whatever is hard."""
     rng = np.random.default_rng(0)
     hard_SE = np.tile(rng.random(500) < 0.5, (4, 1))
     more_SE = hard_SE | (rng.random((4, 500)) < 0.2)
-    students = {claim.method for claim in icl.CLAIMS} | {claim.baseline for claim in icl.CLAIMS}
+    students = {claim.method for claim in CLAIMS} | {claim.baseline for claim in CLAIMS}
     right_SE = dict.fromkeys(students, hard_SE.astype(float)) | {"bialign": more_SE.astype(float)}
-    right = {icl.JUDGED: right_SE, icl.ON_NOVEL: dict.fromkeys(students, hard_SE.astype(float))}
-    rows = {row["claim"]: row for row in icl.effects(right)}
+    right = {JUDGED: right_SE, ON_NOVEL: dict.fromkeys(students, hard_SE.astype(float))}
+    rows = {row["claim"]: row for row in effects(right)}
     won = rows["BiAlign beats output alignment"]
     assert won["effect"] == pytest.approx(more_SE.mean() - hard_SE.mean())
     assert won["low"] < won["effect"] < won["high"] and won["verdict"] == "holds"
@@ -60,7 +71,7 @@ def test_quick_run_makes_every_row_and_writes_the_page(tmp_path: Path) -> None:
     arguments = ["--quick", "--cache", str(tmp_path), "--docs", str(docs)]
     icl.main([*arguments, "--json", str(results)])  # its intervals are too wide for the bar
     body = json.loads(results.read_text())
-    assert len(body["rows"]) == len(icl.CLAIMS)
+    assert len(body["rows"]) == len(CLAIMS)
     found = json.loads((folder / "results.json").read_text())
     beside = {"zero-shot", "random vectors", "mean pooling", "fewer shots", "all demonstrations"}
     assert set(found["accuracy"]) == {"start", "teacher", "mend", *METHODS} | beside
@@ -68,6 +79,6 @@ def test_quick_run_makes_every_row_and_writes_the_page(tmp_path: Path) -> None:
     of_all, teacher = found["accuracy"]["all demonstrations"], found["accuracy"]["teacher"]
     assert of_all == pytest.approx(teacher)
     page = (docs / "evidence_icl.md").read_text()
-    for claim in icl.CLAIMS:
+    for claim in CLAIMS:
         assert claim.said in page
     assert (docs / "evidence_icl.png").stat().st_size > 10_000

@@ -8,8 +8,11 @@ START, MEND = "start", "mend"
 RATES = (1e-3, 3e-3)
 BEYOND = {1e-3: 3e-4, 3e-3: 1e-2}  # tried next where that one was best
 # A step of BiAlign over one of output alignment, in tokens that the student reads: an episode and
-# four subsets of its demonstrations, of half of them on average.
-SUBSETS = 4
+# four subsets of its demonstrations, of half of them on average. One with the LM term is as long.
+LONGER = 3.0
+LM_WEIGHT = 0.2
+CLEAR, TIE_TOLERANCE = "clear_preferences", 0.1  # nats; of the others the stage's default
+WRONG = 0.2  # of the answers of noisy training tasks, in demonstrations too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,7 @@ class Settings:
 
     teacher_width: int
     teacher_layers: int
+    teacher_first_steps: int
     teacher_steps: int
     teacher_whole_steps: int
     student_width: int
@@ -44,19 +48,14 @@ class Settings:
 class Method:
     """What a student is trained on: an objective, the tables about its episodes, and running text.
 
-    ``longer`` multiplies the steps.
+    ``rows`` is the step that draws its episodes, ``longer`` multiplies the steps.
     """
 
     said: str
     objective: Mapping[str, Any]
     signals: tuple[str, ...] = ()
-    multitask: bool = False
+    rows: str = "episodes"
     longer: float = 1.0
-
-    @property
-    def rows(self) -> str:
-        """The step that draws its episodes."""
-        return "multi" if self.multitask else "episodes"
 
     @property
     def data(self) -> list[str]:
@@ -76,29 +75,39 @@ def _icl(hard: bool, lm_weight: float) -> dict[str, Any]:
     return {"loss": "icl_distillation", "alpha_end": alpha_end, "lm_weight": lm_weight}
 
 
-def _bialign(rank_weight: float, kl_reduction: str = "mean") -> Method:
-    summed = ", KL summed over positions" if kl_reduction == "sum" else ""
+def _bialign(
+    rank_weight: float, kl_reduction: str = "sum", preferences: str = "preferences"
+) -> Method:
+    averaged = ", KL averaged over positions" if kl_reduction == "mean" else ""
+    clear = ", clear pairs alone" if preferences == CLEAR else ""
     return Method(
-        said=f"BiAlign, lambda {rank_weight:g}{summed}",
+        said=f"BiAlign, lambda {rank_weight:g}{averaged}{clear}",
         objective={"loss": "bialign", "rank_weight": rank_weight, "kl_reduction": kl_reduction},
-        signals=("logits", "preferences"),
+        signals=("logits", preferences),
     )
 
 
-def _ict(*, multitask: bool) -> dict[str, Method]:
-    """In-context tuning and ICL-D, each without and with the LM term."""
-    prefix, where = ("multi_", "Multitask") if multitask else ("", "Meta")
-    found = {}
-    for name, hard in (("tuned", True), ("distilled", False)):
-        for ending, weight in (("", 0.0), ("_lm", 0.2)):
-            what = f"{where}-ICT" if hard else f"ICL-D, {where}-ICT"
-            found[f"{prefix}{name}{ending}"] = Method(
-                said=what + (" with LM term" if weight else ""),
-                objective=_icl(hard, weight),
-                signals=() if hard else ("candidates",),
-                multitask=multitask,
-            )
-    return found
+def _ict(
+    where: str,
+    prefix: str = "",
+    rows: str = "episodes",
+    *,
+    lm_weight: float = 0.0,
+    longer: float = 1.0,
+) -> dict[str, Method]:
+    """In-context tuning and ICL-D on the same rows."""
+    return {
+        f"{prefix}tuned": Method(
+            said=where, objective=_icl(True, lm_weight), rows=rows, longer=longer
+        ),
+        f"{prefix}distilled": Method(
+            said=f"ICL-D, {where}",
+            objective=_icl(False, lm_weight),
+            signals=("candidates",),
+            rows=rows,
+            longer=longer,
+        ),
+    }
 
 
 METHODS: dict[str, Method] = {
@@ -108,13 +117,18 @@ METHODS: dict[str, Method] = {
         said="output alignment, three times the steps",
         objective={"loss": "kd"},
         signals=("logits",),
-        longer=1.0 + SUBSETS / 2,
+        longer=LONGER,
     ),
+    "bialign_mean": _bialign(1.0, "mean"),
+    "bialign_mean_005": _bialign(0.05, "mean"),
     "bialign": _bialign(1.0),
-    "bialign_005": _bialign(0.05),
-    "bialign_sum": _bialign(1.0, kl_reduction="sum"),
-    **_ict(multitask=False),
-    **_ict(multitask=True),
+    "bialign_clear": _bialign(1.0, preferences=CLEAR),
+    **_ict("Meta-ICT"),
+    **_ict("Meta-ICT with LM term", "lm_", lm_weight=LM_WEIGHT),
+    **_ict("Meta-ICT, three times the steps", "long_", longer=LONGER),
+    **_ict("Meta-ICT, a fifth of answers wrong", "noisy_", "noisy"),
+    **_ict("Multitask-ICT", "multi_", "multi"),
+    **_ict("Multitask-ICT with LM term", "multi_lm_", "multi", lm_weight=LM_WEIGHT),
 }
 
 

@@ -19,17 +19,20 @@ trained from nothing on {corpus:,} rows of such tasks, repetitions and running t
 ({student_size:.2f} M) begin at `{start}`, {start_steps:,} steps of the same, with tasks of
 {first_classes} of the classes alone. From there each method has {steps} steps of {batch} episodes,
 out of {train:,} of {tasks} tasks of {classes} classes (Multitask-ICT: {multi:,} of the judged
-tasks' own support examples). Judged on {judged_episodes:,} episodes of {shown} demonstrations, of
-{judged} tasks of these classes that neither student nor teacher has seen, and on {novel_episodes:,}
-of {novel} tasks of {novel_classes} novel classes, which students know from running text alone.
-{seeds} seeds: a student's weights, its start and the order of its rows.
+tasks' own support examples); of the {new} classes that the start has no task of it has no text
+either. Judged on {judged_episodes:,} episodes of {shown} demonstrations, of {judged} tasks of these
+classes that neither student nor teacher has seen, and on {novel_episodes:,} of {novel} tasks of
+{novel_classes} novel classes, which students know from running text alone. {seeds} seeds: a
+student's weights, its start and the order of its rows.
 
 {table}
 
 Effects are differences of accuracy on the same seed and episode, with 95 % intervals over new seeds
 and new episodes (`benchmarks/methods/paired.py`); verdicts are of the first column of effects.
-"Equal compute" is three times the steps: a step of BiAlign has the student read an episode and
-four subsets of its demonstrations as well.
+"Equal compute" is three times the steps: a step of BiAlign has the student read four subsets of an
+episode's demonstrations as well, one with the LM term a row of running text. Of noisy answers, in
+the demonstrations of training tasks too, {wrong:.0%} are another label of the task. Clear pairs are
+subsets whose scores by the teacher are more than {tie:g} nats apart, not 0.001, the default.
 
 ![accuracies and effects](evidence_icl.png)
 

@@ -4,8 +4,9 @@ A phrase is a filler, which says nothing, and a word of a class. A task draws ``
 classes and gives each a label: what a phrase's label is stands in the demonstrations alone, which
 words belong together can be learned before. In tasks no phrase is used twice, and no assignment of
 labels to classes is shared by two tasks. The teacher knows tasks of all classes; students begin
-with those of the ``FIRST``, and methods train them on the ``KNOWN``. ``NOVEL`` classes are in no
-task that trains a student, only in running text. All is drawn from one seed.
+with those of the ``FIRST`` and with running text of the ``READ``, and methods train them on tasks
+of the ``KNOWN``. ``NOVEL`` classes are in no task that trains a student, only in running text. All
+is drawn from one seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 12, 8, 8, 120
 LABELS_A_TASK = 4
 ALL, FIRST, KNOWN, NOVEL = range(CLASSES), range(5), range(8), range(8, CLASSES)
+READ = (*FIRST, *NOVEL)
 TOKENS = 4  # of an example: filler, word, label, separator
 # Of the teacher's corpus: rows that say any tokens again and again, rows of running text, and of
 # the rest, episodes, those whose words come again, at half of the examples, and those without
@@ -106,12 +108,21 @@ class World:
                 rows.append({**row, "options": options})
         return rows
 
+    def with_wrong_answers(self, rows: Rows, share: float) -> Rows:
+        """Return the rows, each with this probability with another of its options as its answer."""
+        found: Rows = []
+        for row in rows:
+            others = [option for option in row["options"] if option != row["output"]]
+            wrong = self._rng.random() < share
+            found.append(row | ({"output": str(self._rng.choice(others))} if wrong else {}))
+        return found
+
     def corpus(
-        self, count: int, length: int, classes: range
+        self, count: int, length: int, classes: range, read: Sequence[int]
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield rows of ``length`` ids, each with its mask of what is learned first.
 
-        Episodes are of ``classes``, running text is of all.
+        Episodes are of ``classes``, running text is of those that are ``read``.
 
         A model looks back for a label only once it repeats what it has seen: so some rows repeat
         any tokens, and of episodes nothing but the labels is learned, as all else is drawn anew.
@@ -126,7 +137,7 @@ class World:
             elif kind < REPETITIONS + TEXTS:
                 text: list[str] = []
                 while len(text) < length:
-                    text += self._sentence()
+                    text += self._sentence(read)
                 yield [ids[word] for word in text[:length]], [1] * length
             else:
                 words, learned = self._episode(length, classes)
@@ -157,11 +168,11 @@ class World:
         for _ in range(count):
             text: list[str] = []
             while len(text) < words:
-                text += self._sentence()
+                text += self._sentence(ALL)
             yield " ".join(text)
 
-    def _sentence(self) -> list[str]:
-        class_ = int(self._rng.integers(CLASSES))
+    def _sentence(self, classes: Sequence[int]) -> list[str]:
+        class_ = int(self._rng.choice(classes))
         words = [self._word_of(class_) for _ in range(self._rng.integers(3, 8))]
         return [self._any_filler(), *words, STOP]
 
