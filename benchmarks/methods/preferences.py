@@ -69,7 +69,7 @@ class Settings:
 
 
 FULL = Settings(
-    seeds=5,
+    seeds=11,
     size=Size(
         texts=40_000,
         pairs=6_000,
