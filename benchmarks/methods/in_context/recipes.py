@@ -41,6 +41,14 @@ from benchmarks.rewarded_grammar.files import write_jsonl
 def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
     """Write tasks, texts and random models, a student's for each seed; what is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        if not (folder / f"student_{seed}").exists():
+            save_model(
+                folder / f"student_{seed}",
+                width=settings.student_width,
+                layers=settings.student_layers,
+                seed=1000 + seed,
+            )
     written = folder / "written"
     if written.exists():
         return
@@ -71,13 +79,6 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
     save_model(
         folder / "teacher", width=settings.teacher_width, layers=settings.teacher_layers, seed=0
     )
-    for seed in seeds:
-        save_model(
-            folder / f"student_{seed}",
-            width=settings.student_width,
-            layers=settings.student_layers,
-            seed=1000 + seed,
-        )
     written.write_text("")
 
 
