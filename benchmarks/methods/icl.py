@@ -179,13 +179,12 @@ def search_rates(pool: Executor, folder: Path, settings: Settings) -> dict[str, 
     for beyond in (False, True):
         if beyond:
             rates = {name: (BEYOND[best_rate(name, found)],) for name in METHODS}
-        names = list(METHODS)
         recipes = [
             write_search_recipe(
                 folder,
                 settings,
                 SEARCH_SEED,
-                {method: rates[method] for method in names[part::2]},
+                dict(list(rates.items())[part::2]),
                 f"search_{'beyond_' if beyond else ''}{part}",
             )
             for part in (0, 1)

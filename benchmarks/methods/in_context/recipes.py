@@ -89,13 +89,12 @@ def write_labels_recipe(folder: Path, settings: Settings) -> Path:
 
 def write_first_recipes(folder: Path, settings: Settings, seeds: Sequence[int]) -> list[Path]:
     """Write ``teacher.yaml`` and each seed's ``start_<seed>.yaml``: what all else begins from."""
-    labels = {"labels": labels_step(folder, settings)}
     starts = [
         _written(
             folder,
             f"start_{seed}",
             _blank_student(folder, seed),
-            labels | start_steps(folder, settings, seed),
+            start_steps(folder, settings, seed),
         )
         for seed in seeds
     ]

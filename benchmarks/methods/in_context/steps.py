@@ -64,6 +64,7 @@ def start_steps(folder: Path, settings: Settings, seed: int) -> dict[str, Step]:
         START: _language_model("base", "start_whole", settings.start_whole_steps, lr=1e-3),
     }
     return {
+        "labels": labels_step(folder, settings),
         "start_whole": _corpus(folder, settings, "start"),
         **{name: {**step, "seed": seed} for name, step in trained.items()},
     }
