@@ -43,7 +43,7 @@ from benchmarks.methods.in_context.recipes import (
     write_search_recipe,
     write_world,
 )
-from benchmarks.methods.in_context.steps import tuning_tasks
+from benchmarks.methods.in_context.steps import LM_BATCH, tuning_tasks
 from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL, READ
 from benchmarks.methods.recipe_run import run_recipe, two_processes
 from benchmarks.rewarded_grammar.files import num_parameters
@@ -264,6 +264,9 @@ def described(
     right: Mapping[str, Mapping[str, Array]],
 ) -> dict[str, Any]:
     """Return what the page says of the world and of its models."""
+    teacher_steps = (
+        settings.teacher_first_steps + settings.teacher_steps + settings.teacher_whole_steps
+    )
     train = open_dataset([steps["episodes"].folder], split="train")
     multi = open_dataset([steps["multi"].folder], split="train")
     return {
@@ -276,7 +279,7 @@ def described(
         "labels": LABELS_A_TASK,
         "teacher_size": num_parameters(steps["teacher_trained"].folder) / 1e6,
         "student_size": num_parameters(steps[START].folder) / 1e6,
-        "corpus": read_manifest(steps["corpus"].folder).num_rows,
+        "corpus": LM_BATCH * teacher_steps,
         "start_steps": settings.start_steps + settings.start_whole_steps,
         "steps": settings.steps,
         "batch": settings.batch,
