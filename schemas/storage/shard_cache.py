@@ -190,9 +190,11 @@ def _reserve(part: Path, num_bytes: int, spare_from_s: float | None) -> bool:
         files = {}
         for path in part.parent.iterdir():
             with suppress(FileNotFoundError):  # a part that has just got its name
-                if path.suffix == _PART and _is_abandoned(path):
+                if path == part or path.suffix == ".lock":
+                    continue
+                if path.suffix == _PART and _is_abandoned(path, part):
                     path.unlink()
-                elif path.suffix != ".lock" and path != part:
+                else:
                     files[path] = path.stat()
         excess = sum(stat.st_size for stat in files.values()) + num_bytes - limit
         oldest = sorted(files, key=lambda path: files[path].st_mtime)
@@ -212,8 +214,10 @@ def _reserve(part: Path, num_bytes: int, spare_from_s: float | None) -> bool:
         return True
 
 
-def _is_abandoned(part: Path) -> bool:
+def _is_abandoned(part: Path, ours: Path) -> bool:
     """Whether nobody is fetching this part, so that whoever began was killed."""
+    if part.name[:2] == ours.name[:2]:  # its lock is the one that we hold
+        return True
     with (part.parent / f"{part.name[:2]}.lock").open("a+b") as stream:
         return try_lock(stream, fcntl.LOCK_EX)
 

@@ -118,18 +118,22 @@ def test_room_is_made_by_what_was_used_least_recently(
         hold(paths[1], "f" * 64)
 
 
+@pytest.mark.parametrize("shares_a_lock", [False, True])
 def test_what_a_killed_process_had_on_its_way_is_cleared(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares_a_lock: bool
 ) -> None:
     monkeypatch.setenv(LIMIT, str(3 * KILOBYTE / 1e9))
+    path, data = place(root, "x"), bytes(2 * KILOBYTE)
+    path.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    prefix = sha256[:2] if shares_a_lock else "aa"  # a lock is of all checksums that begin alike
+    assert len({sha256[:2], "aa", "bb"}) == 3
     folder = tmp_path / "cache" / "shards"
     folder.mkdir(parents=True)
-    (folder / f"{'a' * 64}.part").write_bytes(bytes(2 * KILOBYTE))
+    (folder / f"{prefix}{'a' * 62}.part").write_bytes(bytes(2 * KILOBYTE))
     (folder / f"{'b' * 64}.part").write_bytes(bytes(KILOBYTE))
     with (folder / "bb.lock").open("a+b") as fetching:
         fcntl.flock(fetching, fcntl.LOCK_EX)  # as the process that is bringing it does
-        path = place(root, "x")
-        sha256 = write_object(path, 2 * KILOBYTE)
         assert hold(path, sha256) is not None
         assert cached(tmp_path) == {sha256: 2 * KILOBYTE, f"{'b' * 64}.part": KILOBYTE}
 
