@@ -1,12 +1,12 @@
 """Do BiAlign and In-context Learning Distillation beat their baselines where students can learn?
 
-A teacher learns random assignments of labels to latent classes in context; small students begin
-with a short training of their own, and each method goes on from there, one recipe a seed
-(``in_context.recipes``). What is compared is whether each held-out episode is answered, student
-against student on the same seed and episode. Learning rates are searched beforehand, the same ones
-for all methods, on a seed and on tasks of their own. MEND's distillers are judged beside what their
-reader, the teacher, answers without them. Everything stays in ``CACHE/benchmarks/icl``; a run that
-was killed goes on from there.
+A teacher learns to read in context what labels stand for: classes, relations and orders of words.
+Small students begin with a short training of their own, and each method goes on from there, one
+recipe a seed (``in_context.recipes``). What is compared is whether each held-out episode is
+answered, student against student on the same seed and episode. Learning rates are searched
+beforehand, the same ones for all methods, on a seed and on tasks of their own. MEND's distillers
+are judged beside what their reader, the teacher, answers without them. Everything stays in
+``CACHE/benchmarks/icl``; a run that was killed goes on from there.
 """
 
 import json
@@ -44,7 +44,15 @@ from benchmarks.methods.in_context.recipes import (
     write_world,
 )
 from benchmarks.methods.in_context.steps import LM_BATCH, tuning_tasks
-from benchmarks.methods.in_context.world import FIRST, KNOWN, LABELS_A_TASK, NOVEL, READ
+from benchmarks.methods.in_context.world import (
+    FIRST,
+    KINDS,
+    KNOWN,
+    LABELS_A_TASK,
+    NOVEL,
+    READ,
+    Shape,
+)
 from benchmarks.methods.recipe_run import run_recipe, two_processes
 from benchmarks.rewarded_grammar.files import num_parameters
 from pipeline.planning.plan import PlannedStep
@@ -55,46 +63,43 @@ from stages.student.evaluate.by_row import read_rows
 
 SEARCH_SEED = 100
 TEACHER = "teacher"
+BY_KIND = {f"{JUDGED}_{kind}": kind for kind in KINDS}
 MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
 
 FULL = Settings(
-    teacher_width=160,
-    teacher_layers=2,
-    teacher_first_steps=1500,
-    teacher_steps=3000,
+    teacher=Shape(width=128, layers=3, heads=8, intermediate=384),
+    teacher_first_steps=4000,
+    teacher_steps=1500,
     teacher_whole_steps=200,
-    student_width=64,
-    student_layers=2,
-    start_steps=3000,
+    student=Shape(width=64, layers=3, heads=4, intermediate=128),
+    start_steps=4500,
     start_whole_steps=100,
     steps=200,
     batch=16,
-    train_tasks=80,
+    train_tasks=28,
     train_examples=22,
-    judged_tasks=80,
-    novel_tasks=30,
+    judged_tasks=28,
+    novel_tasks=10,
     judged_queries=28,
     seeds=tuple(range(8)),
     distiller_steps=(300, 500),
     distiller_seeds=tuple(range(8)),
 )
 QUICK = Settings(
-    teacher_width=32,
-    teacher_layers=2,
+    teacher=Shape(width=32, layers=2, heads=4, intermediate=64),
     teacher_first_steps=10,
     teacher_steps=20,
     teacher_whole_steps=10,
-    student_width=32,
-    student_layers=2,
+    student=Shape(width=32, layers=2, heads=4, intermediate=64),
     start_steps=10,
     start_whole_steps=5,
     steps=3,
     batch=4,
-    train_tasks=4,
+    train_tasks=2,
     train_examples=20,
-    judged_tasks=4,
-    novel_tasks=2,
+    judged_tasks=2,
+    novel_tasks=1,
     judged_queries=5,
     seeds=(0, 1),
     distiller_steps=(3, 3),
@@ -124,10 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) -> dict[str, Any]:
     """Run every recipe, two at a time, and return the numbers of the page."""
-    seeds = [SEARCH_SEED, *settings.seeds] if search else settings.seeds
-    write_world(folder, settings, seeds)
+    write_world(folder, settings)
     run_recipe(write_labels_recipe(folder, settings))
-    list(pool.map(run_recipe, write_first_recipes(folder, settings, seeds)))
+    list(pool.map(run_recipe, write_first_recipes(folder, settings)))
     for asked in ("tuning", "judged") if search else ("judged",):  # what two recipes share, once
         run_recipe(write_cached_recipe(folder, settings, asked))
     searched: dict[str, float] = {}
@@ -137,7 +141,7 @@ def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) 
         rates = {name: best_rate(name, searched) for name in METHODS}
     recipes = [write_recipe(folder, settings, seed, rates) for seed in settings.seeds]
     of_reader, *of_seeds = pool.map(run_recipe, [write_mend_recipe(folder, settings), *recipes])
-    found: dict[str, dict[str, list[Array]]] = {JUDGED: {}, ON_NOVEL: {}}
+    found: dict[str, dict[str, list[Array]]] = {tasks: {} for tasks in (JUDGED, ON_NOVEL, *BY_KIND)}
     gold: dict[str, list[float]] = {}
     of_subsets: dict[str, list[float]] = {}
     for steps in of_seeds:
@@ -162,7 +166,7 @@ def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) 
         "search": searched,
         "tokens": tokens_a_step(settings, steps),
         "accuracy": {
-            name: {tasks: float(right[tasks][name].mean()) for tasks in right}
+            name: {BY_KIND.get(tasks, tasks): float(right[tasks][name].mean()) for tasks in right}
             for name in right[JUDGED]
         },
         "gold_logprob": {name: float(np.mean(values)) for name, values in gold.items()},
@@ -284,15 +288,15 @@ def described(
         "steps": settings.steps,
         "batch": settings.batch,
         "train": len(train),
-        "tasks": settings.train_tasks,
+        "tasks": len(KINDS) * settings.train_tasks,
         "multi": len(multi),
-        **{f"{tasks}_episodes": right_SE[START].shape[1] for tasks, right_SE in right.items()},
-        "judged": settings.judged_tasks,
-        "novel": settings.novel_tasks,
+        **{f"{tasks}_episodes": right[tasks][START].shape[1] for tasks in (JUDGED, ON_NOVEL)},
+        "judged": len(KINDS) * settings.judged_tasks,
+        "novel": len(KINDS) * settings.novel_tasks,
         "shown": settings.shown,
         "vectors": settings.num_vectors,
         "distiller_steps": " and ".join(map(str, settings.distiller_steps)),
-        "tuning": tuning_tasks(settings),
+        "tuning": len(KINDS) * tuning_tasks(settings),
         "seeds": len(settings.seeds),
         "rates": " and ".join(f"{rate:g}" for rate in RATES),
     }

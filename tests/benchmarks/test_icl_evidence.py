@@ -1,7 +1,6 @@
 """The in-context experiments: their world, what they compare, the quick run as a whole."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +9,64 @@ import pytest
 from benchmarks.methods import icl
 from benchmarks.methods.in_context.claims import CLAIMS, JUDGED, ON_NOVEL, effects
 from benchmarks.methods.in_context.methods import METHODS, RATES, step_name
-from benchmarks.methods.in_context.world import LABELS_A_TASK, World, vocabulary
+from benchmarks.methods.in_context.world import (
+    FIRST,
+    KINDS,
+    LABELS_A_TASK,
+    NOVEL,
+    READ,
+    World,
+    vocabulary,
+)
 
 
-def test_no_phrase_and_no_task_comes_twice_and_labels_are_the_tasks() -> None:
+def test_no_task_comes_twice_and_labels_are_those_of_the_patterns() -> None:
     world = World(seed=1)
-    tasks = world.new_tasks(40)
-    assert len(set(tasks) | set(world.new_tasks(40))) == 80
-    rows = [*world.task_rows(tasks, "a", 20), *world.task_rows(world.new_tasks(5), "b", 20)]
-    assert max(Counter(row["input"] for row in rows).values()) == 1
+    tasks, more = world.new_tasks(40), world.new_tasks(40)
+    assert len({task for found in (tasks, more) for of in found.values() for task in of}) == 240
+    rows = world.task_rows(tasks, "a", 20)
+    assert len(rows) == 20 * 40 * len(KINDS) and set(tasks) == set(KINDS)
+    assert len({(row["task"], row["input"]) for row in rows}) == len(rows)  # no phrase comes twice
     known = vocabulary()
-    for row in rows[: 20 * len(tasks)]:
-        task = dict(tasks[int(row["task"].removeprefix("a_"))])
-        filler, word = row["input"].split()
-        assert {filler, word, row["output"]} <= set(known)
-        assert row["output"] == f"label{task[ord(word[0]) - ord('a')]}"
+    for row in rows:
+        _, kind, number = row["task"].split("_")
+        words = row["input"].split()
+        assert {*words, row["output"]} <= set(known)
+        pattern = tuple(
+            None if word.startswith("filler") else ord(word[0]) - ord("a") for word in words
+        )
+        assert row["output"] == f"label{dict(tasks[kind][int(number)])[pattern]}"
         assert len(set(row["options"])) == LABELS_A_TASK and row["output"] in row["options"]
+
+
+def test_kinds_differ_in_what_their_patterns_tell() -> None:
+    tasks = World(seed=1).new_tasks(5, NOVEL)
+    for kind, of_kind in tasks.items():
+        for task in of_kind:
+            patterns = [pattern for pattern, _ in task]
+            classes = {class_ for pattern in patterns for class_ in pattern} - {None}
+            assert classes <= set(NOVEL) and len(set(patterns)) == LABELS_A_TASK
+            assert len(classes) == (LABELS_A_TASK if kind == "maps" else 2)
+            if kind == "maps":  # the last word tells, alone
+                assert len({last for _, last in patterns}) == LABELS_A_TASK
+            else:  # neither word does
+                assert all(len(set(place)) < LABELS_A_TASK for place in zip(*patterns, strict=True))
+
+
+def test_a_corpus_teaches_the_labels_of_episodes_alone() -> None:
+    world, names = World(seed=4), list(vocabulary())
+    corpus = list(world.corpus(400, 64, FIRST, READ))
+    episodes = 0
+    for ids, learned in corpus:
+        assert len(ids) == len(learned) == 64
+        if all(learned):  # a repetition, or running text
+            continue
+        episodes += 1
+        said = [names[id_] for id_ in ids]
+        assert [word.startswith("label") for word in said] == [bool(one) for one in learned]
+        classes = {word[0] for word in said if word[1:].isdigit()}
+        assert classes <= {chr(ord("a") + class_) for class_ in FIRST}
+    assert 0.5 < episodes / len(corpus) < 0.7
 
 
 def test_so_many_answers_are_wrong_and_are_other_options() -> None:

@@ -58,8 +58,8 @@ def effects(right: Mapping[str, Mapping[str, Array]]) -> list[Row]:
     rows = []
     for claim in CLAIMS:
         of_tasks = {
-            tasks: paired_interval(right_SE[claim.method] - right_SE[claim.baseline])
-            for tasks, right_SE in right.items()
+            tasks: paired_interval(right[tasks][claim.method] - right[tasks][claim.baseline])
+            for tasks in (JUDGED, ON_NOVEL)
         }
         effect, low, high = of_tasks[JUDGED]
         rows.append(

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.methods.in_context.world import Shape
+
 START, MEND = "start", "mend"
-RATES = (1e-3, 3e-3)
-BEYOND = {1e-3: 3e-4, 3e-3: 1e-2}  # tried next where that one was best
+RATES = (3e-3, 1e-2)
+BEYOND = {3e-3: 1e-3, 1e-2: 3e-2}  # tried next where that one was best
 # A step of BiAlign over one of output alignment, in tokens that the student reads: an episode and
 # four subsets of its demonstrations, of half of them on average. One with the LM term is as long.
 LONGER = 3.0
@@ -17,15 +19,13 @@ WRONG = 0.2  # of the answers of noisy training tasks, in demonstrations too
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much is made and trained; examples are counted a task."""
+    """How much is made and trained; tasks are counted a kind, examples and queries a task."""
 
-    teacher_width: int
-    teacher_layers: int
+    teacher: Shape
     teacher_first_steps: int
     teacher_steps: int
     teacher_whole_steps: int
-    student_width: int
-    student_layers: int
+    student: Shape
     start_steps: int
     start_whole_steps: int
     steps: int

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.bars import markdown_table
 from benchmarks.methods.in_context.methods import MEND, METHODS, START
+from benchmarks.methods.in_context.world import KINDS
 from benchmarks.methods.paired import plot_intervals, said, save_figure
 
 PAGE = """# In-context learning in a small world: BiAlign, ICL-D and MEND against their baselines
@@ -13,8 +14,11 @@ PAGE = """# In-context learning in a small world: BiAlign, ICL-D and MEND agains
 Written by `python benchmarks/methods/icl.py --docs docs/methods`. Every row is made by
 `teachercache run CACHE/benchmarks/icl/seed_N.yaml`, those of MEND by `mend.yaml` there.
 
-The world: a task gives each of {labels} latent classes of words a label, anew, so what a phrase's
-label is stands in its demonstrations alone. The teacher ({teacher_size:.2f} M parameters) was
+The world: a task gives each of {labels} patterns of two words a label, anew, so what a phrase's
+label is stands in its demonstrations alone. Words are of latent classes; a third of the tasks are
+`maps` (a class, after a filler), a third `relations` (of two classes, which stands before which, or
+one twice), a third `orders` (of two classes, which one, and whether before a filler or after). The
+teacher ({teacher_size:.2f} M parameters) was
 trained from nothing on {corpus:,} rows of such tasks, repetitions and running text; students
 ({student_size:.2f} M) begin at `{start}`, {start_steps:,} steps of the same, with tasks of
 {first_classes} of the classes alone. From there each method has {steps} steps of {batch} episodes,
@@ -22,8 +26,8 @@ out of {train:,} of {tasks} tasks of {classes} classes (Multitask-ICT: {multi:,}
 tasks' own support examples); of the {new} classes that the start has no task of it has no text
 either. Judged on {judged_episodes:,} episodes of {shown} demonstrations, of {judged} tasks of these
 classes that neither student nor teacher has seen, and on {novel_episodes:,} of {novel} tasks of
-{novel_classes} novel classes, which students know from running text alone. {seeds} seeds: a
-student's weights, its start and the order of its rows.
+{novel_classes} novel classes, which students know from running text alone. {seeds} seeds: the order
+of a method's rows. Teacher and start are one each.
 
 {table}
 
@@ -64,6 +68,7 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
         {
             "student": _label(name),
             "accuracy": f"{value['judged']:.3f}",
+            **{kind: f"{value[kind]:.3f}" for kind in KINDS},
             "novel classes": f"{value['novel']:.3f}",
             "log P of gold": _given(results["gold_logprob"], name),
             "tau-b of subsets": _given(results["subset_correlation"], name),

@@ -1,8 +1,8 @@
 """Recipes of the in-context experiments: one a seed, on one root, so what is shared is made once.
 
-Each is an ordinary file: ``teachercache run seed_0.yaml`` makes that seed's rows again. A
-seed is a student's random weights, the order of its start's training and of each method's; teacher,
-tasks, episodes and signals are the same for all seeds, as one cache serves many students.
+Each is an ordinary file: ``teachercache run seed_0.yaml`` makes that seed's rows again. A seed is
+the order of a method's rows; teacher, student's start, tasks, episodes and signals are the same for
+all seeds, as papers distil one teacher into one student, and one cache serves many of these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,17 +38,9 @@ from benchmarks.methods.in_context.world import (
 from benchmarks.rewarded_grammar.files import write_jsonl
 
 
-def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
-    """Write tasks, texts and random models, a student's for each seed; what is there stays."""
+def write_world(folder: Path, settings: Settings) -> None:
+    """Write tasks, texts and random models; what is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        if not (folder / f"student_{seed}").exists():
-            save_model(
-                folder / f"student_{seed}",
-                width=settings.student_width,
-                layers=settings.student_layers,
-                seed=1000 + seed,
-            )
     written = folder / "written"
     if written.exists():
         return
@@ -76,35 +68,28 @@ def write_world(folder: Path, settings: Settings, seeds: Sequence[int]) -> None:
         write_corpus(folder / f"{name}.parquet", corpus)
     texts = ({"text": text} for text in world.sentences(1000, length))
     write_jsonl(folder / "text.jsonl", texts)
-    save_model(
-        folder / "teacher", width=settings.teacher_width, layers=settings.teacher_layers, seed=0
-    )
+    save_model(folder / "teacher", settings.teacher, seed=0)
+    save_model(folder / "student", settings.student, seed=1000)
     written.write_text("")
 
 
 def write_labels_recipe(folder: Path, settings: Settings) -> Path:
     """Write ``labels.yaml``: the rows that teacher and students begin with."""
-    return _written(folder, "labels", {}, {"labels": labels_step(folder, settings)})
+    return _written(folder, "labels", {"labels": labels_step(folder, settings)})
 
 
-def write_first_recipes(folder: Path, settings: Settings, seeds: Sequence[int]) -> list[Path]:
-    """Write ``teacher.yaml`` and each seed's ``start_<seed>.yaml``: what all else begins from."""
-    starts = [
-        _written(
-            folder,
-            f"start_{seed}",
-            _blank_student(folder, seed),
-            start_steps(folder, settings, seed),
-        )
-        for seed in seeds
+def write_first_recipes(folder: Path, settings: Settings) -> list[Path]:
+    """Write ``teacher.yaml`` and ``start.yaml``: what all else begins from."""
+    return [
+        _written(folder, "teacher", teacher_steps(folder, settings)),
+        _written(folder, "start", start_steps(folder, settings)),
     ]
-    return [_written(folder, "teacher", {}, teacher_steps(folder, settings)), *starts]
 
 
 def write_cached_recipe(folder: Path, settings: Settings, asked: str) -> Path:
     """Write ``cached_<asked>.yaml``: what the teacher says, for all seeds."""
     steps = teacher_steps(folder, settings) | cached_steps(folder, settings, asked)
-    return _written(folder, f"cached_{asked}", {}, steps)
+    return _written(folder, f"cached_{asked}", steps)
 
 
 def write_recipe(folder: Path, settings: Settings, seed: int, rates: Mapping[str, float]) -> Path:
@@ -113,12 +98,12 @@ def write_recipe(folder: Path, settings: Settings, seed: int, rates: Mapping[str
         name: training_step(METHODS[name], settings, seed, rate) for name, rate in rates.items()
     }
     steps = {
-        **steps_before(folder, settings, seed, "judged"),
+        **steps_before(folder, settings, "judged"),
         **trained,
         "results": results_step([START, *trained], ["judged", "judged_candidates"]),
         "subset_results": results_step([START, *_SHARE_SUBSETS], ["tuning", "tuning_preferences"]),
     }
-    return _written(folder, f"seed_{seed}", _blank_student(folder, seed), steps)
+    return _written(folder, f"seed_{seed}", steps)
 
 
 def write_search_recipe(
@@ -131,11 +116,11 @@ def write_search_recipe(
         for rate in tried
     }
     steps = {
-        **steps_before(folder, settings, seed, "tuning"),
+        **steps_before(folder, settings, "tuning"),
         **trained,
         "results": results_step([START, *trained], ["tuning", "tuning_candidates"]),
     }
-    return _written(folder, name, _blank_student(folder, seed), steps)
+    return _written(folder, name, steps)
 
 
 def write_mend_recipe(folder: Path, settings: Settings) -> Path:
@@ -176,17 +161,14 @@ def write_mend_recipe(folder: Path, settings: Settings) -> Path:
     distillers = [f"{MEND}_{seed}" for seed in settings.distiller_seeds]
     steps["results"] = results_step(distillers, ["judged_asked", "judged_asked_signals"])
     steps["results"]["reader"] = "teacher"
-    return _written(folder, "mend", {}, steps)
+    return _written(folder, "mend", steps)
 
 
-def _written(
-    folder: Path, name: str, students: Mapping[str, Path], steps: Mapping[str, Step]
-) -> Path:
-    models = {"blank_teacher": folder / "teacher", **students}
+def _written(folder: Path, name: str, steps: Mapping[str, Step]) -> Path:
+    blank = {f"blank_{model}": {"path": str(folder / model), **_HELD} for model in _BLANK}
     body = {
         "name": f"icl-{name}",
-        "models": {"teacher": {"step": "teacher_trained", **_HELD}}
-        | {model: {"path": str(path), **_HELD} for model, path in models.items()},
+        "models": {"teacher": {"step": "teacher_trained", **_HELD}, **blank},
         "steps": dict(steps),
         "execution": {"root": str(folder / "cache"), "engine": {"device": "cpu"}},
     }
@@ -195,9 +177,6 @@ def _written(
     return path
 
 
+_BLANK = ("teacher", "student")
 _HELD = {"dtype": "float32", "engine": "transformers"}
 _SHARE_SUBSETS = tuple(name for name, method in METHODS.items() if method.rows == "episodes")
-
-
-def _blank_student(folder: Path, seed: int) -> dict[str, Path]:
-    return {"blank_student": folder / f"student_{seed}"}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods.in_context.methods import CLEAR, START, TIE_TOLERANCE, Method, Settings
-from benchmarks.methods.in_context.world import TOKENS
+from benchmarks.methods.in_context.world import KINDS, TOKENS
 
 Step = dict[str, Any]
 LM_BATCH = 16  # rows of a step of language modelling
@@ -12,15 +12,15 @@ TEMPLATE = {"demonstration": "{input} {output}", "separator": " ; "}
 
 
 def tuning_tasks(settings: Settings) -> int:
-    """Return the number of tasks that learning rates are searched on."""
+    """Return the number of tasks of each kind that learning rates are searched on."""
     return max(2, settings.judged_tasks // 4)
 
 
-def steps_before(folder: Path, settings: Settings, seed: int, asked: str) -> dict[str, Step]:
+def steps_before(folder: Path, settings: Settings, asked: str) -> dict[str, Step]:
     """Everything that is made before a method's training."""
     return {
         **teacher_steps(folder, settings),
-        **start_steps(folder, settings, seed),
+        **start_steps(folder, settings),
         **cached_steps(folder, settings, asked),
     }
 
@@ -28,7 +28,8 @@ def steps_before(folder: Path, settings: Settings, seed: int, asked: str) -> dic
 def teacher_steps(folder: Path, settings: Settings) -> dict[str, Step]:
     """The teacher, trained from nothing: what labels follow from, of few classes, of all, the rest.
 
-    A model that has found in few classes how a label is looked up learns more of them soon.
+    A model that has found in few classes how a label is looked up learns more of them soon; one
+    with a weight decay looks for it sooner by a word's class than by the word itself.
     """
     return {
         "labels": labels_step(folder, settings),
@@ -37,10 +38,12 @@ def teacher_steps(folder: Path, settings: Settings) -> dict[str, Step]:
         "teacher_first": {
             **_language_model("blank_teacher", "labels", settings.teacher_first_steps, lr=2e-3),
             "scheduler": "constant_with_warmup",
+            "weight_decay": 0.3,
         },
-        "teacher_labels": _language_model(
-            "teacher_first", "corpus", settings.teacher_steps, lr=2e-3
-        ),
+        "teacher_labels": {
+            **_language_model("teacher_first", "corpus", settings.teacher_steps, lr=2e-3),
+            "weight_decay": 0.3,
+        },
         "teacher_trained": _language_model(
             "teacher_labels", "whole", settings.teacher_whole_steps, lr=3e-4
         ),
@@ -51,22 +54,16 @@ def labels_step(folder: Path, settings: Settings) -> Step:
     return _corpus(folder, settings, "start", labels_alone=True)
 
 
-def start_steps(folder: Path, settings: Settings, seed: int) -> dict[str, Step]:
-    """The student's start: a training of the same two kinds, on few classes alone.
-
-    At a constant rate, as every student is to read labels: when it begins to is a matter of luck.
-    """
-    trained = {
+def start_steps(folder: Path, settings: Settings) -> dict[str, Step]:
+    """The student's start: a training of the same two kinds, on few classes alone."""
+    return {
+        "labels": labels_step(folder, settings),
+        "start_whole": _corpus(folder, settings, "start"),
         "base": {
             **_language_model("blank_student", "labels", settings.start_steps, lr=4e-3),
             "scheduler": "constant_with_warmup",
         },
         START: _language_model("base", "start_whole", settings.start_whole_steps, lr=1e-3),
-    }
-    return {
-        "labels": labels_step(folder, settings),
-        "start_whole": _corpus(folder, settings, "start"),
-        **{name: {**step, "seed": seed} for name, step in trained.items()},
     }
 
 
@@ -148,7 +145,10 @@ def episodes_step(settings: Settings, tasks: str, folder: Path, *, multitask: bo
         "tokenizer": "blank_teacher",
         "sources": [{"kind": "metaicl", "paths": [str(folder / f"{f}.jsonl") for f in files]}],
         "targets": [
-            f"{name}_{number}" for name, count in counts.items() for number in range(count)
+            f"{name}_{kind}_{number}"
+            for name, count in counts.items()
+            for kind in KINDS
+            for number in range(count)
         ],
         "paradigm": "multitask" if multitask else "meta",
         "demonstrations": {"min": 4, "max": settings.shown} if trains else settings.shown,
@@ -161,7 +161,7 @@ def episodes_step(settings: Settings, tasks: str, folder: Path, *, multitask: bo
 
 
 def len_of(settings: Settings, tasks: str) -> int:
-    """Return how many tasks are ``judged`` or ``tuning``."""
+    """Return how many tasks of each kind are ``judged`` or ``tuning``."""
     return settings.judged_tasks if tasks == "judged" else tuning_tasks(settings)
 
 

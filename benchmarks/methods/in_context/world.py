@@ -1,15 +1,20 @@
-"""A small world of in-context tasks: latent classes of words, and tasks that name classes anew.
+"""A small world of in-context tasks: latent classes of words, and tasks that name patterns anew.
 
-A phrase is a filler, which says nothing, and a word of a class. A task draws ``LABELS_A_TASK``
-classes and gives each a label: what a phrase's label is stands in the demonstrations alone, which
-words belong together can be learned before. In tasks no phrase is used twice, and no assignment of
-labels to classes is shared by two tasks. The teacher knows tasks of all classes; students begin
-with those of the ``FIRST`` and with running text of the ``READ``, and methods train them on tasks
-of the ``KNOWN``. ``NOVEL`` classes are in no task that trains a student, only in running text. All
-is drawn from one seed.
+A phrase is two words: each of some class, or a filler, which says nothing. A task draws
+``LABELS_A_TASK`` patterns of phrases and gives each a label: what a phrase's label is stands in the
+demonstrations alone, which words belong together can be learned before. Tasks are of three kinds:
+
+- ``maps``: four classes, after a filler;
+- ``relations``: two classes, one or both of them, in either place;
+- ``orders``: two classes, each before a filler or after one.
+
+In a task no phrase comes twice, and no two tasks give the same labels to the same patterns. The
+teacher knows tasks of all classes; students begin with those of the ``FIRST`` and with running text
+of the ``READ``, and methods train them on tasks of the ``KNOWN``. ``NOVEL`` classes are in no task
+that trains a student, only in running text. All is drawn from one seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ CLASSES, WORDS_A_CLASS, LABELS, FILLERS = 12, 8, 8, 120
 LABELS_A_TASK = 4
 ALL, FIRST, KNOWN, NOVEL = range(CLASSES), range(5), range(8), range(8, CLASSES)
 READ = (*FIRST, *NOVEL)
+KINDS = {"maps": 0.5, "relations": 0.25, "orders": 0.25}  # and their shares of a corpus
 TOKENS = 4  # of an example: filler, word, label, separator
 # Of the teacher's corpus: rows that say any tokens again and again, rows of running text, and of
 # the rest, episodes, those whose words come again, at half of the examples, and those without
@@ -27,7 +33,8 @@ TOKENS = 4  # of an example: filler, word, label, separator
 REPETITIONS, TEXTS, BURSTS, BARE = 0.3, 0.1, 0.7, 0.5
 SEPARATOR, STOP, END = ";", ".", "</s>"
 
-Task = tuple[tuple[int, int], ...]  # class and label, by class
+Pattern = tuple[int | None, int | None]  # the classes of a phrase's two words; None: a filler
+Task = tuple[tuple[Pattern, int], ...]  # each of its patterns, and the number of its label
 Rows = list[dict[str, Any]]
 
 
@@ -40,7 +47,17 @@ def vocabulary() -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def save_model(folder: Path, *, width: int, layers: int, seed: int) -> Path:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a model is."""
+
+    width: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+def save_model(folder: Path, shape: Shape, *, seed: int) -> Path:
     """Save a random Llama with the world's tokenizer, one token a word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,13 +72,14 @@ def save_model(folder: Path, *, width: int, layers: int, seed: int) -> Path:
     end = vocabulary()[END]
     config = LlamaConfig(
         vocab_size=len(vocabulary()),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
         max_position_embeddings=512,
-        initializer_range=0.65 / width**0.5,  # 0.02 is for wide models: these would start late
+        initializer_range=0.65
+        / shape.width**0.5,  # 0.02 is for wide models: these would start late
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=end,
@@ -77,35 +95,49 @@ class World:
 
     seed: int
     _rng: np.random.Generator = field(init=False)
-    _phrases: dict[int, list[str]] = field(init=False, default_factory=dict)  # left, by class
     _tasks: set[Task] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         """Start its one stream of random numbers."""
         self._rng = np.random.default_rng(self.seed)
 
-    def new_tasks(self, count: int, classes: range = KNOWN) -> list[Task]:
-        """Return tasks of some of ``classes`` that were never returned before."""
-        found: list[Task] = []
-        while len(found) < count:
-            named = np.sort(self._rng.choice(classes, LABELS_A_TASK, replace=False))
-            labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
-            task = tuple(zip(named.tolist(), labels.tolist(), strict=True))
+    def new_tasks(self, count: int, classes: range = KNOWN) -> dict[str, list[Task]]:
+        """Return so many tasks of each kind, of some of ``classes``, never returned before."""
+        return {kind: [self._new_task(kind, classes) for _ in range(count)] for kind in KINDS}
+
+    def _new_task(self, kind: str, classes: range) -> Task:
+        while True:
+            task = self._task(kind, classes)
             if task not in self._tasks:
                 self._tasks.add(task)
-                found.append(task)
-        return found
+                return task
 
-    def task_rows(self, tasks: Sequence[Task], name: str, examples: int) -> Rows:
-        """Return MetaICL's rows of tasks ``name_0``, ``name_1``, ..., each of so many examples."""
+    def _task(self, kind: str, classes: range) -> Task:
+        count = LABELS_A_TASK if kind == "maps" else 2
+        named: list[int] = np.sort(self._rng.choice(classes, count, replace=False)).tolist()
+        patterns: list[Pattern] = [(None, class_) for class_ in named]
+        if kind == "relations":
+            patterns = [(first, second) for first in named for second in named]
+        elif kind == "orders":
+            patterns += [(class_, None) for class_ in named]
+        labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
+        return tuple(zip(patterns, labels.tolist(), strict=True))
+
+    def task_rows(self, tasks: Mapping[str, Sequence[Task]], name: str, examples: int) -> Rows:
+        """Return MetaICL's rows of tasks ``name_kind_0``, ..., each of so many examples."""
         rows: Rows = []
-        for number, task in enumerate(tasks):
-            options = [_label(label) for _, label in task]
-            for _ in range(examples):
-                class_, label = self._drawn(task)
-                phrase = self._new_phrase(class_)
-                row = {"task": f"{name}_{number}", "input": phrase, "output": _label(label)}
-                rows.append({**row, "options": options})
+        for kind, of_kind in tasks.items():
+            for number, task in enumerate(of_kind):
+                options = [_label(label) for _, label in task]
+                said: set[str] = set()
+                while len(said) < examples:
+                    pattern, label = self._drawn(task)
+                    phrase = " ".join(self._said(pattern))
+                    if phrase in said:
+                        continue
+                    said.add(phrase)
+                    row = {"task": f"{name}_{kind}_{number}", "input": phrase}
+                    rows.append({**row, "output": _label(label), "options": options})
         return rows
 
     def with_wrong_answers(self, rows: Rows, share: float) -> Rows:
@@ -145,22 +177,24 @@ class World:
 
     def _episode(self, length: int, classes: range) -> tuple[list[str], list[int]]:
         """Return so many words of one task's examples, and which of them are labels."""
-        named = self._rng.choice(classes, LABELS_A_TASK, replace=False)
-        labels = self._rng.choice(LABELS, LABELS_A_TASK, replace=False)
+        kind = str(self._rng.choice(list(KINDS), p=list(KINDS.values())))
+        task = self._task(kind, classes)
         again = 0.5 if self._rng.random() < BURSTS else 0.0
-        bare = self._rng.random() < BARE
-        pairs: list[tuple[str, str]] = []
+        bare = kind == "maps" and self._rng.random() < BARE
+        shown: list[tuple[list[str], int]] = []
         said: list[str] = []
         learned: list[int] = []
         while len(said) < length:
-            if pairs and self._rng.random() < again:
-                pairs.append(pairs[int(self._rng.integers(len(pairs)))])
+            if shown and self._rng.random() < again:
+                shown.append(shown[int(self._rng.integers(len(shown)))])
             else:
-                which = int(self._rng.integers(LABELS_A_TASK))
-                pairs.append((self._word_of(int(named[which])), _label(int(labels[which]))))
-            filler = [] if bare else [self._any_filler()]
-            said += [*filler, *pairs[-1], SEPARATOR]
-            learned += [0] * (len(filler) + 1) + [1, 0]
+                pattern, label = self._drawn(task)
+                shown.append((self._said(pattern), label))
+            phrase, label = shown[-1]
+            if kind == "maps":
+                phrase = phrase[1:] if bare else [self._any_filler(), phrase[1]]
+            said += [*phrase, _label(label), SEPARATOR]
+            learned += [0] * len(phrase) + [1, 0]
         return said[:length], learned[:length]
 
     def sentences(self, count: int, words: int) -> Iterator[str]:
@@ -176,15 +210,13 @@ class World:
         words = [self._word_of(class_) for _ in range(self._rng.integers(3, 8))]
         return [self._any_filler(), *words, STOP]
 
-    def _drawn(self, task: Task) -> tuple[int, int]:
+    def _drawn(self, task: Task) -> tuple[Pattern, int]:
         return task[int(self._rng.integers(len(task)))]
 
-    def _new_phrase(self, class_: int) -> str:
-        if class_ not in self._phrases:
-            words = [_word(class_, number) for number in range(WORDS_A_CLASS)]
-            phrases = [f"{_filler(number)} {word}" for number in range(FILLERS) for word in words]
-            self._phrases[class_] = self._rng.permutation(phrases).tolist()
-        return self._phrases[class_].pop()
+    def _said(self, pattern: Pattern) -> list[str]:
+        return [
+            self._any_filler() if class_ is None else self._word_of(class_) for class_ in pattern
+        ]
 
     def _word_of(self, class_: int) -> str:
         return _word(class_, int(self._rng.integers(WORDS_A_CLASS)))
