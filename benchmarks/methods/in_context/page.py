@@ -17,17 +17,18 @@ Written by `python benchmarks/methods/icl.py --docs docs/methods`. Every row is 
 The world: a task gives each of {labels} patterns of two words a label, anew, so what a phrase's
 label is stands in its demonstrations alone. Words are of latent classes; a third of the tasks are
 `maps` (a class, after a filler), a third `relations` (of two classes, which stands before which, or
-one twice), a third `orders` (of two classes, which one, and whether before a filler or after). The
-teacher ({teacher_size:.2f} M parameters) was
-trained from nothing on {corpus:,} rows of such tasks, repetitions and running text; students
-({student_size:.2f} M) begin at `{start}`, {start_steps:,} steps of the same, with tasks of
-{first_classes} of the classes alone. From there each method has {steps} steps of {batch} episodes,
-out of {train:,} of {tasks} tasks of {classes} classes (Multitask-ICT: {multi:,} of the judged
-tasks' own support examples); of the {new} classes that the start has no task of it has no text
-either. Judged on {judged_episodes:,} episodes of {shown} demonstrations, of {judged} tasks of these
-classes that neither student nor teacher has seen, and on {novel_episodes:,} of {novel} tasks of
-{novel_classes} novel classes, which students know from running text alone. {seeds} seeds: the order
-of a method's rows. Teacher and start are one each.
+one twice), a third `orders` (of two classes, which one, and whether before a filler or after).
+
+The teacher ({teacher_size:.2f} M parameters) was trained from nothing on {corpus:,} rows of such
+tasks, repetitions and running text; students ({student_size:.2f} M) begin at `{start}`,
+{start_steps:,} steps of the same, with tasks of {first_classes} of the classes alone. From there
+each method has {steps} steps of {batch} episodes, out of {train:,} of {tasks} tasks of {classes}
+classes (Multitask-ICT: {multi:,} of the judged tasks' own support examples); of the {new} classes
+that the start has no task of it has no text either. Judged on {judged_episodes:,} episodes of
+{shown} demonstrations, of {judged} tasks of these classes that neither student nor teacher has
+seen, and on {novel_episodes:,} of {novel} tasks of {novel_classes} novel classes, which students
+know from running text alone. {seeds} seeds: the order of a method's rows. Teacher and start are one
+each, as in the papers; intervals say nothing of other starts.
 
 {table}
 
