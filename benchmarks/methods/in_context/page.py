@@ -25,8 +25,8 @@ tasks, repetitions and running text; students ({student_size:.2f} M) begin at `{
 each method has {steps} steps of {batch} episodes, out of {train:,} of {tasks} tasks of {classes}
 classes (Multitask-ICT: {multi:,} of the judged tasks' own support examples); of the {new} classes
 that the start has no task of it has no text either. Judged on {judged_episodes:,} episodes of
-{shown} demonstrations, of {judged} tasks of these classes that neither student nor teacher has
-seen, and on {novel_episodes:,} of {novel} tasks of {novel_classes} novel classes, which students
+{shown} demonstrations, of {judged} tasks of these classes that are not among the training
+tasks, and on {novel_episodes:,} of {novel} tasks of {novel_classes} novel classes, which students
 know from running text alone. {seeds} seeds: the order of a method's rows. Teacher and start are one
 each, as in the papers; intervals say nothing of other starts.
 

@@ -8,10 +8,11 @@ demonstrations alone, which words belong together can be learned before. Tasks a
 - ``relations``: two classes, one or both of them, in either place;
 - ``orders``: two classes, each before a filler or after one.
 
-In a task no phrase comes twice, and no two tasks give the same labels to the same patterns. The
-teacher knows tasks of all classes; students begin with those of the ``FIRST`` and with running text
-of the ``READ``, and methods train them on tasks of the ``KNOWN``. ``NOVEL`` classes are in no task
-that trains a student, only in running text. All is drawn from one seed.
+In a task no phrase comes twice, and no two tasks of the files give the same labels to the same
+patterns; rows of a corpus are drawn apart from these, so one of them may by chance. The teacher
+knows tasks of all classes; students begin with those of the ``FIRST`` and with running text of the
+``READ``, and methods train them on tasks of the ``KNOWN``. ``NOVEL`` classes are in no task that
+trains a student, only in running text. All is drawn from one seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
