@@ -69,7 +69,7 @@ class Settings:
 
 
 FULL = Settings(
-    seeds=11,
+    seeds=17,
     size=Size(
         texts=40_000,
         pairs=6_000,
