@@ -35,6 +35,13 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def written_by(script: str, *, quick: bool) -> str:
+    """Return a page's first sentence: its command, and of a quick run that it decides nothing."""
+    if quick:
+        return f"**Written by `python {script} --quick`, on little data: this decides nothing.**"
+    return f"Written by `python {script} --docs docs/methods`."
+
+
 def finish(
     bars: Sequence[Bar],
     rows: Sequence[Row],

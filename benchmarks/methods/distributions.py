@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bars = [at_most("KL of the source to its own cached table", measured["own_kl"], MAX_OWN_KL)]
     status = finish(bars, rows, options.json)
     if options.docs:
-        write_docs(options.docs, measured)
+        write_docs(options.docs, measured, quick=options.quick)
     return status
 
 

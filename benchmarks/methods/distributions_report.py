@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.bars import markdown_table
+from benchmarks.bars import markdown_table, written_by
 from benchmarks.methods.distribution_methods import (
     DEFAULT,
     DRAWS,
@@ -136,7 +136,7 @@ def verdict_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 PAGE = """# Distributions: which target brings a student nearest to the truth
 
-Written by `python benchmarks/methods/distributions.py --docs docs/methods`. The teacher is a
+{written_by} The teacher is a
 source in closed form (`benchmarks/known_source/source.py`): sequences of one of two hidden
 topics, n-grams over {vocab} tokens that fall as rank^-0.9 to rank^-1.8, and with 15 or 35 % a
 copy of one of the last 8 tokens. Its true distribution at each position is known (entropy
@@ -177,12 +177,13 @@ numbers are LM losses of a 300M student of a 3B teacher.
 """
 
 
-def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
+def write_docs(folder: Path, measured: Mapping[str, Any], *, quick: bool) -> None:
     """Write ``evidence_distributions.md`` and its figure."""
     settings = measured["settings"]
     tokens = settings["rows"] * settings["length"]
     numbers = settings | {"vocab": measured["vocab_size"], "tokens": tokens}
     page = PAGE.format(
+        written_by=written_by("benchmarks/methods/distributions.py", quick=quick),
         **numbers,
         entropy=measured["entropy"],
         own_kl=measured["own_kl"],

@@ -121,9 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = measured(pool, folder, settings, search=not options.quick)
     results["minutes"] = round((time.monotonic() - started) / 60, 1)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    status = finish(judge(results), results["rows"], options.json)
+    bars = [] if options.quick else judge(results)
+    status = finish(bars, results["rows"], options.json)
     if options.docs:
-        write_docs(options.docs, results)
+        write_docs(options.docs, results, quick=options.quick)
     return status
 
 

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     status = finish(bars, rows, options.json)
     if options.docs:
-        write_docs(options.docs, measured)
+        write_docs(options.docs, measured, quick=options.quick)
     return status
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.bars import markdown_table
+from benchmarks.bars import markdown_table, written_by
 from benchmarks.methods.advantage_peaks import UNLIKELY
 from benchmarks.methods.paired import (
     Interval,
@@ -218,7 +218,7 @@ def weight_rows(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 PAGE = """# Preferences: does what the teacher prefers arrive, and is it better?
 
-Written by `python benchmarks/methods/preferences.py --docs docs/methods`. A grammar
+{written_by} A grammar
 (`benchmarks/rewarded_grammar/grammar.py`) writes responses to prompts; a programmed reward, at most
 8.5, orders them: asked-for nouns once each, the rare one of two verbs that agree, greeting and
 emphasis in two of four styles each; all else costs. What earns most is not what is likely: the
@@ -283,7 +283,7 @@ one seed may be lost on the next.
 """
 
 
-def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
+def write_docs(folder: Path, measured: Mapping[str, Any], *, quick: bool) -> None:
     """Write ``evidence_preferences.md`` and its figure."""
     from benchmarks.methods.preference_steps import BETA, METHODS
 
@@ -292,6 +292,7 @@ def write_docs(folder: Path, measured: Mapping[str, Any]) -> None:
         f"{method.centre:g} ({method.label})" for method in METHODS if method.strength
     )
     page = PAGE.format(
+        written_by=written_by("benchmarks/methods/preferences.py", quick=quick),
         **size,
         **measured["peaks"],
         bound=UNLIKELY,

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import markdown_table
+from benchmarks.bars import markdown_table, written_by
 from benchmarks.methods.in_context.methods import MEND, METHODS, START
 from benchmarks.methods.in_context.world import KINDS
 from benchmarks.methods.paired import plot_intervals, said, save_figure
 
 PAGE = """# In-context learning in a small world: BiAlign, ICL-D and MEND against their baselines
 
-Written by `python benchmarks/methods/icl.py --docs docs/methods`. Every row is made by
+{written_by} Every row is made by
 `teachercache run CACHE/benchmarks/icl/seed_N.yaml`, those of MEND by `mend.yaml` there.
 
 The world: a task gives each of {labels} patterns of two words a label, anew, so what a phrase's
@@ -50,7 +50,7 @@ vectors; {distiller_steps} steps of the two stages) was not searched.
 """
 
 
-def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
+def write_docs(folder: Path, results: Mapping[str, Any], *, quick: bool) -> None:
     """Write ``evidence_icl.md`` and its figure."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(folder / "evidence_icl.png", results)
@@ -79,6 +79,7 @@ def write_docs(folder: Path, results: Mapping[str, Any]) -> None:
         for name, value in results["accuracy"].items()
     ]
     page = PAGE.format(
+        written_by=written_by("benchmarks/methods/icl.py", quick=quick),
         **results["world"],
         start=START,
         table=markdown_table(effects),
