@@ -84,7 +84,6 @@ FULL = Settings(
     judged_queries=28,
     seeds=tuple(range(8)),
     distiller_steps=(300, 500),
-    distiller_seeds=tuple(range(8)),
 )
 QUICK = Settings(
     teacher=Shape(width=32, layers=2, heads=4, intermediate=64),
@@ -103,7 +102,6 @@ QUICK = Settings(
     judged_queries=5,
     seeds=(0, 1),
     distiller_steps=(3, 3),
-    distiller_seeds=(0, 1),
 )
 
 Array = npt.NDArray[Any]
@@ -154,9 +152,7 @@ def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) 
         for name, numbers in read_overall(steps["subset_results"]).items():
             of_subsets.setdefault(name, []).append(numbers["subset_rank_correlation"])
     for tasks, by_student in found.items():
-        by_student |= by_distiller(
-            rows_of(of_reader["results"], tasks), len(settings.distiller_seeds)
-        )
+        by_student |= by_distiller(rows_of(of_reader["results"], tasks), len(settings.seeds))
     right = {
         tasks: {name: np.array(seeds) for name, seeds in by_student.items()}
         for tasks, by_student in found.items()

@@ -37,7 +37,6 @@ class Settings:
     judged_queries: int
     seeds: tuple[int, ...]
     distiller_steps: tuple[int, int]
-    distiller_seeds: tuple[int, ...]
     teacher_examples: int = 16
     shown: int = 12
     support: int = 14

@@ -134,7 +134,7 @@ def write_mend_recipe(folder: Path, settings: Settings) -> Path:
     for rows in ("episodes", "judged"):
         steps[f"{rows}_asked"] = {"stage": "demonstrations", "input": rows}
         steps[f"{rows}_asked_signals"] = signal_step("teacher_logits", f"{rows}_asked")
-    for seed in settings.distiller_seeds:
+    for seed in settings.seeds:
         steps[f"distiller_{seed}"] = {
             "stage": "distiller_init",
             "model": "teacher",
@@ -158,7 +158,7 @@ def write_mend_recipe(folder: Path, settings: Settings) -> Path:
                 "lr": 1e-3,
                 "seed": seed,
             }
-    distillers = [f"{MEND}_{seed}" for seed in settings.distiller_seeds]
+    distillers = [f"{MEND}_{seed}" for seed in settings.seeds]
     steps["results"] = results_step(distillers, ["judged_asked", "judged_asked_signals"])
     steps["results"]["reader"] = "teacher"
     return _written(folder, "mend", steps)
