@@ -91,6 +91,8 @@ def share_of(loss: str, row: Any, p: int, counts: dict[str, int]) -> float:
         weights = config.chosen_weight, config.rejected_weight
         side = int(p >= lengths[0])
         return config.alpha * weights[side] / lengths[side] / counts["samples"]
+    if loss == "bialign":  # kl_reduction: sum
+        return 1.0 / counts["samples"]
     of_text = 0.2 * (1.0 - 0.5)  # lm_weight, and what alpha leaves the teacher
     return (of_text if loss == "icl_distillation" else 1.0) / counts["tokens"]
 
