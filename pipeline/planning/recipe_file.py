@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.planning.recipe import Recipe
+from pipeline.planning.setting_names import nearest_settings
 from schemas.errors import ConfigError
 
 
@@ -64,12 +65,14 @@ def _problems(error: ValidationError, body: dict[str, Any]) -> str:
     wrong: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for problem in error.errors():
-        place = ".".join(_path_in(body, problem["loc"])) or "recipe"
         kind, context = problem["type"], problem.get("ctx", {})
+        place = ".".join(_path_in(body, problem["loc"], missing=kind == "missing")) or "recipe"
         if kind == "union_tag_invalid":
             place += f".{context['discriminator'].strip(chr(39))}"
             got[place] = f"got '{context['tag']}', "
             context = {"expected_tags": context["expected_tags"].replace("'", "")}
+        elif kind == "extra_forbidden":
+            context = {"nearest": nearest_settings(problem["loc"])}
         elif kind in _EXPECTED:
             got[place] = f"got {_shown(problem['input'])}, "
         told = (
@@ -102,7 +105,7 @@ _EXPECTED = {
 }
 _TOLD = {
     "missing": "this setting is missing",
-    "extra_forbidden": "no such setting; check the spelling",
+    "extra_forbidden": "no such setting; {nearest}",
     "union_tag_not_found": "the setting {discriminator} is missing",
 }
 
@@ -117,12 +120,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
-def _path_in(body: Any, location: Sequence[str | int]) -> Iterator[str]:
+def _path_in(body: Any, location: Sequence[str | int], *, missing: bool) -> Iterator[str]:
     """Yield a problem's path as the recipe spells it: without the names of union members."""
-    for part in location:
+    for at, part in enumerate(location, start=1):
         if not isinstance(body, dict | list):
             return
-        if isinstance(body, dict) and part not in body and part in body.values():
+        if isinstance(body, dict) and part not in body and not (missing and at == len(location)):
             continue
         yield str(part)
         body = body.get(part) if isinstance(body, dict) else body[int(part)]

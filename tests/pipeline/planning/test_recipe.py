@@ -43,12 +43,41 @@ def short(tmp_path: Path, text: str = SHORT) -> Path:
 @pytest.mark.parametrize(
     ("keys", "value", "expected"),
     [
-        (("steps", "signals", "encodng"), {}, "steps.signals.encodng: no such setting"),
-        (("steps", "signals", "encoding", "kk"), 3, "steps.signals.encoding.kk: no such setting"),
-        (("models", "teacher", "dtyp"), "x", "models.teacher.dtyp: no such setting"),
-        (("execution", "worker"), 2, "execution.worker: no such setting"),
-        (("execution", "engine", "tp"), 2, "execution.engine.tp: no such setting"),
-        (("seed",), 1, "seed: no such setting"),
+        (
+            ("steps", "signals", "encodng"),
+            {},
+            "steps.signals.encodng: no such setting; did you mean 'encoding'?",
+        ),
+        (
+            ("steps", "signals", "encoding", "kk"),
+            3,
+            "steps.signals.encoding.kk: no such setting; did you mean 'k'?",
+        ),
+        (
+            ("steps", "signals", "encoding"),
+            {"kind": "top_k", "k": 8, "tau": 0.1},  # another kind has it
+            "steps.signals.encoding.tau: no such setting; there are: k, kind",
+        ),
+        (
+            ("models", "teacher", "dtyp"),
+            "x",
+            "models.teacher.dtyp: no such setting; did you mean 'dtype'?",
+        ),
+        (
+            ("execution", "worker"),
+            2,
+            "execution.worker: no such setting; did you mean 'workers'?",
+        ),
+        (
+            ("execution", "engine", "tp"),
+            2,
+            "execution.engine.tp: no such setting; there are: cache_dir, device, ",
+        ),
+        (
+            ("seed",),
+            1,
+            "seed: no such setting; there are: execution, models, name, schedule, steps",
+        ),
         (
             ("steps", "signals", "encoding", "k"),
             "many",
