@@ -37,17 +37,28 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         with extras_named():
-            app()
+            sys.exit(app(standalone_mode=False))
     except TeacherCacheError as error:
-        _end_with(error)
+        _end_with(str(error), error.exit_code)
+    except typer.TyperException as error:
+        _end_with(_misused(error), error.exit_code)
     except Exception:  # noqa: BLE001  a fault of ours: all of it is told, without secrets
         print(redacted(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
         sys.exit(1)
 
 
-def _end_with(error: TeacherCacheError) -> NoReturn:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)  # noqa: T201
-    sys.exit(error.exit_code)
+def _end_with(problem: str, exit_code: int) -> NoReturn:
+    if problem:
+        print("error:", " ".join(problem.splitlines()), file=sys.stderr)  # noqa: T201
+    sys.exit(exit_code)
+
+
+def _misused(error: typer.TyperException) -> str:
+    """Say what is wrong with a command's words; nothing where there were none, and help is out."""
+    context: typer.Context | None = getattr(error, "ctx", None)
+    command = context.command_path if context else "teachercache"
+    problem = error.format_message().rstrip(".")
+    return problem and f"{command}: {problem} (see `{command} --help`)"
 
 
 def _print_version(asked: bool) -> None:
@@ -75,7 +86,8 @@ def reporting() -> "Iterator[ConsoleReporter]":
         with closing(ConsoleReporter(console)) as reporter:
             yield reporter
     except KeyboardInterrupt:  # caught here, because typer ends a command without a word
-        print("interrupted: finished shards are kept, run again to go on", file=sys.stderr)  # noqa: T201
+        kept = "finished shards and checkpoints are kept"
+        print(f"interrupted: {kept}, run again to go on", file=sys.stderr)  # noqa: T201
         raise typer.Exit(130) from None
 
 

@@ -87,7 +87,7 @@ class LeaseFile:
             raise
         except OSError as error:
             raise StoreError(
-                f"cannot {what} {self.path}: {error.strerror or error}; free or open it, or give "
+                f"cannot {what} {self.path}: {error.strerror or error}; make it writable, or give "
                 f"this run another execution.root"
             ) from error
 

@@ -183,7 +183,7 @@ def _lock_file(folder: Path, name: str = LOCK_FILE) -> IO[str]:
         stream = open(folder / name, "a+", opener=_not_a_link)  # noqa: SIM115
     except OSError as error:
         raise StoreError(
-            f"cannot write in {folder}: {error.strerror}; free or open it, or give this run "
+            f"cannot write in {folder}: {error.strerror}; make it writable, or give this run "
             f"another execution.root"
         ) from error
     _opened.add(stream)

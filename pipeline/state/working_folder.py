@@ -26,7 +26,7 @@ def working_folder(folder: Folder) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot work in {folder}: {error.strerror}; free or open it") from error
+        raise StoreError(f"cannot work in {folder}: {error.strerror}; make it writable") from error
     return folder
 
 

@@ -38,7 +38,7 @@ def cut_shards(rows: dict[str, int], rows_per_shard: int) -> tuple[SourceShard, 
 
 
 def within(rows: dict[str, int], max_rows: int | None) -> dict[str, int]:
-    """Return how many rows of each split to keep, in the proportion they are there.
+    """Return how many rows of each split to keep, in the proportion they are there, rounded down.
 
     Rows come in the order of a hash, so the first ones are a sample of all.
     """

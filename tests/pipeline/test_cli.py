@@ -61,6 +61,23 @@ def table_folder(root: Path, table: str) -> Path:
     return manifest.parent
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("run",), "teachercache run: Missing argument 'recipe' (see `teachercache run --help`)"),
+        (("rum",), "teachercache: No such command 'rum'. Did you mean 'run'? (see `teach"),
+        (("plan", "x.yaml", "--bogus"), "teachercache plan: No such option: --bogus (see `teach"),
+        (("inspect", "x", "--rows", "many"), "teachercache inspect: Invalid value for '--rows': "),
+        (("student", "init", "x", "--from", "y"), "teachercache student init: Missing option '--"),
+    ],
+)
+def test_words_that_no_command_takes_are_one_line(words: tuple[str, ...], expected: str) -> None:
+    said = teachercache(*words)
+    assert (said.code, said.out) == (2, "")
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"error: {expected}")
+
+
 @pytest.mark.parametrize("command", HELP)
 def test_help_says_what_a_command_does_and_takes(command: tuple[str, ...]) -> None:
     said = teachercache(*command, "--help")
@@ -239,7 +256,7 @@ def test_a_package_that_is_not_installed_is_one_line_with_the_extra(
 def test_a_module_of_our_own_that_is_missing_is_not_taken_for_a_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> None:
+    def broken(**options: bool) -> None:
         raise ModuleNotFoundError("No module named 'stages.gone'", name="stages.gone")
 
     app_module = sys.modules["pipeline.cli.app"]  # `pipeline.cli.app` is the command itself

@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_so_and_gives_the_terminal_back(
     screen.join()
     assert (process.returncode, said.strip()) == (
         130,
-        "interrupted: finished shards are kept, run again to go on",
+        "interrupted: finished shards and checkpoints are kept, run again to go on",
     )
     hidden, shown = (seen[0].count(code) for code in (b"\x1b[?25l", b"\x1b[?25h"))
     assert hidden == shown > 0

@@ -61,8 +61,8 @@ class ConversationsStage(SourceStage):
     its own, which ends with it.
 
     ``chat_template_kwargs`` are given to the template for every row. A row of more than
-    ``max_length`` tokens is rejected, or cut (a prompt never). ``max_rows`` keeps a sample of that
-    many rows, train and held-out in proportion.
+    ``max_length`` tokens is rejected, or cut (a prompt never). ``max_rows`` keeps a sample of at
+    most so many rows, train and held-out in proportion, each rounded down.
     """
 
     VERSION: ClassVar[int] = 1

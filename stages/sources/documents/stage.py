@@ -26,8 +26,8 @@ class IngestStage(SourceStage):
     text; ``max_chars`` also bounds memory, as a document is tokenised whole. ``bos`` says what rows
     begin with: what the ``tokenizer`` itself puts first, ``always`` its BOS token, or ``never``
     either. ``control_tokens`` is about text that spells a special token: ``keep`` it as that token,
-    ``split`` it into ordinary ones, or ``reject`` the document. ``max_rows`` keeps a sample of that
-    many rows, train and held-out in proportion.
+    ``split`` it into ordinary ones, or ``reject`` the document. ``max_rows`` keeps a sample of at
+    most so many rows, train and held-out in proportion, each rounded down.
     """
 
     VERSION: ClassVar[int] = 1

@@ -58,7 +58,8 @@ class PreferencePairsStage(SourceStage):
     then the response's, then EOS). ``chat_template_kwargs`` are given to it for every row, such as
     ``enable_thinking: false``. Lengths are in tokens. A prompt that is too long loses its
     earliest turns; ``long_responses`` says whether a response that is too long costs its row or its
-    end. ``max_rows`` keeps a sample of that many rows, train and held-out in proportion.
+    end. ``max_rows`` keeps a sample of at most so many rows, train and held-out in proportion, each
+    rounded down.
     """
 
     VERSION: ClassVar[int] = 2

@@ -310,7 +310,10 @@ def test_training_processes_end_with_their_run(
     said = finish(process)
     _, alive = psutil.wait_procs([*ranks.values(), *loaders], timeout=10 * slowness())
     assert alive == []
-    interrupted = (130, "interrupted: finished shards are kept, run again to go on\n")
+    interrupted = (
+        130,
+        "interrupted: finished shards and checkpoints are kept, run again to go on\n",
+    )
     expected = interrupted if killed_by == signal.SIGINT else (-killed_by, "")
     assert (said.code, said.err) == expected  # as one process would end
 
