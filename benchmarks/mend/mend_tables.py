@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from pipeline.planning.plan import make_plan
+from benchmarks.recipe_run import run_recipe
 from pipeline.planning.recipe import Recipe
-from pipeline.reports.progress import ConsoleReporter
-from pipeline.steps.run import run_plan
 from schemas.dataset import open_dataset
 
 MODEL = "models/smollm2-135m-instruct"
@@ -60,9 +56,7 @@ def prepared_mend(cache: Path, size: MendSize) -> MendTables:
         if not needed.exists():
             raise SystemExit(f"{needed} is missing: run `make {target}` first")
     recipe = _recipe(cache, size)
-    plan = make_plan(recipe)
-    run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
-    folders = {step.name: step.folder for step in plan}
+    folders = {name: step.folder for name, step in run_recipe(recipe).items()}
     return MendTables(
         reader=cache / MODEL,
         distiller=folders["distiller"],

@@ -38,7 +38,7 @@ from benchmarks.methods.distribution_methods import (
     Method,
 )
 from benchmarks.methods.distributions_report import table_rows, write_docs
-from benchmarks.methods.recipe_run import run_recipe
+from benchmarks.recipe_run import run_recipe_file
 from pipeline.imports.import_tables import import_tables
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
@@ -278,7 +278,7 @@ class Study:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
         started = time.monotonic()
-        made = run_recipe(file)
+        made = run_recipe_file(file)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
         return {step: planned.folder for step, planned in made.items()}
 

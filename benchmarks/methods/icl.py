@@ -53,7 +53,7 @@ from benchmarks.methods.in_context.world import (
     READ,
     Shape,
 )
-from benchmarks.methods.recipe_run import run_recipe, two_processes
+from benchmarks.recipe_run import run_recipe_file, two_processes
 from benchmarks.rewarded_grammar.files import num_parameters
 from pipeline.planning.plan import PlannedStep
 from schemas.dataset import open_dataset
@@ -129,17 +129,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) -> dict[str, Any]:
     """Run every recipe, two at a time, and return the numbers of the page."""
     write_world(folder, settings)
-    run_recipe(write_labels_recipe(folder, settings))
-    list(pool.map(run_recipe, write_first_recipes(folder, settings)))
+    run_recipe_file(write_labels_recipe(folder, settings))
+    list(pool.map(run_recipe_file, write_first_recipes(folder, settings)))
     for asked in ("tuning", "judged") if search else ("judged",):  # what two recipes share, once
-        run_recipe(write_cached_recipe(folder, settings, asked))
+        run_recipe_file(write_cached_recipe(folder, settings, asked))
     searched: dict[str, float] = {}
     rates = dict.fromkeys(METHODS, RATES[0])
     if search:
         searched = search_rates(pool, folder, settings)
         rates = {name: best_rate(name, searched) for name in METHODS}
     recipes = [write_recipe(folder, settings, seed, rates) for seed in settings.seeds]
-    of_reader, *of_seeds = pool.map(run_recipe, [write_mend_recipe(folder, settings), *recipes])
+    of_reader, *of_seeds = pool.map(
+        run_recipe_file, [write_mend_recipe(folder, settings), *recipes]
+    )
     found: dict[str, dict[str, list[Array]]] = {tasks: {} for tasks in (JUDGED, ON_NOVEL, *BY_KIND)}
     gold: dict[str, list[float]] = {}
     of_subsets: dict[str, list[float]] = {}
@@ -190,7 +192,7 @@ def search_rates(pool: Executor, folder: Path, settings: Settings) -> dict[str, 
             )
             for part in (0, 1)
         ]
-        for steps in pool.map(run_recipe, recipes):
+        for steps in pool.map(run_recipe_file, recipes):
             overall = read_overall(steps["results"])
             found |= {name: numbers["accuracy"] for name, numbers in overall.items()}
     return found

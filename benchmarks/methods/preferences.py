@@ -41,7 +41,7 @@ from benchmarks.methods.preference_steps import (
     recipe_of,
 )
 from benchmarks.methods.preferences_report import half_width, table_rows, write_docs
-from benchmarks.methods.recipe_run import run_recipe, two_processes
+from benchmarks.recipe_run import run_recipe_file, two_processes
 from benchmarks.rewarded_grammar.files import END, num_parameters, write_jsonl, write_model
 from benchmarks.rewarded_grammar.grammar import Grammar, preferred, prompts, reward
 from stages.models.checkpoints.checkpoint import read_checkpoint
@@ -198,7 +198,7 @@ class Study:
         )
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(body, sort_keys=False))
-        folders = {name: step.folder for name, step in run_recipe(file).items()}
+        folders = {name: step.folder for name, step in run_recipe_file(file).items()}
         tokenizer = open_tokenizer(self.folder / "teacher")
         num_responses = self.settings.size.responses
         rewards = {

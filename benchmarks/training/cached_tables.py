@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from pipeline.planning.plan import make_plan
+from benchmarks.recipe_run import run_recipe
 from pipeline.planning.recipe import Recipe
-from pipeline.reports.progress import ConsoleReporter
-from pipeline.steps.run import run_plan
 
 MODEL = "models/smollm2-135m-instruct"
 TEXT = "text/c4_demo.jsonl"
@@ -64,9 +60,7 @@ def prepared_tables(cache: Path, size: Size, *, layers: int) -> Tables:
             raise SystemExit(f"{needed} is missing: run `python examples/fetch_assets.py` first")
     root = cache / "benchmarks"
     recipe = _recipe(root, cache / MODEL, _pages(cache / TEXT, root, size.pages), size, layers)
-    plan = make_plan(recipe)
-    run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
-    folders = {step.name: step.folder for step in plan}
+    folders = {name: step.folder for name, step in run_recipe(recipe).items()}
     return Tables(
         teacher=cache / MODEL,
         student=folders["student"],

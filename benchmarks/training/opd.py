@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.bars import (
     Bar,
     at_least,
@@ -33,12 +31,11 @@ from benchmarks.bars import (
     finish,
     markdown_table,
 )
+from benchmarks.recipe_run import run_recipe
 from benchmarks.training.cached_tables import MODEL
-from pipeline.planning.plan import PlannedStep, make_plan
+from pipeline.planning.plan import PlannedStep
 from pipeline.planning.recipe import Recipe
-from pipeline.reports.progress import ConsoleReporter
 from pipeline.reports.step_times import measured_time
-from pipeline.steps.run import run_plan
 from schemas.storage.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,9 +130,7 @@ def prepared(cache: Path, settings: Settings) -> dict[str, PlannedStep]:
             "execution": {"root": str(cache / "benchmarks")},
         }
     )
-    plan = make_plan(recipe)
-    run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
-    return {step.name: step for step in plan}
+    return run_recipe(recipe)
 
 
 def run_variant(

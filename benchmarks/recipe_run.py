@@ -1,4 +1,4 @@
-"""Recipe files of an experiment run by the product, in this process or two at a time."""
+"""A benchmark's recipe run by the product, in this process or two at a time."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, set_start_method
@@ -8,17 +8,22 @@ import torch
 from rich.console import Console
 
 from pipeline.planning.plan import PlannedStep, make_plan
+from pipeline.planning.recipe import Recipe
 from pipeline.planning.recipe_file import load_recipe
 from pipeline.reports.progress import ConsoleReporter
 from pipeline.steps.run import run_plan
 
 
-def run_recipe(file: Path) -> dict[str, PlannedStep]:
+def run_recipe(recipe: Recipe) -> dict[str, PlannedStep]:
     """Make what is not made yet, telling of it on stderr; return the steps by name."""
-    recipe = load_recipe(file)
     plan = make_plan(recipe)
     run_plan(plan, recipe.execution, ConsoleReporter(Console(stderr=True)))
     return {step.name: step for step in plan}
+
+
+def run_recipe_file(file: Path) -> dict[str, PlannedStep]:
+    """Run the recipe of a YAML file."""
+    return run_recipe(load_recipe(file))
 
 
 def two_processes() -> ProcessPoolExecutor:
