@@ -4,9 +4,9 @@ A teacher learns to read in context what labels stand for: classes, relations an
 Small students begin with a short training of their own, and each method goes on from there, one
 recipe a seed (``in_context.recipes``). What is compared is whether each held-out episode is
 answered, student against student on the same seed and episode. Learning rates are searched
-beforehand, the same ones for all methods, on a seed and on tasks of their own. MEND's distillers
-are judged beside what their reader, the teacher, answers without them. Everything stays in
-``CACHE/benchmarks/icl``; a run that was killed goes on from there.
+beforehand, alike for all methods (``in_context.search``). MEND's distillers are judged beside what
+their reader, the teacher, answers without them. Everything stays in ``CACHE/benchmarks/icl``; a run
+that was killed goes on from there.
 """
 
 import json
@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.bars import Bar, at_least, at_most, benchmark_parser, finish
+from benchmarks.methods.in_context.answers import TEACHER, read_overall, rows_of, tasks_of
 from benchmarks.methods.in_context.claims import JUDGED, ON_NOVEL, effects
 from benchmarks.methods.in_context.methods import (
-    BEYOND,
     MEND,
     METHODS,
     RATES,
@@ -31,7 +31,6 @@ from benchmarks.methods.in_context.methods import (
     TIE_TOLERANCE,
     WRONG,
     Settings,
-    step_name,
 )
 from benchmarks.methods.in_context.page import write_docs
 from benchmarks.methods.in_context.recipes import (
@@ -40,9 +39,9 @@ from benchmarks.methods.in_context.recipes import (
     write_labels_recipe,
     write_mend_recipe,
     write_recipe,
-    write_search_recipe,
     write_world,
 )
+from benchmarks.methods.in_context.search import NEAR, Searched, best_rate, search_rates
 from benchmarks.methods.in_context.steps import LM_BATCH, tuning_tasks
 from benchmarks.methods.in_context.world import (
     FIRST,
@@ -59,10 +58,7 @@ from pipeline.planning.plan import PlannedStep
 from schemas.dataset import open_dataset
 from schemas.storage.manifest import read_manifest
 from stages.student.batches.episodes import subsets_of
-from stages.student.evaluate.by_row import read_rows
 
-SEARCH_SEED = 100
-TEACHER = "teacher"
 BY_KIND = {f"{JUDGED}_{kind}": kind for kind in KINDS}
 MOST_HALF_WIDTH = 0.015  # of a difference of accuracies
 LEAST_TEACHER = 0.9
@@ -133,7 +129,7 @@ def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) 
     list(pool.map(run_recipe_file, write_first_recipes(folder, settings)))
     for asked in ("tuning", "judged") if search else ("judged",):  # what two recipes share, once
         run_recipe_file(write_cached_recipe(folder, settings, asked))
-    searched: dict[str, float] = {}
+    searched: Searched = {}
     rates = dict.fromkeys(METHODS, RATES[0])
     if search:
         searched = search_rates(pool, folder, settings)
@@ -171,59 +167,7 @@ def measured(pool: Executor, folder: Path, settings: Settings, *, search: bool) 
         "gold_logprob": {name: float(np.mean(values)) for name, values in gold.items()},
         "subset_correlation": {name: float(np.mean(taus)) for name, taus in of_subsets.items()},
         "chance": 1 / LABELS_A_TASK,
-        "rows": effects(right),
-    }
-
-
-def search_rates(pool: Executor, folder: Path, settings: Settings) -> dict[str, float]:
-    """Return accuracies by step: ``RATES`` of all methods, then one beyond the best of each."""
-    found: dict[str, float] = {}
-    rates: Mapping[str, Sequence[float]] = dict.fromkeys(METHODS, RATES)
-    for beyond in (False, True):
-        if beyond:
-            rates = {name: (BEYOND[best_rate(name, found)],) for name in METHODS}
-        recipes = [
-            write_search_recipe(
-                folder,
-                settings,
-                SEARCH_SEED,
-                dict(list(rates.items())[part::2]),
-                f"search_{'beyond_' if beyond else ''}{part}",
-            )
-            for part in (0, 1)
-        ]
-        for steps in pool.map(run_recipe_file, recipes):
-            overall = read_overall(steps["results"])
-            found |= {name: numbers["accuracy"] for name, numbers in overall.items()}
-    return found
-
-
-def best_rate(method: str, accuracy: Mapping[str, float]) -> float:
-    """Return the rate of the search's best accuracy."""
-    tried = [rate for rate in (*RATES, *BEYOND.values()) if step_name(method, rate) in accuracy]
-    return max(tried, key=lambda rate: accuracy[step_name(method, rate)])
-
-
-def read_overall(step: PlannedStep) -> dict[str, dict[str, float]]:
-    """Return each student's numbers over all tasks."""
-    body = json.loads((step.folder / "evaluation.json").read_text())
-    return {name: report["overall"] for name, report in body.items()}
-
-
-def rows_of(step: PlannedStep, tasks: str, column: str = "right") -> dict[str, Array]:
-    """Return [E] a column of each student's rows of ``tasks``, by id; ``right`` of the teacher too.
-
-    ``right`` is whether an episode is answered.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for row in read_rows(step.folder).to_pylist():
-        if row["task"].startswith(tasks):
-            found.setdefault(row["student"], {})[row["sample_id"]] = row[column]
-            if column == "right" and row.get("teacher_right") is not None:
-                found.setdefault(TEACHER, {})[row["sample_id"]] = row["teacher_right"]
-    return {
-        name: np.array([by_id[sample] for sample in sorted(by_id)], np.float64)
-        for name, by_id in found.items()
+        "rows": effects(right, tasks_of(steps["results"], JUDGED)),
     }
 
 
@@ -298,6 +242,7 @@ def described(
         "tuning": len(KINDS) * tuning_tasks(settings),
         "seeds": len(settings.seeds),
         "rates": " and ".join(f"{rate:g}" for rate in RATES),
+        "near": NEAR,
     }
 
 

@@ -1,7 +1,8 @@
 """What the experiments on methods share: paired effects, their intervals, verdicts and figure.
 
 An effect is a method's number minus its baseline's on the same seed and the same episode (prompt,
-sequence), so what both have in common cancels. Dimensions: S = seeds, E = episodes, B = resamples.
+sequence), so what both have in common cancels. Dimensions: S = seeds, E = episodes, G = groups of
+these (their tasks), B = resamples.
 """
 
 from collections.abc import Mapping
@@ -21,15 +22,18 @@ QUANTILES = (
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "cannot be told"
 
 
-def paired_interval(effects_SE: npt.ArrayLike) -> Interval:
+def paired_interval(effects_SE: npt.ArrayLike, groups_E: npt.ArrayLike | None = None) -> Interval:
     """Return mean and 95 % interval of paired effects [S, E] over new seeds and new episodes.
+
+    With the group that each episode is of, over new groups: those are drawn, whole.
 
     Standard error by the two-way cluster bootstrap (Owen 2007, "The pigeonhole bootstrap",
     doi 10.1214/07-AOAS122): seeds and episodes are drawn anew, with replacement, each by itself.
     It counts what is left after both up to three times, so it errs towards wide intervals. Few
     seeds make a resampled variance (S - 1) / S too small, and quantiles of the normal too near:
     the error is multiplied by sqrt(S / (S - 1)), its quantile is Student's t of S - 1 degrees.
-    Draws are seeded. Raises ValueError for fewer than two seeds or episodes, or not finite.
+    Draws are seeded. Raises ValueError for fewer than two seeds, episodes or groups of them, or
+    where an effect is not finite.
     """
     effects_SE = np.asarray(effects_SE, np.float64)
     if effects_SE.ndim != 2 or min(effects_SE.shape) < 2:
@@ -37,11 +41,18 @@ def paired_interval(effects_SE: npt.ArrayLike) -> Interval:
     if not np.isfinite(effects_SE).all():
         raise ValueError("an effect is not finite: a run diverged, or a number is missing")
     num_seeds, num_episodes = effects_SE.shape
+    names = np.arange(num_episodes) if groups_E is None else np.asarray(groups_E)
+    groups, group_of_E = np.unique(names, return_inverse=True)
+    if len(groups) < 2:
+        raise ValueError(f"all episodes are of the group {groups[0]}, expected two groups")
+    sums_SG = np.stack([np.bincount(group_of_E, effects_E) for effects_E in effects_SE])
+    sizes_G = np.bincount(group_of_E)
     rng = np.random.default_rng(0)
     counts_BS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES)
-    of_episodes = np.full(num_episodes, 1 / num_episodes)
-    counts_BE = rng.multinomial(num_episodes, of_episodes, RESAMPLES)
-    means_B = ((counts_BS @ effects_SE) * counts_BE).sum(1) / effects_SE.size
+    of_groups = np.full(len(groups), 1 / len(groups))
+    counts_BG = rng.multinomial(len(groups), of_groups, RESAMPLES)
+    sums_B = ((counts_BS @ sums_SG) * counts_BG).sum(1)
+    means_B = sums_B / (num_seeds * (counts_BG @ sizes_G))
     error = means_B.std() * np.sqrt(num_seeds / (num_seeds - 1))
     reach = QUANTILES[min(num_seeds - 1, len(QUANTILES)) - 1] * float(error)
     mean = float(effects_SE.mean())

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.methods import icl
+from benchmarks.methods.in_context import search
 from benchmarks.methods.in_context.claims import CLAIMS, JUDGED, ON_NOVEL, effects
-from benchmarks.methods.in_context.methods import METHODS, RATES, step_name
+from benchmarks.methods.in_context.methods import GRID, METHODS, RATES, step_name
 from benchmarks.methods.in_context.world import (
     FIRST,
     KINDS,
@@ -18,6 +19,7 @@ from benchmarks.methods.in_context.world import (
     World,
     vocabulary,
 )
+from benchmarks.methods.paired import paired_interval
 
 
 def class_of(word: str) -> int | None:
@@ -72,6 +74,30 @@ def test_a_corpus_teaches_the_labels_of_episodes_alone() -> None:
     assert 0.5 < episodes / len(corpus) < 0.7
 
 
+def test_no_episode_of_a_corpus_has_a_task_of_the_files() -> None:
+    """A quarter of the maps that four classes can have is in the files: so many would come up."""
+    classes, names = range(LABELS_A_TASK), list(vocabulary())
+    world = World(seed=5)
+    of_files = [
+        {name_of_class(class_): f"label{label}" for (_, class_), label in task}
+        for task in world.new_tasks(420, classes)["maps"]
+    ]
+    episodes = 0
+    for ids, learned in world.corpus(400, 100, classes, READ):
+        said = [names[id_] for id_ in ids]
+        labels = {said[at - 1][0]: said[at] for at, one in enumerate(learned) if one}
+        if all(learned) or len(labels) < LABELS_A_TASK:  # no episode, or of another kind
+            continue
+        episodes += 1
+        assert labels not in of_files
+    assert episodes > 50
+
+
+def name_of_class(class_: int | None) -> str:
+    assert class_ is not None
+    return chr(ord("a") + class_)
+
+
 def test_so_many_answers_are_wrong_and_are_other_options() -> None:
     world = World(seed=2)
     rows = world.task_rows(world.new_tasks(20), "a", 50)
@@ -90,10 +116,13 @@ def test_effects_are_paired_and_judged() -> None:
     students = {claim.method for claim in CLAIMS} | {claim.baseline for claim in CLAIMS}
     right_SE = dict.fromkeys(students, hard_SE.astype(float)) | {"bialign": more_SE.astype(float)}
     right = {JUDGED: right_SE, ON_NOVEL: dict.fromkeys(students, hard_SE.astype(float))}
-    rows = {row["claim"]: row for row in effects(right)}
+    task_of_E = np.repeat(np.arange(50), 10)
+    rows = {row["claim"]: row for row in effects(right, task_of_E)}
     won = rows["BiAlign beats output alignment"]
     assert won["effect"] == pytest.approx(more_SE.mean() - hard_SE.mean())
     assert won["low"] < won["effect"] < won["high"] and won["verdict"] == "holds"
+    assert won["over_tasks"] == paired_interval(more_SE * 1.0 - hard_SE, task_of_E)
+    assert won["verdict_over_tasks"] == "holds"
     assert won["novel"] == (0.0, 0.0, 0.0)
     assert rows["Meta-ICT: ICL-D beats tuning"]["verdict"] == "cannot be told"
     # the same answers are at most 0.02 worse
@@ -102,10 +131,33 @@ def test_effects_are_paired_and_judged() -> None:
 
 def test_the_search_takes_each_methods_own_best_rate() -> None:
     low, high = RATES[0], RATES[-1]
-    found = {step_name(name, rate): 0.5 for name in METHODS for rate in RATES}
-    found[step_name("bialign", high)] = 0.6
-    assert icl.best_rate("bialign", found) == high
-    assert icl.best_rate("tuned", found) == low
+    found = {step_name(name, rate): [0.5] for name in METHODS for rate in RATES}
+    found[step_name("bialign", high)] = [0.6]
+    assert search.best_rate("bialign", found) == high
+    assert search.best_rate("tuned", found) == low
+
+
+def test_the_search_goes_on_beside_the_best_rate() -> None:
+    low, high = RATES
+    above, far_above = GRID[GRID.index(high) + 1 :][:2]
+    found = {step_name("tuned", low): [0.5], step_name("tuned", high): [0.6]}
+    assert search.untried_beside("tuned", found) == [above]
+    found[step_name("tuned", above)] = [0.7]
+    assert search.untried_beside("tuned", found) == [far_above]
+    found[step_name("tuned", far_above)] = [0.6]
+    assert not search.untried_beside("tuned", found)
+    found[step_name("tuned", GRID[0])] = [0.8]  # the grid ends there
+    assert search.untried_beside("tuned", found) == [GRID[1]]
+
+
+def test_rates_that_one_seed_cannot_tell_apart_are_judged_by_their_mean() -> None:
+    low, high = RATES
+    found = {step_name("tuned", low): [0.69], step_name("tuned", high): [0.70]}
+    found[step_name("tuned", GRID[-1])] = [0.66]
+    assert search.near_best("tuned", found) == [low, high]
+    for rate, accuracy in ((low, 0.71), (high, 0.60)):
+        found[step_name("tuned", rate)].append(accuracy)
+    assert search.best_rate("tuned", found) == low
 
 
 @pytest.mark.slow

@@ -34,6 +34,33 @@ def test_interval_covers_the_true_effect() -> None:
     assert 0.92 <= covered / 400 <= 0.99
 
 
+def test_interval_over_groups_covers_what_one_over_episodes_does_not() -> None:
+    """Ten tasks of uneven size whose effects differ: their episodes tell little more than they do.
+
+    200 trials: 0.95 has a standard error of 0.015; few groups and their uneven sizes cost some.
+    """
+    rng = np.random.default_rng(2)
+    group_of_E = np.repeat(np.arange(10), [2, 4, 6, 8, 10, 2, 4, 6, 8, 10])
+    covered = np.zeros(2)
+    for _ in range(200):
+        tasks_E = rng.normal(size=10)[group_of_E]
+        effects_SE = 0.7 + tasks_E + rng.normal(size=(5, 1)) + rng.normal(size=(5, len(group_of_E)))
+        for which, groups_E in enumerate((group_of_E, None)):
+            _, low, high = paired_interval(effects_SE, groups_E)
+            covered[which] += low <= 0.7 <= high
+    assert 0.89 <= covered[0] / 200 <= 0.99
+    assert covered[1] < covered[0]
+
+
+def test_groups_of_one_episode_are_episodes() -> None:
+    effects_SE = np.random.default_rng(3).normal(size=(4, 30))
+    assert paired_interval(effects_SE, np.arange(30)[::-1]) == pytest.approx(
+        paired_interval(effects_SE[:, ::-1]), abs=1e-12
+    )
+    with pytest.raises(ValueError, match="expected two groups"):
+        paired_interval(effects_SE, np.zeros(30))
+
+
 @pytest.mark.parametrize("bad_SE", [np.zeros((1, 5)), np.zeros((5, 1)), np.zeros(5)])
 def test_one_seed_or_episode_has_no_interval(bad_SE: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected two seeds and two episodes"):

@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.methods.in_context.world import Shape
 
 START, MEND = "start", "mend"
-RATES = (3e-3, 1e-2)
-BEYOND = {3e-3: 1e-3, 1e-2: 3e-2}  # tried next where that one was best
+RATES = (3e-3, 1e-2)  # tried first; then what lies beside the best in the grid
+GRID = (1e-4, 3e-4, 1e-3, *RATES, 3e-2, 1e-1, 3e-1)
 # A step of BiAlign over one of output alignment, in tokens that the student reads: an episode and
 # four subsets of its demonstrations, of half of them on average. One with the LM term is as long.
 LONGER = 3.0
@@ -121,6 +121,7 @@ METHODS: dict[str, Method] = {
     "bialign_mean": _bialign(1.0, "mean"),
     "bialign_mean_005": _bialign(0.05, "mean"),
     "bialign": _bialign(1.0),
+    "bialign_005": _bialign(0.05),
     "bialign_clear": _bialign(1.0, preferences=CLEAR),
     **_ict("Meta-ICT"),
     **_ict("Meta-ICT with LM term", "lm_", lm_weight=LM_WEIGHT),

@@ -9,10 +9,10 @@ demonstrations alone, which words belong together can be learned before. Tasks a
 - ``orders``: two classes, each before a filler or after one.
 
 In a task no phrase comes twice, and no two tasks of the files give the same labels to the same
-patterns; rows of a corpus are drawn apart from these, so one of them may by chance. The teacher
-knows tasks of all classes; students begin with those of the ``FIRST`` and with running text of the
-``READ``, and methods train them on tasks of the ``KNOWN``. ``NOVEL`` classes are in no task that
-trains a student, only in running text. All is drawn from one seed.
+patterns; no episode of a corpus has a task of the files drawn before it. The teacher knows tasks of
+all classes; students begin with those of the ``FIRST`` and with running text of the ``READ``, and
+methods train them on tasks of the ``KNOWN``. ``NOVEL`` classes are in no task that trains a
+student, only in running text. All is drawn from one seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,11 +107,14 @@ class World:
         return {kind: [self._new_task(kind, classes) for _ in range(count)] for kind in KINDS}
 
     def _new_task(self, kind: str, classes: range) -> Task:
-        while True:
-            task = self._task(kind, classes)
-            if task not in self._tasks:
-                self._tasks.add(task)
-                return task
+        task = self._unseen_task(kind, classes)
+        self._tasks.add(task)
+        return task
+
+    def _unseen_task(self, kind: str, classes: range) -> Task:
+        while (task := self._task(kind, classes)) in self._tasks:
+            pass
+        return task
 
     def _task(self, kind: str, classes: range) -> Task:
         count = LABELS_A_TASK if kind == "maps" else 2
@@ -179,7 +182,7 @@ class World:
     def _episode(self, length: int, classes: range) -> tuple[list[str], list[int]]:
         """Return so many words of one task's examples, and which of them are labels."""
         kind = str(self._rng.choice(list(KINDS), p=list(KINDS.values())))
-        task = self._task(kind, classes)
+        task = self._unseen_task(kind, classes)
         again = 0.5 if self._rng.random() < BURSTS else 0.0
         bare = kind == "maps" and self._rng.random() < BARE
         shown: list[tuple[list[str], int]] = []
