@@ -40,7 +40,7 @@ def ranking_loss(logprobs_N: Array, ranks_N: Array) -> float:
 def bialign(
     kl_P: Array,
     ranking_B: Sequence[float],
-    rank_weight: float = 1.0,
+    rank_weight: float = 0.05,
     kl_reduction: Literal["sum", "mean"] = "sum",
 ) -> float:
     """Return ``L_KL + rank_weight L_rank`` of a step.

@@ -8,8 +8,9 @@ again with gradient at every step: N more forwards a sample.
 The paper writes both as sums over samples, the KL over their positions too; here both are means
 over the step's samples (in the log too). ``kl_reduction: mean`` averages the KL over positions as
 well, so that it reads like another loss's: but then the ranking loss, whose slope is one over the
-student's range of log Q, weighs as many times more as a sample has positions, and drives the KL out
-(docs/methods/evidence_icl.md).
+student's range of log Q, weighs as many times more as a sample has positions, and drives the KL
+out. ``rank_weight`` is 0.05 where the paper has 1: with the paper's the student answered fewer
+episodes, with this one as many as without the ranking loss (docs/methods/evidence_icl.md).
 
 Dimensions: N = subsets of a sample. All values in nats.
 """
@@ -34,7 +35,7 @@ class BiAlignConfig(Objective):
     """
 
     loss: Literal["bialign"] = "bialign"
-    rank_weight: float = Field(default=1.0, gt=0.0)
+    rank_weight: float = Field(default=0.05, gt=0.0)
     detach_range: bool = True
     kl_reduction: Literal["sum", "mean"] = "sum"
 
