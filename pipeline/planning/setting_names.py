@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -17,13 +18,18 @@ def nearest_settings(location: Sequence[str | int]) -> str:
     ``location`` is pydantic's: keys, indices and the names of union members; the setting last.
     """
     *parents, wrong = location
-    recipe = Recipe.model_json_schema(schema_generator=_OfAnyType)
+    recipe = _schema()
     found = [recipe]
     for part in parents:  # one that leads nowhere is a name that pydantic gives a union's member
         found = [inner for each in found for inner in _inside(each, part, recipe["$defs"])] or found
     names = sorted({name for each in found for name in each.get("properties", {})})
     near = get_close_matches(str(wrong), names, n=1)
     return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+
+
+@cache
+def _schema() -> Schema:
+    return Recipe.model_json_schema(schema_generator=_OfAnyType)
 
 
 class _OfAnyType(GenerateJsonSchema):

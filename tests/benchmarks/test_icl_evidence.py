@@ -79,23 +79,18 @@ def test_no_episode_of_a_corpus_has_a_task_of_the_files() -> None:
     classes, names = range(LABELS_A_TASK), list(vocabulary())
     world = World(seed=5)
     of_files = [
-        {name_of_class(class_): f"label{label}" for (_, class_), label in task}
+        {class_: f"label{label}" for (_, class_), label in task}
         for task in world.new_tasks(420, classes)["maps"]
     ]
     episodes = 0
     for ids, learned in world.corpus(400, 100, classes, READ):
         said = [names[id_] for id_ in ids]
-        labels = {said[at - 1][0]: said[at] for at, one in enumerate(learned) if one}
+        labels = {class_of(said[at - 1]): said[at] for at, one in enumerate(learned) if one}
         if all(learned) or len(labels) < LABELS_A_TASK:  # no episode, or of another kind
             continue
         episodes += 1
         assert labels not in of_files
     assert episodes > 50
-
-
-def name_of_class(class_: int | None) -> str:
-    assert class_ is not None
-    return chr(ord("a") + class_)
 
 
 def test_so_many_answers_are_wrong_and_are_other_options() -> None:
